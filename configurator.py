@@ -1,0 +1,166 @@
+"""Checked settings: a dataclass's defaults, then `config/*.py` files, then `--key=value`, each overriding the one before.
+
+The dataclass is the schema. A name that is no field and a value of the wrong type are errors, whichever way they arrive
+(nanoGPT's exec into globals() ignores a misspelt key in a file, and fails on None and on int given for float).
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import runpy
+import sys
+import types
+import typing
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is a sentence that says what is wrong, where, and the way out."""
+
+
+def run(main, *errors):
+    """Call a script's `main()`; a UserError, or one of `errors`, becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except (UserError, *errors) as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def configure(cls, argv=None, positional=None):
+    """Returns an instance of dataclass `cls` with the command line `argv` (default: sys.argv[1:]) applied.
+
+    Positional arguments are config files, or, where `positional` names a list field, that field's values. In a string
+    default, `{config}` stands for the name of the last config file (without one: of the script). Raises UserError.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, positional))
+        sys.exit(0)
+    values, origin, stem = {}, {}, Path(sys.argv[0]).stem
+    if positional:
+        values[positional] = [a for a in argv if not a.startswith("-")]
+    for arg in argv:
+        if arg.startswith("-") or positional:
+            continue
+        stem = Path(arg).stem
+        for key, value in read_file(arg).items():
+            values[key], origin[key] = check(cls, key, value, arg), arg
+    given = {}
+    for arg in (a for a in argv if a.startswith("-")):
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or not equals:
+            raise UserError(f"cannot read '{arg}': settings are written --key=value, for instance --seed=2")
+        value = check(cls, key, parse(field(cls, key, "command line").type, text), "command line")
+        given[key] = given[key] + value if key in given and isinstance(value, list) else value  # repeatable
+        origin[key] = "command line"
+    values |= given
+    if origin and int(os.environ.get("RANK", 0)) == 0:
+        print("settings: " + ", ".join(f"{k}={values[k]!r} ({origin[k]})" for k in origin), flush=True)
+    config = cls(**values)
+    for f in dataclasses.fields(cls):
+        if isinstance(value := getattr(config, f.name), str) and "{config}" in value:
+            setattr(config, f.name, value.replace("{config}", stem))
+    return config
+
+
+def read_file(path):
+    """The settings that a config file assigns: its public names, less modules, functions and classes."""
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(path, [str(p) for p in Path(path).parent.glob("*.py")], 1)
+        raise UserError(f"config file '{path}' does not exist" + (f"; did you mean '{near[0]}'?" if near else
+                        "; settings are written --key=value"))
+    sys.path.append(str(Path(path).resolve().parent))  # a config may build on its neighbour: from textcls import *
+    try:
+        names = runpy.run_path(path)
+    except Exception as e:
+        line = next((f":{f.lineno}" for f in reversed(inspect.getinnerframes(e.__traceback__)) if f.filename == path), "")
+        raise UserError(f"config file {path}{line} cannot be run: {type(e).__name__}: {e}") from e
+    finally:
+        sys.path.pop()
+    return {k: v for k, v in names.items()
+            if not (k.startswith("_") or callable(v) or isinstance(v, types.ModuleType))}
+
+
+def field(cls, key, where):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, 1, cutoff=0.5)
+        raise UserError(f"unknown setting '{key}' ({where})" + (f"; did you mean '{near[0]}'?" if near else "")
+                        + " --help lists them all")
+    return fields[key]
+
+
+def check(cls, key, value, where):
+    """Returns `value` as the field's annotation has it (an int given for a float becomes one), or raises UserError."""
+    annotation = field(cls, key, where).type
+    ok, value = conform(annotation, value)
+    if not ok:
+        raise UserError(f"{key}={value!r} ({where}) is not {describe(annotation)}")
+    return value
+
+
+def conform(t, value):
+    """(does value fit the annotation t, the value converted)."""
+    origin, args = typing.get_origin(t), typing.get_args(t)
+    if origin in (typing.Union, types.UnionType):
+        for a in sorted(args, key=lambda a: a is not type(value)):  # an exact match before a conversion
+            ok, converted = conform(a, value)
+            if ok:
+                return True, converted
+        return False, value
+    if origin is typing.Literal:
+        return any(value == a and type(value) is type(a) for a in args), value
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            value = [value]  # one value is a list of one
+        done = [conform(args[0] if args else object, v) for v in value]
+        return all(ok for ok, _ in done), origin(v for _, v in done)
+    if t in (None, type(None)):
+        return value is None, value
+    if t is float and type(value) is int:
+        return True, float(value)
+    return (type(value) is t) if t in (int, float, bool, str) else isinstance(value, t), value
+
+
+def parse(t, text):
+    """A command-line value: a Python literal where the annotation `t` admits one of that type, else the text itself."""
+    try:
+        value = {"true": True, "false": False}[text] if text in ("true", "false") else ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    if isinstance(value, str) and not conform(t, 0)[0]:
+        return text  # where no number could be meant, quotes are part of the text
+    return value if conform(t, value)[0] else text
+
+
+def describe(t):
+    args = typing.get_args(t)
+    if typing.get_origin(t) is typing.Literal:
+        return " or ".join(repr(a) for a in args)
+    if typing.get_origin(t) in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if typing.get_origin(t) in (list, tuple):
+        return f"a list of {describe(args[0])}"
+    return {type(None): "None", str: "text", bool: "True or False"}.get(t, getattr(t, "__name__", str(t)))
+
+
+def help_text(cls, positional=None):
+    """Every field with its default, its type and the comment beside it in the source."""
+    lines = [f"usage: {Path(sys.argv[0]).name} [{positional or 'config/NAME.py'} ...] [--key=value ...]", ""]
+    comments, titles = {}, {}
+    for c in reversed(cls.__mro__[:-1]):
+        title = None
+        for line in inspect.getsource(c).splitlines():
+            code, _, comment = line.partition("  # ")
+            if line.startswith("    # "):
+                title = line.strip("# ")
+            elif ":" in code and (name := code.split(":")[0].strip()).isidentifier():
+                comments[name], titles[name], title = comment, title, None
+    for f in dataclasses.fields(cls):
+        if titles.get(f.name):
+            lines += ["", titles[f.name]]
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        lines += [f"  --{f.name}={default!r}", f"        {describe(f.type)}. {comments.get(f.name, '')}"]
+    return "\n".join(lines)

@@ -1,0 +1,407 @@
+"""Training: `torchrun train.py config/textcls.py`, or `python train.py …`; 8 GPUs: `torchrun --nproc_per_node=8 train.py …`.
+
+The same command again continues an interrupted run: it ends in the same weights, bit for bit, as one that was not
+interrupted, because what happens in step i is a function of (seed, i) alone: the batch, its masks, and the generators,
+which are seeded anew at each step.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import netrc
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+from configurator import UserError, configure, run
+from data import DataConfig
+from model import (
+    CHECKPOINT_FORMAT,
+    ModelConfig,
+    WeightsError,
+    build_model,
+    load_checkpoint,
+    load_weights,
+    predict,
+    save_checkpoint,
+)
+
+
+@dataclass
+class Config(DataConfig):
+    # the run
+    out_dir: str = "out/{config}"  # checkpoints, metrics.jsonl, config.json; {config} is the config file's name
+    seed: int = 1  # of weights, batches, masks, dropout; report several
+    # model
+    model: Literal["transformer"] = "transformer"  # which of model.py's
+    n_layer: int = 2  # deeper for more data
+    n_head: int = 4  # d_model / n_head of 32-64 for small models, 64-128 for large ones
+    d_model: int = 128  # wider for more data
+    d_ff: int | None = None  # None: 4·d_model
+    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # swiglu has half as many weights again
+    qk_norm: bool = True  # bounds attention logits, so that higher learning rates stay stable
+    pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how a document's tokens become one vector
+    max_len: int = 512  # tokens of a document that are read; longer is slower, and better where late words matter
+    dropout: float = 0.0  # 0.1-0.3 for small data and many epochs
+    mask_prob: float = 0.0  # share of input tokens masked in training; 0.1-0.3 is a strong regulariser for small data
+    # optimisation
+    batch_size: int = 32  # documents per step, over all processes and micro-batches
+    micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when memory runs out
+    epochs: float = 10.0  # passes over train
+    max_steps: int | None = None  # stops (and ends the schedule) sooner than epochs
+    optimizer: Literal["adamw"] = "adamw"  # decoupled weight decay (Loshchilov & Hutter 2019)
+    learning_rate: float = 1e-3  # the peak; 1e-3 for small models from scratch, less for larger ones
+    min_lr: float = 0.0  # where the schedule ends
+    warmup_steps: int = 50  # linear from 0; more for large models or rates
+    schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "cosine"  # trapezoid: flat, then cooldown
+    cooldown: float = 0.4  # of trapezoid: share of the steps in which the rate falls linearly
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.99  # 0.95 for large batches
+    grad_clip: float = 1.0  # norm above which the gradient is scaled down; 0: never
+    label_smoothing: float = 0.0  # 0.1 where labels are noisy
+    patience: int | None = None  # stop after so many evaluations without a better one; None: never
+    # evaluation and logging
+    eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an epoch
+    log_interval: int = 10  # steps between lines
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged in, else offline
+    wandb_project: str = "textcls"
+    wandb_run_name: str | None = None  # None: out_dir's name
+    # machine
+    device: str = "auto"  # cuda, mps or cpu, in this order
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes it natively
+    compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster)
+    deterministic: bool = False  # True: bitwise repeatable on CUDA too, slower (on the CPU it always is)
+
+
+# settings that may differ between a run and its continuation
+FREE = {"overwrite", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval", "data_dir", "out_dir"}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "RTX 4090": 165e12}  # bf16 dense, data sheets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine
+
+
+class Machine:
+    """Where this process stands: rank of world, device, dtype. Joins the process group under torchrun."""
+
+    def __init__(self, cfg):
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        kind = cfg.device if cfg.device != "auto" else (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        try:
+            self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device={cfg.device} cannot be used here: {str(e).splitlines()[0]}") from None
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else \
+            kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native else torch.float32
+        self.compile = kind == "cuda" if cfg.compile == "auto" else cfg.compile
+        if self.world > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=self.device if kind == "cuda" else None)
+
+    def print(self, *args):
+        if self.rank == 0:
+            print(*args, flush=True)
+
+    def sum(self, values):
+        """A float64 tensor of `values`, added up over all processes."""
+        total = torch.tensor(values, dtype=torch.float64 if self.device.type != "mps" else torch.float32,
+                             device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def first(self, work):
+        """work() on rank 0 before the others: they find what it wrote."""
+        if self.world == 1:
+            return work()
+        if self.rank > 0:
+            dist.barrier()
+        done = work()
+        if self.rank == 0:
+            dist.barrier()
+        return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def optimizer_groups(model, cfg):
+    """Weight decay on matrices, none on the rest; every trainable parameter in exactly one group."""
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
+              {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0}]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in params.values())
+    return [g for g in groups if g["params"]]
+
+
+def learning_rate(cfg, step, total):
+    """The rate of step 0 ≤ step < total: linear warm-up to the peak, then the schedule down to min_lr."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
+    x = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)  # 0 → 1
+    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * x)), "linear": 1 - x, "constant": 1.0,
+            "trapezoid": min(1.0, (1 - x) / max(cfg.cooldown, 1e-9))}[cfg.schedule]
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * fall
+
+
+def loss_sum(logits, targets, cfg):
+    """Cross-entropy summed over the targets that are not -100: the caller divides by their number in the global batch."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum",
+                           label_smoothing=cfg.label_smoothing)
+
+
+def backward(model, micro_batches, cfg, machine):
+    """Adds the gradient of the mean loss over the whole global batch; returns (that loss, tokens of all processes).
+
+    DDP averages gradients over processes, so each scales its sum by world / (targets in the global batch)."""
+    n_local = sum(int((targets >= 0).sum()) for _, _, targets in micro_batches)
+    tokens = sum(int(cu[int((targets >= 0).sum())]) for _, cu, targets in micro_batches)
+    n, tokens = machine.sum([n_local, tokens]).tolist()
+    total = 0.0
+    for i, (inputs, cu_seqlens, targets) in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync(), \
+             torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
+            logits = model(*(t.to(machine.device, non_blocking=True) for t in (inputs, cu_seqlens)))
+            loss = loss_sum(logits, targets.to(machine.device, non_blocking=True), cfg) / n
+        (loss * machine.world).backward()
+        total += loss.detach()
+    return total, tokens
+
+
+def evaluate(model, split, cfg, machine):
+    """{"val_loss", "val_accuracy"} over the whole of a split, on all processes; touches no generator."""
+    batches = data.eval_batches(split.lengths, cfg.micro_batch_tokens, machine.rank, machine.world)
+    loss = correct = 0.0
+    loader = (split.__getitems__([b])[0] for b in batches)
+    for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype)):
+        targets = torch.from_numpy(split.labels[indices])
+        loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
+        correct += (logits.argmax(1) == targets).sum().item()
+    loss, correct = machine.sum([loss, correct]).tolist()
+    return {"val_loss": loss / len(split), "val_accuracy": correct / len(split)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def open_run(cfg, machine):
+    """Checks out_dir and returns the checkpoint to resume from, or None to begin. Nothing is written yet."""
+    out, config = Path(cfg.out_dir), dataclasses.asdict(cfg)
+    if cfg.overwrite or not (out / "config.json").exists():
+        return None
+    try:
+        there = json.loads((out / "config.json").read_text())
+    except ValueError:
+        raise UserError(f"{out}/config.json is damaged; start anew with --overwrite=True") from None
+    config = json.loads(json.dumps(config))
+    if differ := [k for k in config if k not in FREE and config[k] != there.get(k)]:
+        raise UserError(f"{out} holds a run with other settings ({differ[0]}={there.get(differ[0])!r} there, "
+                        f"{config[differ[0]]!r} here); choose another --out_dir=…, or replace it with --overwrite=True")
+    return load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
+
+
+def begin_run(cfg, checkpoint):
+    """Makes out_dir ready: empty of a former run's files, or cut back to the checkpoint's step."""
+    out = Path(cfg.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
+                (out / name).unlink(missing_ok=True)
+            write_json(out / "config.json", dataclasses.asdict(cfg))
+            open(out / "metrics.jsonl", "w").close()
+        else:
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= checkpoint["step"]]
+            (out / "metrics.jsonl").write_text("".join(x + "\n" for x in kept))
+    except OSError as e:
+        raise UserError(f"--out_dir={out} cannot be written to: {e.strerror}; choose another") from e
+
+
+def write_json(path, value):
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def start_wandb(cfg, run_id):
+    """A W&B run (None if disabled): online if the user is logged in, else offline; never a prompt."""
+    mode = cfg.wandb_mode
+    if mode == "auto":
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        try:
+            known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+        except (OSError, netrc.NetrcParseError):
+            known = None
+        mode = os.environ.get("WANDB_MODE") or ("online" if known or os.environ.get("WANDB_API_KEY") else "offline")
+    if mode == "disabled":
+        return None
+    import wandb
+    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or Path(cfg.out_dir).name, id=run_id,
+                      resume="allow" if mode == "online" else None, mode=mode, dir=cfg.out_dir,
+                      config=dataclasses.asdict(cfg), settings=wandb.Settings(silent=True, console="off"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def make_model(cfg, meta):
+    return build_model(ModelConfig(
+        vocab_size=meta["vocab_size"], n_classes=len(meta["label_names"]), max_len=cfg.max_len, n_layer=cfg.n_layer,
+        n_head=cfg.n_head, d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp, qk_norm=cfg.qk_norm,
+        pooling=cfg.pooling, dropout=cfg.dropout))
+
+
+def train(cfg):
+    started = time.time()
+    machine = Machine(cfg)
+    checkpoint = open_run(cfg, machine)
+    if checkpoint and checkpoint["finished"]:
+        machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint)}); "
+                      f"evaluate it with: python eval.py {cfg.out_dir}   (or train anew: --overwrite=True)")
+        return
+    if cfg.max_len > cfg.micro_batch_tokens:
+        raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold a document of max_len={cfg.max_len}")
+
+    # data
+    meta = machine.first(lambda: data.open_or_build(cfg))
+    train_set = data.PackedText(cfg, meta, "train", cfg.max_len, cfg.mask_prob, cfg.seed)
+    val_set = data.PackedText(cfg, meta, "val", cfg.max_len)
+    steps_per_epoch = -(-len(train_set) // cfg.batch_size)
+    total = max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
+    eval_interval = cfg.eval_interval or steps_per_epoch
+
+    # model and optimizer
+    torch.manual_seed(cfg.seed)
+    model = make_model(cfg, meta).to(machine.device)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                  fused=machine.device.type in ("cuda", "cpu"))
+    step, best, bad_evals, elapsed, run_id = 0, None, 0, 0.0, f"{Path(cfg.out_dir).name}-{int(started)}"
+    if checkpoint:
+        load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, best, bad_evals, elapsed, run_id = (checkpoint[k] for k in ("step", "best", "bad_evals", "elapsed", "run_id"))
+        machine.print(f"{cfg.out_dir}: continuing at step {step}")
+    if machine.rank == 0:
+        begin_run(cfg, checkpoint)
+    wandb_run = start_wandb(cfg, run_id) if machine.rank == 0 else None
+    trained = torch.compile(model) if machine.compile else model
+    if machine.world > 1:
+        trained = torch.nn.parallel.DistributedDataParallel(trained)
+    n_params = sum(p.numel() for p in model.parameters())
+    flops = model.flops_per_token(train_set.lengths.mean())
+    machine.print(
+        f"{cfg.model}: {n_params:,} parameters, {flops / 1e6:.1f} MFLOP/token; {machine.device}, {machine.dtype}, "
+        f"{machine.world} process(es); {len(train_set):,} examples / {cfg.batch_size} = {steps_per_epoch} steps per epoch, "
+        f"{total} in all; ready after {time.time() - started:.1f} s")
+
+    sampler = data.GlobalBatches(train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed, step, total,
+                                 machine.rank, machine.world, fixed_shapes=machine.compile)
+    loader = torch.utils.data.DataLoader(train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
+                                         num_workers=2 if machine.device.type == "cuda" else 0)
+
+    def log(record):
+        if machine.rank == 0:
+            with open(Path(cfg.out_dir) / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+            if wandb_run:
+                wandb_run.log(record, step=record["step"])
+
+    def save(name, finished=False, **more):
+        if machine.rank == 0:
+            save_checkpoint(Path(cfg.out_dir) / name, {
+                "format": CHECKPOINT_FORMAT, "model": model.state_dict(), "model_config": dataclasses.asdict(model.config),
+                "config": dataclasses.asdict(cfg), "label_names": meta["label_names"], "n_suffix": meta["n_suffix"],
+                "tokenizer": (Path(cfg.data_dir) / cfg.dataset / "tokenizer.json").read_text(), "step": step,
+                "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
+
+    # the loop; the clock stands still while evaluating
+    clock, tokens_seen, since = time.time(), 0, step
+    for micro_batches in loader:
+        torch.manual_seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)  # dropout: a function of (seed, step)
+        lr = learning_rate(cfg, step, total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        loss, tokens = backward(trained, micro_batches, cfg, machine)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if not norm.isfinite():
+            raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
+                            f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} has the last good state")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        tokens_seen += tokens
+
+        if step % cfg.log_interval == 0 or step == total:
+            loss = machine.sum([float(loss)]).item()
+            now = time.time()
+            elapsed, rate = elapsed + now - clock, tokens_seen / (now - clock)
+            record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr, "grad_norm": norm.item(),
+                      "tokens_per_s": rate, "examples_per_s": (step - since) * cfg.batch_size / (now - clock),
+                      "elapsed_s": elapsed}
+            if peak := next((v for k, v in PEAK_FLOPS.items() if machine.device.type == "cuda"
+                             and k in torch.cuda.get_device_name()), None):
+                record["mfu"] = flops * rate / peak / machine.world
+            log(record)
+            eta = (total - step) * (now - clock) / (step - since)
+            machine.print(f"step {step}/{total}  epoch {record['epoch']:.2f}  loss {loss:.4f}  lr {lr:.2e}  "
+                          f"grad {norm:.2f}  {rate:,.0f} tok/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")
+            clock, tokens_seen, since = now, 0, step
+
+        if step % eval_interval == 0 or step == total:
+            paused = time.time()
+            result = {"step": step, **evaluate(model, val_set, cfg, machine)}
+            log(result)
+            score = [result["val_accuracy"], -result["val_loss"]]  # ties go to the lower loss
+            improved = best is None or score > [best["val_accuracy"], -best["val_loss"]]
+            best, bad_evals = (result, 0) if improved else (best, bad_evals + 1)
+            machine.print(f"      val loss {result['val_loss']:.4f}  accuracy {result['val_accuracy']:.2%}"
+                          + ("  (best so far)" if improved else ""))
+            if improved:
+                save("best.pt")
+            stop = step == total or cfg.patience is not None and bad_evals >= cfg.patience
+            save("last.pt", stop, optimizer=optimizer.state_dict(), bad_evals=bad_evals, elapsed=elapsed, run_id=run_id)
+            clock += time.time() - paused
+            if stop:
+                break
+
+    if wandb_run:
+        wandb_run.summary.update({f"best_{k}": v for k, v in best.items()})
+        folder, offline = wandb_run.settings.sync_dir, wandb_run.offline
+        wandb_run.finish()
+        if offline:
+            machine.print(f"W&B run kept offline; upload it with: wandb sync {os.path.relpath(folder)}")
+    if machine.world > 1:
+        dist.destroy_process_group()
+    machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}")
+
+
+def summary(checkpoint):
+    best = checkpoint["best"]
+    return f"best val accuracy {best['val_accuracy']:.2%}, loss {best['val_loss']:.4f}, at step {best['step']}"
+
+
+if __name__ == "__main__":
+    run(lambda: train(configure(Config)), WeightsError)
