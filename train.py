@@ -165,7 +165,7 @@ def learning_rate(cfg, step, total):
 
 def loss_sum(logits, targets, cfg):
     """Cross-entropy summed over the targets that are not -100: the caller divides by their number in the global batch."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum",
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum",
                            label_smoothing=cfg.label_smoothing)
 
 
@@ -192,11 +192,13 @@ def evaluate(model, split, cfg, machine):
     """{"val_loss", "val_accuracy"} over the whole of a split, on all processes; touches no generator."""
     batches = data.eval_batches(split.lengths, cfg.micro_batch_tokens, machine.rank, machine.world)
     loss = correct = 0.0
+    model.eval()
     loader = (split.__getitems__([b])[0] for b in batches)
     for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype)):
         targets = torch.from_numpy(split.labels[indices])
         loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
         correct += (logits.argmax(1) == targets).sum().item()
+    model.train()
     loss, correct = machine.sum([loss, correct]).tolist()
     return {"val_loss": loss / len(split), "val_accuracy": correct / len(split)}
 
@@ -268,6 +270,8 @@ def start_wandb(cfg, run_id):
 
 
 def make_model(cfg, meta):
+    if cfg.d_model % (2 * cfg.n_head):
+        raise UserError(f"--d_model={cfg.d_model} does not split into n_head={cfg.n_head} heads of even width")
     return build_model(ModelConfig(
         vocab_size=meta["vocab_size"], n_classes=len(meta["label_names"]), max_len=cfg.max_len, n_layer=cfg.n_layer,
         n_head=cfg.n_head, d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp, qk_norm=cfg.qk_norm,
@@ -348,7 +352,7 @@ def train(cfg):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if not norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
-                            f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} has the last good state")
+                            f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} is as it was before")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1

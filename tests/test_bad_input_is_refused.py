@@ -1,0 +1,192 @@
+"""Bad input gets one sentence that names the place and the way out, a non-zero exit, and changes nothing on disk."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import eval as eval_script
+import train
+from configurator import UserError
+from model import WeightsError, load_checkpoint, save_checkpoint
+from tests.conftest import ROOT, script
+
+GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in range(40))
+
+
+@pytest.mark.parametrize("train_csv, says, settings", [
+    ("", "holds no examples", {}),
+    ("label,text\n", "holds no examples", {}),
+    (GOOD.replace("text\n", "body\n", 1), r"no column 'text'.*'body'.*--text_column", {}),
+    (GOOD, r"no column 5", dict(text_column=5, label_column=0)),
+    (GOOD + "a,   \n", r"train.csv, line 42: the text is empty.*drop_bad_rows", {}),
+    (GOOD + ",text\n", r"line 42: the label is empty", {}),
+    (GOOD + "a\n" + GOOD, r"line 42: 1 fields where 2 are needed", {}),
+    (GOOD.replace("b,", "a,"), "every example has the label 'a'", {}),
+    (GOOD.encode() + b"a,caf\xe9\n", r"line 42: not valid utf-8 \(byte 0xe9.*--encoding", {}),
+    (GOOD + 'a,"never closed\n' + GOOD, r"line 83: .*quote", {}),
+    (GOOD, "no encoding 'klingon'", dict(encoding="klingon")),
+    ("label,text\na,x\nb,y\na,z\n", "too few examples: val would be empty", {}),
+    (GOOD, "at least 258", dict(vocab_size=100)),
+    (GOOD, "no such file", dict(tokenizer="nowhere.json")),
+    (GOOD, "no such file", dict(train_file="nowhere.csv")),
+    (GOOD, "'.csv, .tsv and .jsonl can be read|of files, .csv", dict(train_file=__file__)),
+    (GOOD, "is built in|built-in", dict(dataset="bbc")),
+    (GOOD, "needs --train_file", dict(train_file=None)),
+])
+def test_sources(tmp_path, train_csv, says, settings):
+    (tmp_path / "train.csv").write_bytes(train_csv if isinstance(train_csv, bytes) else train_csv.encode())
+    cfg = train.Config(**dict(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "train.csv"),
+                              vocab_size=300) | settings)
+    with pytest.raises(UserError, match=says):
+        data.open_or_build(cfg)
+    assert not os.path.exists(tmp_path / "data") or not os.listdir(tmp_path / "data")
+
+
+def test_bad_rows_can_be_left_out(tmp_path):
+    (tmp_path / "train.csv").write_text(GOOD + "a,  \nb\n,x\n")
+    cfg = train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "train.csv"),
+                       vocab_size=300, drop_bad_rows=True)
+    meta = data.build(cfg)
+    assert meta["removed"]["bad_rows"] == 3 and sum(s["examples"] for s in meta["splits"].values()) == 40
+
+
+@pytest.mark.parametrize("line", ['{"text": "x"}', '["text", "label"]', '{"text": "x", "lab', "5"])
+def test_json_lines(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n' + line + "\n")
+    with pytest.raises(UserError, match="a.jsonl, line 2: (not a JSON object|there is no key 'label')"):
+        data.build(train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.jsonl")))
+
+
+def test_label_of_test_that_train_lacks(tmp_path):
+    (tmp_path / "train.csv").write_text(GOOD)
+    (tmp_path / "test.csv").write_text("label,text\na,x\nc,y\n")
+    with pytest.raises(UserError, match="test.csv, line 3: label 'c' does not occur in .*train.csv"):
+        data.build(train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "train.csv"),
+                                test_file=str(tmp_path / "test.csv")))
+
+
+def test_damaged_data_sets(toy_config, toy):
+    data.build(toy_config)
+    folder = f"{toy['data_dir']}/toy"
+    for name in ("train.bin", "train.idx", "val.lbl", "val.bin"):
+        path = f"{folder}/{name}"
+        whole = open(path, "rb").read()
+        for damaged in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+            os.remove(path) if damaged is None else open(path, "wb").write(damaged)
+            with pytest.raises(UserError, match=f"{name} is missing, truncated or altered.*data.py.*--overwrite=True"):
+                train.train(toy_config)
+            open(path, "wb").write(whole)
+    meta = open(f"{folder}/meta.json").read()
+    for text in (None, meta[:-20], meta.replace('"format": 1', '"format": 9')):
+        os.remove(f"{folder}/meta.json") if text is None else open(f"{folder}/meta.json", "w").write(text)
+        with pytest.raises(UserError, match="(not a whole data set|has format 9).*python data.py --dataset=toy"):
+            train.train(toy_config)
+    assert not os.path.exists(toy["out_dir"])
+    open(f"{folder}/meta.json", "w").write(meta)
+    with pytest.raises(UserError, match="built with vocab_size=300, not 350; name another"):
+        train.train(train.Config(**toy | dict(vocab_size=350)))
+    with open(toy["train_file"], "a") as f:
+        f.write("tech,one more row\n")
+    os.utime(toy["train_file"], (2**31, 2**31))
+    with pytest.raises(UserError, match="toy.csv has changed since"):
+        train.train(toy_config)
+
+
+def test_a_build_that_is_killed_leaves_no_data_set(toy_config, toy):
+    killed = f"import os, data, train; data.Writer.close = lambda *a: os._exit(9); data.build(train.Config(**{toy}))"
+    done = subprocess.run([sys.executable, "-c", killed], cwd=ROOT)
+    assert done.returncode == 9 and data.open_meta(toy_config) is None
+    (unfinished,) = os.listdir(toy["data_dir"])
+    assert "building" in unfinished and not os.path.exists(f"{toy['data_dir']}/{unfinished}/meta.json")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo gotcha > gotcha",)
+
+
+def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.train(toy_config)
+    best = f"{toy['out_dir']}/best.pt"
+    whole, good = open(best, "rb").read(), load_checkpoint(best)
+
+    def refused(says, **changes):
+        save_checkpoint("x.pt", good | changes) if changes else None
+        with pytest.raises((UserError, WeightsError), match=says):
+            eval_script.evaluate(eval_script.Classifier("x.pt"), "test")
+    for cut in (0, 100, len(whole) // 2, len(whole) - 1):
+        open("x.pt", "wb").write(whole[:cut])
+        refused("x.pt: (truncated|refused)")
+    torch.save({"format": 1, "model": Evil()}, "x.pt")
+    refused("x.pt: refused")
+    pickle.dump(Evil(), open("x.pt", "wb"))
+    refused("x.pt: refused")
+    assert not os.path.exists("gotcha")
+    open("x.pt", "w").write("hello")
+    refused("x.pt")
+    refused("format", format=99)
+    refused("trained on other data.*labels are", label_names=["x", "y", "z"])
+    refused("tokenizer differs", tokenizer=good["tokenizer"].replace("[MASK]", "[MUSK]"))
+    w = good["model"]
+    refused("head.weight is missing", model={k: v for k, v in w.items() if k != "head.weight"})
+    refused("extra is left over", model=w | {"extra": torch.zeros(1)})
+    refused(r"head.weight is \(2, 32\), not \(3, 32\)", model=w | {"head.weight": torch.zeros(2, 32)})
+    refused("norm.weight is not finite", model=w | {"norm.weight": torch.full((32,), torch.nan)})
+    with pytest.raises(WeightsError, match="no such checkpoint"):
+        eval_script.Classifier("nowhere")
+    os.rename(toy["data_dir"], toy["data_dir"] + "-moved")
+    with pytest.raises(UserError, match="data set is not there; give its --data_dir.*python data.py"):
+        eval_script.evaluate(eval_script.Classifier(best), "test")
+    assert eval_script.Classifier(best)(["goal"])[0]["label"] in good["label_names"]  # predicting needs no data set
+    r = eval_script.evaluate(eval_script.Classifier(best), "test", toy["data_dir"] + "-moved")
+    assert r["n"] == 12
+
+
+def test_runs(toy, tmp_path):
+    (tmp_path / "file").write_text("")
+    for changes, says in ((dict(out_dir=str(tmp_path / "file/out")), "out_dir=.*cannot be written to"),
+                          (dict(data_dir=str(tmp_path / "file/data")), "data_dir=.*cannot be written to"),
+                          (dict(d_model=33), "d_model=33 does not split"),
+                          (dict(micro_batch_tokens=8), "must hold a document"),
+                          (dict(device="cuda" if not torch.cuda.is_available() else "xpu"), "cannot be used here"),
+                          (dict(mask_prob=0.1, tokenizer=str(tmp_path / "t.json")), "mask_prob needs a tokenizer")):
+        if "mask_prob" in changes:
+            from tokenizers import Tokenizer, models
+            Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "t.json"))
+            changes["dataset"] = "other"
+        with pytest.raises(UserError, match=says):
+            train.train(train.Config(**toy | changes))
+    assert not os.path.exists(toy["out_dir"])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(toy, monkeypatch):
+    cfg = train.Config(**toy | dict(eval_interval=2))
+    real = train.backward
+
+    def explode(model, *args):
+        result = real(model, *args)
+        model.head.weight.grad *= torch.inf if len(open(f"{toy['out_dir']}/metrics.jsonl").readlines()) > 4 else 1
+        return result
+    monkeypatch.setattr(train, "backward", explode)
+    with pytest.raises(UserError, match="gradient of step 4 is not finite: lower --learning_rate"):
+        train.train(cfg)
+    last = load_checkpoint(f"{toy['out_dir']}/last.pt")
+    assert last["step"] == 4 and all(v.isfinite().all() for v in last["model"].values())
+
+
+def test_a_script_says_it_in_one_line(tmp_path, toy):
+    open(toy["train_file"], "a").write("sport,\n")
+    done = script("train.py", **toy)
+    (line,) = [x for x in done.stderr.splitlines() if not x.startswith("settings:")]
+    assert done.returncode == 2 and line.startswith("train.py: error: ") and "toy.csv, line 122: the text is empty" in line
+    for name, args in (("train.py", ["--learning_rat=1"]), ("eval.py", [str(tmp_path)]), ("eval.py", []),
+                       ("data.py", ["nowhere.py"]), ("train.py", ["config/textcls.py=3"])):
+        done = script(name, *args)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    assert json.dumps(os.listdir(tmp_path)) == '["toy.csv"]' or set(os.listdir(tmp_path)) <= {"toy.csv", "data"}

@@ -1,0 +1,64 @@
+"""The gradient of a global batch is the same as one batch, as accumulated micro-batches, and over several processes."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import train
+from tests.conftest import script
+from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
+
+
+@pytest.fixture
+def machine(toy_config):
+    return train.Machine(toy_config)
+
+
+def gradients(model, micro_batches, machine, **cfg):
+    model.zero_grad()
+    loss, tokens = train.backward(model, micro_batches, SimpleNamespace(label_smoothing=0.1, **cfg), machine)
+    return loss, tokens, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def test_four_micro_batches_equal_one_batch(machine):
+    documents, labels = random_documents(), torch.arange(len(LENGTHS)).numpy() % 4
+    model = random_model().double()
+    one = gradients(model, [data.pack(documents, labels)], machine)
+    runs = [[0, 1], [2], [3, 4, 5, 6, 7, 8], [9, 10]]
+    four = gradients(model, [data.pack([documents[i] for i in r], labels[r]) for r in runs], machine)
+    fixed = gradients(model, [data.pack([documents[i] for i in r], labels[r], (512, 20, 64)) for r in runs], machine)
+    for loss, tokens, grads in (four, fixed):
+        assert abs(loss - one[0]) < 1e-6 * abs(one[0]) and tokens == one[1] == sum(LENGTHS)
+        for name, g in one[2].items():
+            assert g.norm() > 0
+            assert (grads[name] - g).norm() <= 1e-6 * g.norm(), name  # in float64, so that only the mathematics counts
+
+
+def test_the_loss_is_the_mean_over_the_global_batch(machine):
+    documents, labels = random_documents(), torch.arange(len(LENGTHS)) % 4
+    model = random_model()
+    logits = model(*data.pack(documents, labels.numpy())[:2])
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    loss, _, _ = gradients(model, [data.pack([d], [y]) for d, y in zip(documents, labels)], machine)
+    assert abs(loss - expected) < 1e-6
+
+
+def losses(folder):
+    records = [json.loads(x) for x in open(f"{folder}/metrics.jsonl")]
+    return torch.tensor([[r["loss"], r["grad_norm"]] for r in records if "loss" in r]), \
+        torch.tensor([[r["val_loss"], r["val_accuracy"]] for r in records if "val_loss" in r])
+
+
+def test_two_processes_and_accumulation_give_the_losses_of_one(toy):
+    # 97 train examples / 16: the last batch of an epoch has one document, so that one of two processes has none
+    toy |= dict(val_fraction=0.1, test_fraction=0.09)
+    expected = train.train(train.Config(**toy)) or losses(toy["out_dir"])
+    assert len(expected[0]) == 14
+    for name, torchrun, tokens in (("two", 2, 16384), ("accumulated", 0, 64), ("both", 2, 64)):
+        settings = toy | dict(out_dir=f"{toy['out_dir']}-{name}", micro_batch_tokens=tokens)
+        done = script("train.py", torchrun=torchrun, **settings)
+        assert done.returncode == 0, done.stderr
+        for got, want in zip(losses(f"{toy['out_dir']}-{name}"), expected):
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

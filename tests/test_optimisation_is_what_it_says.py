@@ -1,0 +1,45 @@
+"""Schedules are their formulas; every parameter is optimised once, with decay on matrices only."""
+import math
+
+import pytest
+import torch
+
+import train
+from tests.test_packed_equals_one_at_a_time import random_model
+
+
+@pytest.mark.parametrize("schedule, formula", [
+    ("cosine", lambda x: 0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2), ("linear", lambda x: 0.1 + 0.9 * (1 - x)),
+    ("trapezoid", lambda x: 1.0 if x < 0.75 else 0.1 + 0.9 * (1 - x) / 0.25), ("constant", lambda x: 1.0)])
+def test_learning_rate_at_every_step(schedule, formula):
+    cfg = train.Config(learning_rate=1.0, min_lr=0.1, warmup_steps=20, schedule=schedule, cooldown=0.25)
+    for step in range(100):
+        expected = (step + 1) / 21 if step < 20 else formula((step - 20) / 80)
+        assert train.learning_rate(cfg, step, 100) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_rates_of_a_run_are_the_schedules(toy, tmp_path):
+    from tests.test_evaluating_changes_nothing import records
+    cfg = train.Config(**toy)
+    train.train(cfg)
+    rates = [r["lr"] for r in records(toy["out_dir"]) if "lr" in r]
+    assert rates == [train.learning_rate(cfg, s, len(rates)) for s in range(len(rates))] and len(rates) == 12
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = random_model(n_layer=2, mlp="swiglu")
+    model.blocks[0].norm1.weight.requires_grad = False
+    groups = train.optimizer_groups(model, train.Config(weight_decay=0.3))
+    ids = [id(p) for g in groups for p in g["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
+    for g in groups:
+        assert {p.ndim >= 2 for p in g["params"]} == {g["weight_decay"] == 0.3}
+
+
+def test_label_smoothing_and_ignored_targets():
+    logits, targets = torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 1])
+    cfg = train.Config(label_smoothing=0.2)
+    keep = targets >= 0
+    q = torch.nn.functional.one_hot(targets[keep], 3) * 0.8 + 0.2 / 3
+    expected = -(q * logits[keep].log_softmax(1)).sum()
+    assert train.loss_sum(logits, targets, cfg).item() == pytest.approx(expected.item(), rel=1e-6)

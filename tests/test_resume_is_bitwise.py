@@ -1,0 +1,70 @@
+"""A run that is killed and started again ends as one that was not, bit for bit."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from configurator import UserError
+from model import load_checkpoint
+from tests.conftest import ROOT, script
+from tests.test_evaluating_changes_nothing import records
+
+
+def state(folder):
+    last, best = load_checkpoint(f"{folder}/last.pt"), load_checkpoint(f"{folder}/best.pt")
+    moments = [v for s in last["optimizer"]["state"].values() for v in s.values()]
+    return [*last["model"].values(), *moments, *best["model"].values()], last["best"], \
+        [[r.get(k) for k in ("step", "loss", "lr", "grad_norm", "val_loss", "val_accuracy")] for r in records(folder)]
+
+
+def assert_same(a, b):
+    assert all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and a[1:] == b[1:]
+
+
+def test_killed_and_continued_equals_uninterrupted(toy):
+    toy |= dict(dropout=0.2, mask_prob=0.2, eval_interval=5, epochs=40.0)  # 240 steps
+    args = [f"--{k}={v}" for k, v in toy.items()]
+    running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stdout=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics = f"{toy['out_dir']}/metrics.jsonl"
+    while running.poll() is None and not (os.path.exists(metrics) and open(metrics).read().count("val_loss") >= 3):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    stopped_at = load_checkpoint(f"{toy['out_dir']}/last.pt")
+    assert 10 <= stopped_at["step"] < 240 and not stopped_at["finished"]
+    with open(metrics, "a") as f:
+        f.write('{"step": 9')  # as a kill in the middle of a write leaves it
+    for out in (toy["out_dir"], toy["out_dir"] + "-whole"):
+        done = script("train.py", **toy | dict(out_dir=out))
+        assert done.returncode == 0, done.stderr
+        assert ("continuing at step" in done.stdout) == (out == toy["out_dir"])
+    assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
+
+    again = script("train.py", **toy)  # finished: says so, and changes nothing
+    assert again.returncode == 0 and "finished" in again.stdout and "eval.py" in again.stdout
+
+
+def test_two_runs_are_bitwise_identical(toy):
+    states = []
+    for out in ("a", "b"):
+        train.train(train.Config(**toy | dict(out_dir=f"{toy['out_dir']}-{out}", dropout=0.2)))
+        states.append(state(f"{toy['out_dir']}-{out}"))
+    assert_same(*states)
+
+
+def test_another_config_in_the_same_folder_is_refused_and_harmless(toy):
+    train.train(train.Config(**toy))
+    before = {f: open(f"{toy['out_dir']}/{f}", "rb").read() for f in os.listdir(toy["out_dir"])}
+    with pytest.raises(UserError, match="learning_rate=0.003 there, 0.5 here.*--out_dir"):
+        train.train(train.Config(**toy | dict(learning_rate=0.5)))
+    assert before == {f: open(f"{toy['out_dir']}/{f}", "rb").read() for f in os.listdir(toy["out_dir"])}
+    train.train(train.Config(**toy | dict(learning_rate=0.01, overwrite=True)))
+    assert load_checkpoint(f"{toy['out_dir']}/best.pt")["config"]["learning_rate"] == 0.01
+    shutil.rmtree(toy["out_dir"])
