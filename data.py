@@ -158,20 +158,21 @@ def download(url, to):
 
 
 def rows(source, cfg, digest=None):
-    """Yields (where, text, label) of every row of a source; `digest` is updated with every byte read."""
-    found = members(source, cfg.data_dir)
-    for name, opener in tqdm(found, desc=Path(found[0][0]).name, disable=len(found) < 2, leave=False):
+    """Yields (where, text, label) of every row of a source, cleaned; `digest` is updated with every byte read."""
+    for name, opener in members(source, cfg.data_dir):
         kind = Path(name.removesuffix(".gz")).suffix
         if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
             raise UserError(f"{name}: of files, .csv, .tsv and .jsonl can be read (each also .gz)")
         with opener() as raw:
             lines = decoded(gzip.open(raw) if name.endswith(".gz") else raw, name, cfg.encoding, digest)
             if kind == ".txt":
-                yield name, "".join(line for _, line in lines), Path(name).parent.name
+                found_rows = [(name, "".join(line for _, line in lines), Path(name).parent.name)]
             elif kind == ".jsonl":
-                yield from json_rows(name, lines, cfg)
+                found_rows = json_rows(name, lines, cfg)
             else:
-                yield from table_rows(name, lines, cfg, "\t" if kind == ".tsv" else ",")
+                found_rows = table_rows(name, lines, cfg, "\t" if kind == ".tsv" else ",")
+            for where, text, label in found_rows:
+                yield where, clean(text), label.strip()
 
 
 def decoded(raw, name, encoding, digest):
@@ -199,59 +200,54 @@ def table_rows(name, lines, cfg, delimiter):
     csv.field_size_limit(2**31 - 1)
     table = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True,
                        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
-    columns = [*(cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]), cfg.label_column]
+    columns, at = column_list(cfg), None
     header = any(isinstance(c, str) for c in columns) if cfg.header is None else cfg.header
-    names = first = None
     try:
-        for row in table:
-            if not row:
-                continue  # an empty line
-            if first is None:
-                first = row
-                if header:
-                    names = row
-                for c in columns:
-                    if (c not in row if isinstance(c, str) else not 0 <= c < len(row)) or isinstance(c, str) > header:
-                        raise UserError(f"{name}: there is no column {c!r} in its first row, {[f[:40] for f in row]}; give "
-                                        "--text_column and --label_column by name, or by number from 0 without a header")
-                at = [names.index(c) if isinstance(c, str) else c for c in columns]
+        for row in filter(None, table):  # not empty lines
+            if at is None:
+                at = [row.index(c) if header and c in row else c for c in columns]
+                if bad := [c for c in at if isinstance(c, str) or not 0 <= c < len(row)]:
+                    raise UserError(f"{name}: there is no column {bad[0]!r} in its first row, {[f[:40] for f in row]}; give "
+                                    "--text_column and --label_column by name, or by number from 0 without a header")
                 if header:
                     continue
-            if len(row) <= max(at):
-                if not cfg.drop_bad_rows:
-                    raise UserError(f"{name}, line {table.line_num}: {len(row)} fields where {max(at) + 1} are needed; "
-                                    "mend the row, or leave such rows out with --drop_bad_rows=True")
-                row = row + [""] * (max(at) + 1 - len(row))
+            if len(row) <= max(at) and not cfg.drop_bad_rows:
+                raise UserError(f"{name}, line {table.line_num}: {len(row)} fields where {max(at) + 1} are needed; "
+                                "mend the row, or leave such rows out with --drop_bad_rows=True")
+            row += [""] * (max(at) + 1 - len(row))
             yield f"{name}, line {table.line_num}", "\n".join(row[i] for i in at[:-1]), row[at[-1]]
     except csv.Error as e:
         raise UserError(f"{name}, line {table.line_num}: {e} (is a quote left open?)") from e
 
 
 def json_rows(name, lines, cfg):
-    columns = [*(cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]), cfg.label_column]
+    columns = column_list(cfg)
     for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = dict(json.loads(line))
+        if line.strip():
+            try:
+                row = dict(json.loads(line))
+            except (ValueError, TypeError):
+                raise UserError(f"{name}, line {number}: not a JSON object") from None
             if missing := [c for c in columns if c not in row]:
                 raise UserError(f"{name}, line {number}: there is no key {missing[0]!r} among {list(row)}; "
                                 "give --text_column and --label_column")
-        except UserError:
-            raise
-        except (ValueError, TypeError):
-            raise UserError(f"{name}, line {number}: not a JSON object") from None
-        yield f"{name}, line {number}", "\n".join(str(row[c]) for c in columns[:-1]), str(row[columns[-1]])
+            yield f"{name}, line {number}", "\n".join(str(row[c]) for c in columns[:-1]), str(row[columns[-1]])
+
+
+def column_list(cfg):
+    return [*(cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]), cfg.label_column]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Building: clean → remove duplicates → split → tokenize → write
 
 
+CONTROL = dict.fromkeys([*range(32), 127]) | {9: "\t", 10: "\n"}
+
+
 def clean(text):
     """NFC, \\n line ends, no control characters, no blanks at the ends."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return "".join(c for c in text if c >= " " and c != "\x7f" or c in "\n\t").strip()
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(CONTROL).strip()
 
 
 def fingerprint(text):
@@ -275,13 +271,8 @@ def build(cfg):
         raise UserError(f"--data_dir={cfg.data_dir}: cannot be written to: {e.strerror}") from e
     try:
         meta = build_into(work, cfg)
-        if folder.exists():
-            aside = work.with_name(work.name + "-old")
-            os.rename(folder, aside)
-            os.rename(work, folder)
-            shutil.rmtree(aside)
-        else:
-            os.rename(work, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return meta
@@ -293,11 +284,10 @@ def build_into(work, cfg):
     print(f"building {cfg.data_dir}/{cfg.dataset} from {files['train']}", flush=True)
 
     # 1. read, clean, fingerprint
-    prints, labels, digests, removed, label_ids = {}, {}, {}, dict.fromkeys(("bad_rows",), 0), {}
+    prints, labels, digests, removed, label_ids = {}, {}, {}, {"bad_rows": 0}, {}
     for split, file in files.items():
         p, y, digest = array("Q"), array("q"), hashlib.sha256()
-        for where, text, label in rows(file, source, digest):
-            text, label = clean(text), label.strip()
+        for where, text, label in tqdm(rows(file, source, digest), desc=f"reading {split}", unit=" texts"):
             if not text or not label:
                 if not cfg.drop_bad_rows:
                     raise UserError(f"{where}: the {'label' if text else 'text'} is empty; mend the row, or leave such "
@@ -345,7 +335,6 @@ def build_into(work, cfg):
         """(text, label, split it goes to) of the rows that stay."""
         where_to = iter(place[file_split])
         for _, text, label in rows(files[file_split], source):
-            text, label = clean(text), label.strip()
             if text and label and (to := next(where_to)) >= 0:
                 yield text, names.index(label), SPLITS[to]
 
