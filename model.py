@@ -11,6 +11,7 @@ the first loss is log(n_classes) exactly.
 A batch is packed: one row of T tokens, `cu_seqlens` marking where each document starts. Everything but attention works
 on (T, D), so nothing is ever computed for padding; only attention knows about documents.
 """
+import functools
 import math
 import os
 import pickle
@@ -47,46 +48,37 @@ class Layout:
     """
 
     def __init__(self, cu_seqlens, T, max_len):
-        device = cu_seqlens.device
-        self.cu_seqlens, self.max_len = cu_seqlens, max_len
-        self.lengths = cu_seqlens.diff()
-        token = torch.arange(T, device=device)
+        self.cu_seqlens, self.max_len, self.lengths = cu_seqlens, max_len, cu_seqlens.diff()
+        token = torch.arange(T, device=cu_seqlens.device)
         self.doc = torch.bucketize(token, cu_seqlens[1:], right=True)
         self.position = token - cu_seqlens[self.doc]
-        self._groups = None
 
-    @property
-    def groups(self):
-        """For attention without a varlen kernel: documents of like length, padded together.
+    @functools.cached_property
+    def blocks(self):
+        """For attention without a varlen kernel: documents of like length, padded to a (b, L) block of tokens.
 
-        [(index, mask, b, L)]: tokens `index` (b·L) form a (b, L) block; `mask` (b, 1, 1, L) is False at padding; both are
-        None where all b documents are of length L and stand together. `self.restore` (T,) is the way back."""
-        if self._groups is None:
-            start, lengths = self.cu_seqlens[:-1].tolist(), self.lengths.tolist()
-            order = sorted((d for d in range(len(lengths)) if lengths[d]), key=lambda d: -lengths[d])
-            runs, waste = [], MAX_WASTE
-            for d in order:  # a new block when padding to the longest of this one would waste too much
-                waste += lengths[runs[-1][0]] - lengths[d] if runs else 0
-                if waste >= MAX_WASTE:
-                    runs.append([])
-                    waste = 0
-                runs[-1].append(d)
-            self._groups, kept = [], []
-            for run in runs:
-                b, L = len(run), lengths[run[0]]
-                at = torch.tensor([start[d] for d in run])[:, None] + torch.arange(L)  # (b, L)
-                mask = torch.arange(L) < torch.tensor([lengths[d] for d in run])[:, None]
-                kept.append(at[mask])
-                whole = bool(mask.all())
-                together = whole and bool((at.flatten() == torch.arange(at[0, 0], at[0, 0] + b * L)).all())
-                move = lambda t: t.to(self.doc.device)  # noqa: E731
-                self._groups.append((slice(int(at[0, 0]), int(at[0, 0]) + b * L) if together
-                                     else move(at.where(mask, at[:, :1]).flatten()),
-                                     None if whole else move(mask[:, None, None, :]),
-                                     None if whole else move(mask.flatten().nonzero().flatten()), b, L))
-            kept = torch.cat(kept)
-            self.restore = None if (kept == torch.arange(len(kept))).all() else move(kept.argsort())
-        return self._groups
+        ([(index, mask, b, L), ...], restore): `index` (b·L,) are the block's tokens, `mask` (b, L) is False at padding
+        (None: there is none). The blocks' unpadded outputs, end to end, are put in order by `restore` (T,) (None: are)."""
+        start, lengths = self.cu_seqlens[:-1].tolist(), self.lengths.tolist()
+        runs, waste = [], MAX_WASTE
+        for d in sorted((d for d, n in enumerate(lengths) if n), key=lambda d: -lengths[d]):
+            waste += lengths[runs[-1][0]] - lengths[d] if runs else 0  # of padding to the longest of this block
+            if waste >= MAX_WASTE:
+                runs.append([])
+                waste = 0
+            runs[-1].append(d)
+        blocks, order = [], []
+        for run in runs:
+            b, L = len(run), lengths[run[0]]
+            mask = torch.arange(L) < torch.tensor([lengths[d] for d in run])[:, None]
+            index = (torch.tensor([start[d] for d in run])[:, None] + torch.arange(L)).where(mask, 0)  # (b, L)
+            order.append(index[mask])
+            first, whole = int(index[0, 0]), bool(mask.all())
+            together = whole and index[-1, -1] - first == b * L - 1  # then a view will do
+            blocks.append((slice(first, first + b * L) if together else index.flatten().to(self.doc.device),
+                           None if whole else mask.to(self.doc.device), b, L))
+        order = torch.cat(order)
+        return blocks, None if (order.diff() == 1).all() else order.argsort().to(self.doc.device)
 
 
 MAX_WASTE = 512  # padded tokens that one more call of the attention kernel is worth (measured on 2 CPU cores)
@@ -104,17 +96,16 @@ def attend(q, k, v, layout, causal):
         return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
                            window_size=(-1, 0) if causal else (-1, -1))
     dtype, (_, H, d) = q.dtype, q.shape
+    blocks, restore = layout.blocks
     out = []
-    for index, mask, valid, b, L in layout.groups:
-        # CPU: bf16 attention's backward is many times slower than fp32's
+    for index, mask, b, L in blocks:  # in float32: on CPUs, bf16 attention's backward is many times slower
         block = [full(x[index]).view(b, L, H, d).transpose(1, 2) for x in (q, k, v)]  # (b, H, L, d)
-        if causal and mask is not None:  # padding stands after every token that counts: causality hides it
-            mask = None
-        y = F.scaled_dot_product_attention(*block, attn_mask=mask, is_causal=causal)
-        y = y.transpose(1, 2).reshape(b * L, H, d)
-        out.append(y if valid is None else y[valid])
+        # under causality padding needs no mask: it stands after every token that counts
+        y = F.scaled_dot_product_attention(*block, attn_mask=None if mask is None or causal else mask[:, None, None],
+                                           is_causal=causal).transpose(1, 2)
+        out.append(y.reshape(b * L, H, d) if mask is None else y[mask])
     out = torch.cat(out).to(dtype)
-    return out if layout.restore is None else out[layout.restore]
+    return out if restore is None else out[restore]
 
 
 def rotate(x, cos, sin):
