@@ -502,7 +502,7 @@ def open_or_build(cfg):
 class PackedText(torch.utils.data.Dataset):
     """One split, memory-mapped. An item is a list of packed micro-batches, as `GlobalBatches` asks for them."""
 
-    def __init__(self, cfg, meta, split, max_len, mask_prob=0.0, seed=0):
+    def __init__(self, cfg, meta, split, max_len, seed=0, crop=None, mask_prob=0.0):
         folder = Path(cfg.data_dir) / cfg.dataset
         if split not in meta["splits"]:
             raise UserError(f"{folder}: this data set has no {split} split, only {', '.join(meta['splits'])}")
@@ -513,9 +513,9 @@ class PackedText(torch.utils.data.Dataset):
         self.tokens = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
         self.starts = np.fromfile(folder / f"{split}.idx", np.int64)
         self.labels = np.fromfile(folder / f"{split}.lbl", np.int64)
-        self.lengths = np.minimum(np.diff(self.starts), max_len)
+        self.lengths = np.minimum(np.diff(self.starts), crop or max_len)
         self.max_len, self.n_suffix, self.mask_id = max_len, meta["n_suffix"], meta["mask_id"]
-        self.mask_prob, self.seed = mask_prob, seed
+        self.seed, self.crop, self.mask_prob = seed, crop, mask_prob
         if mask_prob and self.mask_id is None:
             raise UserError("mask_prob needs a tokenizer with a [MASK] or <mask> token; set --mask_prob=0")
 
@@ -523,11 +523,16 @@ class PackedText(torch.utils.data.Dataset):
         return len(self.labels)
 
     def document(self, i, epoch):
-        """Token ids (L,) int64 of example i; in training (epoch given), masked by a function of (seed, epoch, i) alone."""
-        ids = cut(self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.int64), self.max_len, self.n_suffix)
-        if epoch is not None and self.mask_prob:
-            draw = np.random.default_rng((self.seed, epoch, i)).random(len(ids) - 1)
-            ids[1:][draw < self.mask_prob] = self.mask_id
+        """Token ids (L,) int64 of example i; in training (epoch given), a window of `crop` tokens of it, and masked: both
+        a function of (seed, epoch, i) alone. The first token, [CLS], stays, as do special tokens at the end."""
+        start, end = self.starts[i], self.starts[i + 1]
+        if epoch is None or not (self.crop or self.mask_prob):
+            return cut(self.tokens[start:end].astype(np.int64), self.max_len, self.n_suffix)
+        rng = np.random.default_rng((self.seed, epoch, i))
+        skip = rng.integers(0, end - start - self.crop, endpoint=True) if self.crop and self.crop < end - start else 0
+        ids = cut(self.tokens[start + skip : end].astype(np.int64), self.crop or self.max_len, self.n_suffix)
+        ids[0] = self.tokens[start]
+        ids[1:][rng.random(len(ids) - 1) < self.mask_prob] = self.mask_id or 0
         return ids
 
     def __getitems__(self, micro_batches):

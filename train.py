@@ -50,6 +50,7 @@ class Config(DataConfig):
     qk_norm: bool = True  # bounds attention logits, so that higher learning rates stay stable
     pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how a document's tokens become one vector
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where late words matter
+    crop: int | None = None  # train on a random window of so many tokens of each document; evaluation reads max_len
     dropout: float = 0.0  # 0.1-0.3 for small data and many epochs
     mask_prob: float = 0.0  # share of input tokens masked in training; 0.1-0.3 is a strong regulariser for small data
     # optimisation
@@ -291,7 +292,7 @@ def train(cfg):
 
     # data
     meta = machine.first(lambda: data.open_or_build(cfg))
-    train_set = data.PackedText(cfg, meta, "train", cfg.max_len, cfg.mask_prob, cfg.seed)
+    train_set = data.PackedText(cfg, meta, "train", cfg.max_len, cfg.seed, cfg.crop, cfg.mask_prob)
     val_set = data.PackedText(cfg, meta, "val", cfg.max_len)
     steps_per_epoch = -(-len(train_set) // cfg.batch_size)
     total = max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))

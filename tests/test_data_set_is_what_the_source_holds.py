@@ -143,7 +143,7 @@ def test_long_documents_keep_their_last_special_token():
 
 def test_masking_is_a_function_of_seed_epoch_and_example(toy_config):
     meta = data.build(toy_config)
-    a, b, other = (data.PackedText(toy_config, meta, "train", 32, 0.3, seed) for seed in (1, 1, 2))
+    a, b, other = (data.PackedText(toy_config, meta, "train", 32, seed, mask_prob=0.3) for seed in (1, 1, 2))
     plain = data.PackedText(toy_config, meta, "train", 32)
     share, different = [], 0
     for i in range(len(a)):
@@ -154,6 +154,22 @@ def test_masking_is_a_function_of_seed_epoch_and_example(toy_config):
         share.append(hidden[1:].mean())
         different += int((x != a.document(i, 4)).any()) + int((x != other.document(i, 3)).any())
     assert 0.25 < np.mean(share) < 0.35 and different > 1.5 * len(a)
+
+
+def test_windows_are_of_the_document_and_differ_by_epoch(toy_config):
+    meta = data.build(toy_config)
+    d, whole = (data.PackedText(toy_config, meta, "train", 10**6, 1, crop) for crop in (9, None))
+    starts = [set() for _ in range(len(d))]
+    for i in range(len(d)):
+        ids = whole.document(i, 0).tolist()
+        assert d.document(i, None).tolist() == ids
+        for epoch in range(20):
+            w = d.document(i, epoch).tolist()
+            assert len(w) == d.lengths[i] == min(9, len(ids)) and w == d.document(i, epoch).tolist() and w[0] == ids[0]
+            places = [s for s in range(1, len(ids)) if ids[s : s + len(w) - 1] == w[1:]]
+            assert places
+            starts[i].add(places[0])
+    assert len(starts[whole.lengths.argmax()]) > 5  # of about 30 places, in 20 epochs
 
 
 def test_batches_cover_each_epoch_once_whatever_the_world(toy_config):
