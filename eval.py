@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 import data
 from configurator import UserError, configure, run
-from model import WeightsError, build_model, load_checkpoint, load_weights, predict
+from model import WeightsError, build_model, load_checkpoint, load_weights, predict, save_hf
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Config:
     checkpoint: list[str] = field(default_factory=list)  # a run's folder (its best.pt is taken) or a checkpoint file
     split: Literal["test", "val", "train"] = "test"  # val while you still choose between models; test once, at the end
     text: list[str] = field(default_factory=list)  # label this text (repeatable); - reads lines from standard input
+    export: Literal["hf"] | None = None  # hf: write a folder that transformers loads (our own trunk: that finetune.py does)
     data_dir: str | None = None  # None: where the checkpoint's data set was
     micro_batch_tokens: int = 16384  # most tokens at once; lower it when memory runs out
     device: str = "auto"  # cuda, mps or cpu
@@ -43,8 +44,7 @@ class Classifier:
         load_weights(self.model, c["model"], self.path)
         self.model.to(self.device).eval()
         self.label_names, self.config, self.n_suffix, self.step = c["label_names"], c["config"], c["n_suffix"], c["step"]
-        self.tokenizer_json = c["tokenizer"]
-        self.tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        self.tokenizer, self.data_folder, self.max_len = Tokenizer.from_str(c["tokenizer"]), c["data_folder"], c["max_len"]
 
     def logits(self, documents):
         """Logits (N, n_classes) float32 of token id arrays, in their order; independent of how they are batched."""
@@ -59,7 +59,7 @@ class Classifier:
     def __call__(self, texts):
         """Texts → [{"label": str, "probabilities": {label: float}}, ...]."""
         texts = [data.clean(t) for t in texts]
-        documents = [data.cut(np.array(e.ids, np.int64), self.model.config.max_len, self.n_suffix)
+        documents = [data.cut(np.array(e.ids or [0], np.int64), self.max_len, self.n_suffix)  # [0]: GPT-2 has no [CLS]
                      for e in self.tokenizer.encode_batch_fast(texts)]
         probabilities = self.logits(documents).double().softmax(1)
         return [{"label": self.label_names[p.argmax()], "probabilities": dict(zip(self.label_names, p.tolist()))}
@@ -91,16 +91,16 @@ def evaluate(clf, split, data_dir=None):
     known = {f.name for f in dataclasses.fields(data.DataConfig)}
     cfg = data.DataConfig(**{k: v for k, v in clf.config.items() if k in known})
     cfg.data_dir = data_dir or cfg.data_dir
-    meta = data.open_meta(cfg)
+    folder, rebuild = Path(cfg.data_dir) / clf.data_folder, data.rebuild_command(cfg)
+    meta = data.read_meta(folder, f"rebuild it with: {rebuild}")
     if meta is None:
-        raise UserError(f"{cfg.data_dir}/{cfg.dataset}: the checkpoint's data set is not there; give its --data_dir=…, or "
-                        f"build it with: {data.rebuild_command(cfg)}")
-    tokenizer_sha = data.hashlib.sha256(clf.tokenizer_json.encode()).hexdigest()
-    if meta["label_names"] != clf.label_names or meta["tokenizer_sha256"] != tokenizer_sha:
-        raise UserError(f"{clf.path} was trained on other data than {cfg.data_dir}/{cfg.dataset} is now: its "
+        raise UserError(f"{folder}: the checkpoint's data set is not there; give its --data_dir=…, or "
+                        f"build it with: {rebuild}")
+    if meta["label_names"] != clf.label_names or meta["tokenizer_sha256"] != data.tokenizer_hash(clf.tokenizer):
+        raise UserError(f"{clf.path} was trained on other data than {folder} is now: its "
                         + (f"labels are {clf.label_names}, not {meta['label_names']}"
                            if meta["label_names"] != clf.label_names else "tokenizer differs"))
-    examples = data.PackedText(cfg, meta, split, clf.model.config.max_len)
+    examples = data.PackedText(cfg, meta, split, clf.max_len, folder=folder)
     logits = clf.logits([examples.document(i, None) for i in range(len(examples))])
     return {"checkpoint": str(clf.path), "dataset": cfg.dataset, "split": split, "step": clf.step,
             **metrics(logits, examples.labels, len(clf.label_names)), "label_names": clf.label_names}
@@ -135,6 +135,11 @@ def main():
         clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
         if cfg.text:
             label(clf, cfg.text)
+            continue
+        if cfg.export:
+            folder = clf.path.parent / "hf"
+            save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str())
+            print(f"written to {folder}")
             continue
         report = evaluate(clf, cfg.split, cfg.data_dir)
         print_report(report)

@@ -3,22 +3,27 @@
     model = Transformer(ModelConfig(vocab_size=8192, n_classes=5))
     logits = model(tokens, cu_seqlens)         # (T,) int64, (B+1,) int32 → (B, n_classes)
     hidden = model.hidden(tokens, cu_seqlens)  # (T, d_model)
+    model = Transformer.from_pretrained("out/textcls")  # or a Hugging Face folder of one of the families below
 
-The trunk is the modern one: pre-norm RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), QK-norm (Dehghani
-et al. 2023), no biases, and zero-initialised output projections and head, so that each block starts as the identity and
-the first loss is log(n_classes) exactly.
+The default trunk is the modern one: pre-norm RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), QK-norm
+(Dehghani et al. 2023), no biases, and zero-initialised output projections and head, so that each block starts as the
+identity and the first loss is log(n_classes) exactly. The published trunks are other values of the same ModelConfig.
 
 A batch is packed: one row of T tokens, `cu_seqlens` marking where each document starts. Everything but attention works
 on (T, D), so nothing is ever computed for padding; only attention knows about documents.
 """
 import functools
+import json
 import math
 import os
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 CHECKPOINT_FORMAT = 1
@@ -27,18 +32,37 @@ CHECKPOINT_FORMAT = 1
 @dataclass
 class ModelConfig:
     vocab_size: int = 0
-    n_classes: int = 0
+    n_classes: int = 0  # 0: no head
     max_len: int = 512  # tokens of the longest document
     n_layer: int = 2
     n_head: int = 4
     d_model: int = 128
     d_ff: int = 512
-    mlp: str = "relu2"  # relu2 (squared ReLU, So et al. 2021), gelu, or swiglu (gated, Shazeer 2020)
+    mlp: str = "relu2"  # relu2 (squared ReLU, So et al. 2021), gelu, gelu_tanh, swiglu or geglu (gated, Shazeer 2020)
     qk_norm: bool = True
     causal: bool = False
     pooling: str = "mean"  # mean, max, cls (first token), last
-    dropout: float = 0.0
+    dropout: float = 0.0  # after the embedding, attention and MLP
     rope_theta: float = 10000.0
+    # what the published trunks need
+    family: str = "ours"  # ours, bert, roberta, distilbert, modernbert, gpt2: how weights are named in a Hugging Face folder
+    position: str = "rope"  # rope, learned
+    n_segments: int = 0  # BERT's token types: all tokens are of type 0
+    norm: str = "rms"  # rms, layer
+    norm_eps: float | None = None
+    norm_bias: bool = False
+    post_norm: bool = False  # normalise after adding to the residual stream, as in BERT
+    embedding_norm: bool = False
+    first_norm: bool = True  # False: the first block's attention has no norm (ModernBERT)
+    bias: bool = False  # in the blocks' linear layers
+    window: int = 0  # attention reaches so many tokens to either side; 0: everywhere
+    global_every: int = 1  # with a window: every so many blocks, from the first on, there is none
+    window_rope_theta: float = 10000.0  # rope_theta of blocks with a window
+    head_dense: str | None = None  # a layer between pooling and head: tanh, relu or gelu of it
+    head_dense_bias: bool = True
+    head_norm: bool = False  # and a norm
+    head_bias: bool = False
+    head_dropout: float = 0.0
 
 
 class Layout:
@@ -89,20 +113,25 @@ def full(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def attend(q, k, v, layout, causal):
-    """Attention within each document: q, k, v (T, H, d) → (T, H, d)."""
+def attend(q, k, v, layout, causal=False, window=0):
+    """Attention within each document (and `window` tokens to either side, if any): q, k, v (T, H, d) → (T, H, d)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
         return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
-                           window_size=(-1, 0) if causal else (-1, -1))
+                           window_size=(window or -1, 0 if causal else window or -1))
     dtype, (_, H, d) = q.dtype, q.shape
     blocks, restore = layout.blocks
     out = []
     for index, mask, b, L in blocks:  # in float32: on CPUs, bf16 attention's backward is many times slower
         block = [full(x[index]).view(b, L, H, d).transpose(1, 2) for x in (q, k, v)]  # (b, H, L, d)
         # under causality padding needs no mask: it stands after every token that counts
-        y = F.scaled_dot_product_attention(*block, attn_mask=None if mask is None or causal else mask[:, None, None],
-                                           is_causal=causal).transpose(1, 2)
+        allowed = None if mask is None or causal else mask[:, None, None]  # (b, 1, 1, L)
+        if window and L > window + 1:
+            place = torch.arange(L, device=q.device)
+            near = (place[:, None] - place).abs() <= window  # (L, L)
+            # a padding token's own row may not be empty: softmax over nothing is not a number
+            allowed = near if allowed is None else allowed & near | torch.eye(L, dtype=torch.bool, device=q.device)
+        y = F.scaled_dot_product_attention(*block, attn_mask=allowed, is_causal=causal).transpose(1, 2)
         out.append(y.reshape(b * L, H, d) if mask is None else y[mask])
     out = torch.cat(out).to(dtype)
     return out if restore is None else out[restore]
@@ -111,50 +140,66 @@ def attend(q, k, v, layout, causal):
 def rotate(x, cos, sin):
     """Rotary position embedding: x (T, H, d) with cos, sin (T, 1, d/2)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def make_norm(c):
+    return nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.norm == "rms" else \
+        nn.LayerNorm(c.d_model, eps=c.norm_eps or 1e-5, bias=c.norm_bias)
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
         self.n_head, self.causal, self.qk_norm = c.n_head, c.causal, c.qk_norm
-        self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=False)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.window = c.window if layer % c.global_every else 0
+        self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias)
+        self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
 
-    def forward(self, x, layout, rope):
+    def forward(self, x, layout):
         T, D = x.shape
         q, k, v = self.qkv(x).view(T, 3, self.n_head, D // self.n_head).unbind(1)  # each (T, H, d)
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        return self.out(attend(q, k, v, layout, self.causal).reshape(T, D))
+        if layout.rope:
+            cos_sin = layout.rope[bool(self.window)]
+            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        return self.out(attend(q, k, v, layout, self.causal, self.window).reshape(T, D))
 
 
 class MLP(nn.Module):
+    ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "swiglu": F.silu, "geglu": F.gelu,
+                   "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
     def __init__(self, c):
         super().__init__()
-        self.kind = c.mlp
-        self.up = nn.Linear(c.d_model, c.d_ff * (2 if c.mlp == "swiglu" else 1), bias=False)
-        self.out = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.gated, self.activation = c.mlp.endswith("glu"), self.ACTIVATIONS[c.mlp]
+        self.up = nn.Linear(c.d_model, c.d_ff * (2 if self.gated else 1), bias=c.bias)
+        self.out = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
 
     def forward(self, x):
         x = self.up(x)
-        if self.kind == "swiglu":
+        if self.gated:
             gate, x = x.chunk(2, dim=-1)
-            return self.out(F.silu(gate) * x)
-        return self.out(F.relu(x).square() if self.kind == "relu2" else F.gelu(x))
+            return self.out(self.activation(gate) * x)
+        return self.out(self.activation(x))
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.norm1, self.attention = nn.RMSNorm(c.d_model), Attention(c)
-        self.norm2, self.mlp = nn.RMSNorm(c.d_model), MLP(c)
-        self.dropout = c.dropout
+        self.norm1 = make_norm(c) if c.first_norm or layer else nn.Identity()
+        self.attention, self.norm2, self.mlp = Attention(c, layer), make_norm(c), MLP(c)
+        self.dropout, self.post_norm = c.dropout, c.post_norm
 
-    def forward(self, x, layout, rope):
-        x = x + F.dropout(self.attention(self.norm1(x), layout, rope), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+    def forward(self, x, layout):
+        def drop(y):
+            return F.dropout(y, self.dropout, self.training) if self.dropout else y
+        if self.post_norm:
+            x = self.norm1(x + drop(self.attention(x, layout)))
+            return self.norm2(x + drop(self.mlp(x)))
+        x = x + drop(self.attention(self.norm1(x), layout))
+        return x + drop(self.mlp(self.norm2(x)))
 
 
 class Transformer(nn.Module):
@@ -164,31 +209,82 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c = config
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = nn.RMSNorm(c.d_model)
-        self.head = nn.Linear(c.d_model, c.n_classes, bias=False)
-        angle = torch.outer(torch.arange(c.max_len), c.rope_theta ** -torch.linspace(0, 1, c.d_model // c.n_head // 2))
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (max_len, d/2)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.position = nn.Embedding(c.max_len, c.d_model) if c.position == "learned" else None
+        self.segment = nn.Embedding(c.n_segments, c.d_model) if c.n_segments else None
+        self.embedding_norm = make_norm(c) if c.embedding_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
+        self.norm = nn.Identity() if c.post_norm else make_norm(c)
+        self.dense = nn.Linear(c.d_model, c.d_model, bias=c.head_dense_bias) if c.n_classes and c.head_dense else None
+        self.dense_norm = make_norm(c) if c.head_norm and c.n_classes else nn.Identity()
+        self.head = nn.Linear(c.d_model, c.n_classes, bias=c.head_bias) if c.n_classes else None
+        if c.position == "rope":
+            frequency = torch.arange(0, 1, 2 * c.n_head / c.d_model)  # (d/2,)
+            for name, theta in (("rope", c.rope_theta), ("window_rope", c.window_rope_theta)):
+                angle = torch.outer(torch.arange(c.max_len), theta**-frequency)
+                self.register_buffer(name, torch.stack((angle.cos(), angle.sin())), persistent=False)  # (2, max_len, d/2)
         for name, p in self.named_parameters():
-            if name.endswith("out.weight") or name == "head.weight":
+            if name.endswith("bias") or c.family == "ours" and name.endswith(("head.weight", "out.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
-                nn.init.normal_(p, std=0.02 if name == "embedding.weight" else p.shape[1] ** -0.5)
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 if c.family == "ours" and name.startswith("blocks") else 0.02)
+
+    def layout(self, cu_seqlens, T):
+        layout = Layout(cu_seqlens, T, self.config.max_len)
+        layout.rope = self.config.position == "rope" and [  # of blocks without and with a window: cos, sin (T, 1, d/2)
+            table[:, layout.position, None] for table in (self.rope, self.window_rope)]
+        return layout
 
     def hidden(self, tokens, cu_seqlens, layout=None):
-        layout = layout or Layout(cu_seqlens, len(tokens), self.config.max_len)
-        rope = self.cos[layout.position][:, None], self.sin[layout.position][:, None]  # (T, 1, d/2)
-        x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)
+        layout, c = layout or self.layout(cu_seqlens, len(tokens)), self.config
+        x = self.embedding(tokens)
+        if self.position is not None:
+            x = x + self.position(layout.position)
+        if self.segment is not None:
+            x = x + self.segment.weight[0]
+        x = self.embedding_norm(x)
+        if c.dropout:
+            x = F.dropout(x, c.dropout, self.training)
         for block in self.blocks:
-            x = block(x, layout, rope)
+            x = block(x, layout)
         return self.norm(x)
 
     def forward(self, tokens, cu_seqlens):
-        layout = Layout(cu_seqlens, len(tokens), self.config.max_len)
+        layout, c = self.layout(cu_seqlens, len(tokens)), self.config
         x = self.hidden(tokens, cu_seqlens, layout)
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(pool(full(x), layout, self.config.pooling))
+            x = pool(full(x), layout, c.pooling)
+            if self.dense is not None:
+                x = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense](self.dense(x))
+            return self.head(F.dropout(self.dense_norm(x), c.head_dropout, self.training))
+
+    @staticmethod
+    def from_pretrained(path, n_classes=None, new_head=False, max_len=None):
+        """The model of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in eval mode.
+
+        With n_classes it gets a head: the weights' own, or a fresh one where they have none or with new_head. Raises
+        WeightsError for what is not supported, missing, left over, of the wrong shape, or not finite."""
+        path = Path(path)
+        if (path / "config.json").exists() and not (path / "best.pt").exists():
+            config, weights = read_hf(path)
+        else:
+            checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+            config, weights = ModelConfig(**checkpoint["model_config"]), checkpoint["model"]
+        if n_classes and config.n_classes != n_classes:
+            if config.n_classes and not new_head:
+                raise WeightsError(f"{path}: its head tells {config.n_classes} classes apart, the data has {n_classes}; "
+                                   "give it a new one with --new_head=True")
+            config.n_classes, new_head = n_classes, True
+        if max_len and max_len > config.max_len and config.position == "learned":
+            raise WeightsError(f"{path}: reads {config.max_len} tokens at the most; set --max_len={config.max_len}")
+        if max_len and config.position == "rope":
+            config.max_len = max(max_len, config.max_len)
+        model = Transformer(config)
+        if new_head:
+            weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+            weights |= {k: v for k, v in model.state_dict().items() if k.startswith("head.") or
+                        k.startswith("dense") and k not in weights}
+        load_weights(model, weights, path)
+        return model.eval()
 
     def flops_per_token(self, length):
         """Floating-point operations of a forward and backward pass per token, in documents of `length` tokens: 6 for each
@@ -263,6 +359,7 @@ def load_checkpoint(path, map_location="cpu"):
 def load_weights(model, weights, source):
     """Loads a state dict, or raises WeightsError on a weight that is missing, left over, of another shape, not finite."""
     own = model.state_dict()
+    weights = {k: v.float() for k, v in weights.items()}
     wrong = ([f"{k} is missing" for k in own if k not in weights] + [f"{k} is left over" for k in weights if k not in own]
              + [f"{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
                 if k in weights and weights[k].shape != v.shape]
@@ -270,3 +367,222 @@ def load_weights(model, weights, source):
     if wrong:
         raise WeightsError(f"{source}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
     model.load_state_dict(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders: config.json, model.safetensors, tokenizer.json. One table of names serves reading and writing.
+
+QKV = "attention.qkv"
+FAMILIES = {  # family → our module → theirs; names below "root" but for those that begin with "/"
+    "bert": {
+        "root": "bert.", "layer": "encoder.layer.{}.", "embedding": "embeddings.word_embeddings",
+        "position": "embeddings.position_embeddings", "segment": "embeddings.token_type_embeddings",
+        "embedding_norm": "embeddings.LayerNorm", "out": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+        QKV: ("attention.self.query", "attention.self.key", "attention.self.value"), "up": "intermediate.dense",
+        "down": "output.dense", "norm2": "output.LayerNorm", "dense": "pooler.dense", "head": "/classifier",
+        "ignored": ("cls.", "bert.embeddings.position_ids")},
+    "distilbert": {
+        "root": "distilbert.", "layer": "transformer.layer.{}.", "embedding": "embeddings.word_embeddings",
+        "position": "embeddings.position_embeddings", "embedding_norm": "embeddings.LayerNorm", "out": "attention.out_lin",
+        QKV: ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "norm1": "sa_layer_norm", "up": "ffn.lin1",
+        "down": "ffn.lin2", "norm2": "output_layer_norm", "dense": "/pre_classifier", "head": "/classifier",
+        "ignored": ("vocab_", "distilbert.embeddings.position_ids")},
+    "modernbert": {
+        "root": "model.", "layer": "layers.{}.", "embedding": "embeddings.tok_embeddings",
+        "embedding_norm": "embeddings.norm", QKV: ("attn.Wqkv",), "out": "attn.Wo", "norm1": "attn_norm",
+        "norm2": "mlp_norm", "up": "mlp.Wi", "down": "mlp.Wo",
+        "norm": "final_norm", "dense": "/head.dense", "dense_norm": "/head.norm", "head": "/classifier",
+        "ignored": ("decoder.",)},
+    "gpt2": {
+        "root": "transformer.", "layer": "h.{}.", "embedding": "wte", "position": "wpe", QKV: ("attn.c_attn",),
+        "out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj", "norm": "ln_f",
+        "head": "/score", "ignored": ("lm_head.", ".attn.bias", ".attn.masked_bias")},
+}
+FAMILIES["roberta"] = FAMILIES["bert"] | {
+    "root": "roberta.", "dense": "/classifier.dense", "head": "/classifier.out_proj",
+    "ignored": ("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids")}
+FAMILIES["ours"] = {}
+OURS_TO_HF = {"mlp.up": "up", "mlp.out": "down", "attention.out": "out"}
+
+
+def hf_names(key, family):
+    """Their names for our weight: several where ours is theirs stacked."""
+    names = FAMILIES[family]
+    module, kind = key.rsplit(".", 1)
+    layer = ""
+    if module.startswith("blocks."):
+        _, i, module = module.split(".", 2)
+        layer = names["layer"].format(i)
+    theirs = names[OURS_TO_HF.get(module, module)]
+    return [f"{n[1:]}.{kind}" if n.startswith("/") else f"{names['root']}{layer}{n}.{kind}"
+            for n in (theirs if isinstance(theirs, tuple) else (theirs,))]
+
+
+def transposed(key, family):
+    return family == "gpt2" and key.startswith("blocks.") and "norm" not in key and key.endswith("weight")  # their Conv1D
+
+
+def read_hf(folder):
+    """(ModelConfig, our state dict) of a Hugging Face folder; n_classes 0 where it holds no classifier."""
+    folder = Path(folder)
+    try:
+        hf = json.loads((folder / "config.json").read_text())
+        index = folder / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
+        theirs = {}
+        for shard in sorted(shards):
+            with safe_open(folder / shard, "pt") as f:
+                theirs |= {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as e:
+        raise WeightsError(f"{folder}: there is no {Path(e.filename or str(e)).name}; a folder with config.json and "
+                           "model.safetensors is needed (older .bin files can run code: convert them)") from None
+    except (ValueError, KeyError, SafetensorError) as e:
+        raise WeightsError(f"{folder}: damaged: {e}") from None
+    if hf.get("model_type") == "textcls":
+        return ModelConfig(**hf["model_config"]), theirs
+    c = hf_config(hf, folder)
+    names = FAMILIES[c.family]
+    if not any(k.startswith(names["root"]) for k in theirs):  # saved from the bare trunk
+        theirs = {names["root"] + k: v for k, v in theirs.items()}
+    theirs = {k: v for k, v in theirs.items()
+              if not any(k.startswith(i) or i[0] == "." and i in k for i in names["ignored"])}
+    head = hf_names("head.weight", c.family)[0]
+    c.n_classes = len(theirs[head]) if head in theirs else 0
+    with torch.device("meta"):
+        wanted = Transformer(ModelConfig(**vars(c) | {"n_classes": c.n_classes or 1})).state_dict()
+    ours = {}
+    for key, meta in wanted.items():
+        parts = [theirs.pop(n, None) for n in hf_names(key, c.family)]
+        if all(p is not None for p in parts):
+            w = torch.cat(parts)
+            w = w.T.contiguous() if transposed(key, c.family) else w
+            ours[key] = w[len(w) - len(meta) :] if key == "position.weight" else w  # RoBERTa's begin at pad_token_id + 1
+        elif c.n_classes or not key.startswith(("dense", "head")):
+            raise WeightsError(f"{folder}: {', '.join(hf_names(key, c.family))} is missing")
+    if theirs:
+        raise WeightsError(f"{folder}: {next(iter(theirs))} is left over (and {len(theirs) - 1} more)")
+    return c, ours
+
+
+def hf_config(hf, folder):
+    """config.json's meaning as a ModelConfig. What we would not compute exactly is refused by name."""
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise WeightsError(f"{folder}: model type {family!r} is not supported; {', '.join(sorted(FAMILIES))} are")
+
+    def only(key, *allowed):
+        if hf.get(key, allowed[0]) not in allowed:
+            raise WeightsError(f"{folder}: {key}={hf[key]!r} is not supported for {family}, only {allowed[0]!r} is")
+    for key in ("is_decoder", "add_cross_attention", "reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx",
+                "is_encoder_decoder", "sinusoidal_pos_embds"):
+        only(key, False, None)
+    only("position_embedding_type", "absolute", None)
+    only("scale_attn_weights", True)
+    only("activation_function" if family == "gpt2" else "hidden_act", *(("gelu_new", "gelu_pytorch_tanh")
+                                                                          if family == "gpt2" else ("gelu",)))
+    only("activation", "gelu")
+    only("hidden_activation", "gelu")
+    c = ModelConfig(family=family, vocab_size=hf["vocab_size"], qk_norm=False, norm="layer", norm_bias=True, bias=True,
+                    mlp="gelu", position="learned", pooling="cls")
+    if family in ("bert", "roberta", "modernbert"):
+        c.n_layer, c.n_head, c.d_model, c.d_ff = (hf[k] for k in (
+            "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"))
+        c.max_len = hf["max_position_embeddings"]
+    if family in ("bert", "roberta", "distilbert"):
+        c.post_norm = c.embedding_norm = c.head_bias = True
+        c.norm_eps = hf.get("layer_norm_eps", 1e-12)
+        c.n_segments, c.dropout = hf.get("type_vocab_size", 2), hf.get("hidden_dropout_prob", 0.1)
+        c.head_dense, c.head_dropout = "tanh", hf.get("classifier_dropout") or c.dropout
+    if family == "roberta":
+        c.max_len -= hf.get("pad_token_id", 1) + 1
+    if family == "distilbert":
+        c.n_layer, c.n_head, c.d_model, c.d_ff, c.max_len = (hf[k] for k in (
+            "n_layers", "n_heads", "dim", "hidden_dim", "max_position_embeddings"))
+        c.n_segments, c.head_dense, c.dropout, c.head_dropout = 0, "relu", hf["dropout"], hf["seq_classif_dropout"]
+    if family == "modernbert":
+        rope = hf.get("rope_parameters") or {}
+        for kind in ("full_attention", "sliding_attention"):
+            if rope.get(kind, {}).get("rope_type", "default") != "default":
+                raise WeightsError(f"{folder}: rope_type={rope[kind]['rope_type']!r} is not supported, only 'default' is")
+        c.rope_theta = rope.get("full_attention", {}).get("rope_theta") or hf.get("global_rope_theta", 160000.0)
+        c.window_rope_theta = rope.get("sliding_attention", {}).get("rope_theta") or hf.get("local_rope_theta") or 10000.0
+        every = hf.get("global_attn_every_n_layers", 3)
+        kinds = hf.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(c.n_layer)]
+        whole = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        c.global_every = whole[1] if len(whole) > 1 else len(kinds)
+        if whole != list(range(0, len(kinds), c.global_every)):
+            raise WeightsError(f"{folder}: layer_types={kinds} is not supported: global attention must recur evenly")
+        if len({hf.get(k, False) for k in ("attention_bias", "mlp_bias")}) > 1 or hf.get("norm_bias"):
+            raise WeightsError(f"{folder}: biases in some layers only are not supported for modernbert")
+        only("classifier_activation", "gelu")
+        c.window, c.position, c.mlp, c.bias = hf["local_attention"] // 2, "rope", "geglu", hf.get("attention_bias", False)
+        c.embedding_norm, c.first_norm, c.norm_bias, c.norm_eps = True, False, False, hf.get("norm_eps", 1e-5)
+        c.head_dense, c.head_norm, c.head_bias, c.head_dense_bias = "gelu", True, True, hf.get("classifier_bias", False)
+        c.pooling, c.head_dropout = hf.get("classifier_pooling", "cls"), hf.get("classifier_dropout", 0.0)
+        c.dropout = hf.get("mlp_dropout", 0.0)
+    if family == "gpt2":
+        c.n_layer, c.n_head, c.d_model, c.max_len = (hf[k] for k in ("n_layer", "n_head", "n_embd", "n_positions"))
+        c.d_ff, c.mlp, c.causal, c.pooling = hf.get("n_inner") or 4 * c.d_model, "gelu_tanh", True, "last"
+        c.norm_eps, c.dropout = hf.get("layer_norm_epsilon", 1e-5), hf.get("resid_pdrop", 0.1)
+    return c
+
+
+def save_hf(model, folder, label_names, tokenizer_json):
+    """Writes a folder that transformers' AutoModelForSequenceClassification and AutoTokenizer load (for our own trunk:
+    that `Transformer.from_pretrained` loads). Raises WeightsError where their classes cannot compute what ours does."""
+    c, weights, folder = model.config, model.state_dict(), Path(folder)
+    specials = {t["content"] for t in json.loads(tokenizer_json).get("added_tokens", ())}
+    roles = {role: next((t for t in names if t in specials), None) for role, names in (
+        ("pad_token", ("[PAD]", "<pad>", "<|endoftext|>")), ("unk_token", ("[UNK]", "<unk>", "<|endoftext|>")),
+        ("cls_token", ("[CLS]", "<s>")), ("sep_token", ("[SEP]", "</s>")), ("mask_token", ("[MASK]", "<mask>")),
+        ("bos_token", ("<s>", "<|endoftext|>")), ("eos_token", ("</s>", "<|endoftext|>")))}
+    roles = {k: v for k, v in roles.items() if v}
+    ids = {t["content"]: t["id"] for t in json.loads(tokenizer_json).get("added_tokens", ())}
+    config = {"model_type": "textcls", "model_config": vars(c)}
+    if c.family != "ours":
+        if c.pooling != {"gpt2": "last"}.get(c.family, c.pooling if c.family == "modernbert" else "cls") \
+                or c.pooling not in ("cls", "mean", "last"):
+            raise WeightsError(f"transformers' {c.family} classifier cannot pool by {c.pooling}: "
+                               "fine-tune with --pooling=None to export it")
+        config = {"model_type": c.family, "vocab_size": c.vocab_size,
+                  "pad_token_id": ids.get(roles.get("pad_token"), 0)}
+        stem = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "modernbert": "ModernBert", "gpt2": "GPT2"}
+        config["architectures"] = [stem[c.family] + "ForSequenceClassification"]
+    if c.family in ("bert", "roberta", "modernbert"):
+        config |= {"num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "hidden_size": c.d_model,
+                   "intermediate_size": c.d_ff, "max_position_embeddings": c.max_len}
+    if c.family in ("bert", "roberta"):
+        config |= {"hidden_act": "gelu", "layer_norm_eps": c.norm_eps, "type_vocab_size": c.n_segments,
+                   "hidden_dropout_prob": c.dropout, "classifier_dropout": c.head_dropout}
+    if c.family == "roberta":  # positions begin behind the padding's
+        offset = config["pad_token_id"] + 1
+        config["max_position_embeddings"] += offset
+        w = weights["position.weight"]
+        weights["position.weight"] = torch.cat((w.new_zeros(offset, c.d_model), w))
+    if c.family == "distilbert":
+        config |= {"n_layers": c.n_layer, "n_heads": c.n_head, "dim": c.d_model, "hidden_dim": c.d_ff, "activation": "gelu",
+                   "max_position_embeddings": c.max_len, "dropout": c.dropout, "seq_classif_dropout": c.head_dropout}
+    if c.family == "modernbert":
+        config |= {"local_attention": 2 * c.window, "layer_types": [
+            "sliding_attention" if i % c.global_every else "full_attention" for i in range(c.n_layer)],
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": c.rope_theta},
+                                "sliding_attention": {"rope_type": "default", "rope_theta": c.window_rope_theta}},
+            "attention_bias": c.bias, "mlp_bias": c.bias, "norm_eps": c.norm_eps, "classifier_pooling": c.pooling,
+            "classifier_bias": c.head_dense_bias, "classifier_dropout": c.head_dropout}
+    if c.family == "gpt2":
+        config |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.d_model, "n_inner": c.d_ff,
+                   "n_positions": c.max_len, "layer_norm_epsilon": c.norm_eps, "resid_pdrop": c.dropout}
+    config |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    if c.family != "ours":
+        theirs = {}
+        for key, w in weights.items():
+            names = hf_names(key, c.family)
+            parts = (w.T if transposed(key, c.family) else w).chunk(len(names))
+            theirs |= {n: part.contiguous() for n, part in zip(names, parts)}
+        weights = theirs
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.max_len} | roles, indent=1))
+    save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1))

@@ -69,6 +69,9 @@ class Config(DataConfig):
     beta2: float = 0.99  # 0.95 for large batches
     grad_clip: float = 1.0  # norm above which the gradient is scaled down; 0: never
     label_smoothing: float = 0.0  # 0.1 where labels are noisy
+    class_weights: str | list[float] | None = None  # "balanced" (n / (n_classes · count)), or one per class: for rare ones
+    focal_gamma: float = 0.0  # 1-3: weigh easy examples down by (1 - p)^gamma (Lin et al. 2017); for rare classes
+    ema_decay: float = 0.0  # 0.99-0.9999: evaluate and keep an exponential moving average of the weights
     patience: int | None = None  # stop after so many evaluations without a better one; None: never
     # evaluation and logging
     eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an epoch
@@ -145,13 +148,17 @@ class Machine:
 # Optimisation
 
 
-def optimizer_groups(model, cfg):
-    """Weight decay on matrices, none on the rest; every trainable parameter in exactly one group."""
+def optimizer_groups(model, cfg, lr_scale=lambda name: 1.0):
+    """Weight decay on matrices, none on the rest; every trainable parameter in exactly one group.
+    `lr_scale(name)` is what a parameter's learning rate is multiplied by."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
-              {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0}]
+    groups = {}
+    for name, p in params.items():
+        key = lr_scale(name), cfg.weight_decay if p.ndim >= 2 else 0.0
+        groups.setdefault(key, []).append(p)
+    groups = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (scale, decay), ps in groups.items()]
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in params.values())
-    return [g for g in groups if g["params"]]
+    return groups
 
 
 def learning_rate(cfg, step, total):
@@ -164,29 +171,68 @@ def learning_rate(cfg, step, total):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * fall
 
 
-def loss_sum(logits, targets, cfg):
-    """Cross-entropy summed over the targets that are not -100: the caller divides by their number in the global batch."""
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum",
-                           label_smoothing=cfg.label_smoothing)
+def class_weights(cfg, per_class):
+    """The weight of each class in the loss, (C,) float32, or None."""
+    if cfg.class_weights is None:
+        return None
+    count = torch.tensor(per_class, dtype=torch.float32)
+    if cfg.class_weights == "balanced":
+        return count.sum() / (len(count) * count.clamp(min=1))
+    if not isinstance(cfg.class_weights, list) or len(cfg.class_weights) != len(count):
+        raise UserError(f"--class_weights={cfg.class_weights!r} is neither 'balanced' nor a list of {len(count)} numbers")
+    return torch.tensor(cfg.class_weights)
 
 
-def backward(model, micro_batches, cfg, machine):
+def loss_sum(logits, targets, cfg, weights=None):
+    """Cross-entropy summed over the targets that are not -100: the caller divides by their number in the global batch
+    (or, with class weights, by the sum of their weights)."""
+    losses = F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=cfg.label_smoothing)
+    if cfg.focal_gamma:
+        p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        losses = losses * (1 - p) ** cfg.focal_gamma
+    return losses.sum()
+
+
+def backward(model, micro_batches, cfg, machine, weights=None):
     """Adds the gradient of the mean loss over the whole global batch; returns (that loss, tokens of all processes).
 
     DDP averages gradients over processes, so each scales its sum by world / (targets in the global batch)."""
-    n_local = sum(int((targets >= 0).sum()) for _, _, targets in micro_batches)
-    tokens = sum(int(cu[int((targets >= 0).sum())]) for _, cu, targets in micro_batches)
+    kept = [targets[targets >= 0] for _, _, targets in micro_batches]
+    n_local = sum(len(k) if weights is None else weights[k].sum().item() for k in kept)
+    tokens = sum(int(cu[len(k)]) for k, (_, cu, _) in zip(kept, micro_batches))
     n, tokens = machine.sum([n_local, tokens]).tolist()
+    weights = weights if weights is None else weights.to(machine.device)
     total = 0.0
     for i, (inputs, cu_seqlens, targets) in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync(), \
              torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
             logits = model(*(t.to(machine.device, non_blocking=True) for t in (inputs, cu_seqlens)))
-            loss = loss_sum(logits, targets.to(machine.device, non_blocking=True), cfg) / n
+            loss = loss_sum(logits, targets.to(machine.device, non_blocking=True), cfg, weights) / n
         (loss * machine.world).backward()
         total += loss.detach()
     return total, tokens
+
+
+class EMA:
+    """An exponential moving average of the trainable weights, faster at the beginning; does nothing at decay 0."""
+
+    def __init__(self, model, decay):
+        self.decay, self.weights = decay, [p for p in model.parameters() if p.requires_grad] if decay else []
+        self.values = [p.detach().clone() for p in self.weights]
+
+    @torch.no_grad()
+    def update(self, step):
+        if self.weights:
+            torch._foreach_lerp_(self.values, self.weights, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def swap(self):
+        """Puts the average into the model and what was there aside; the second call undoes it."""
+        for p, v in zip(self.weights, self.values):
+            kept = p.clone()
+            p.copy_(v)
+            v.copy_(kept)
 
 
 def evaluate(model, split, cfg, machine):
@@ -279,7 +325,9 @@ def make_model(cfg, meta):
         pooling=cfg.pooling, dropout=cfg.dropout))
 
 
-def train(cfg):
+def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch.nn.Module.state_dict):
+    """Runs `cfg`. make_model(cfg, meta) and make_groups(model, cfg) are where finetune.py differs; merged(model) is the
+    state dict that best.pt gets."""
     started = time.time()
     machine = Machine(cfg)
     checkpoint = open_run(cfg, machine)
@@ -291,6 +339,7 @@ def train(cfg):
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold a document of max_len={cfg.max_len}")
 
     # data
+    folder = data.folder_of(cfg)
     meta = machine.first(lambda: data.open_or_build(cfg))
     train_set = data.PackedText(cfg, meta, "train", cfg.max_len, cfg.seed, cfg.crop, cfg.mask_prob)
     val_set = data.PackedText(cfg, meta, "val", cfg.max_len)
@@ -301,12 +350,15 @@ def train(cfg):
     # model and optimizer
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, meta).to(machine.device)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+    optimizer = torch.optim.AdamW(make_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                                   fused=machine.device.type in ("cuda", "cpu"))
+    weights = class_weights(cfg, meta["splits"]["train"]["per_class"])
+    average = EMA(model, cfg.ema_decay)
     step, best, bad_evals, elapsed, run_id = 0, None, 0, 0.0, f"{Path(cfg.out_dir).name}-{int(started)}"
     if checkpoint:
         load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
+        average.values = [v.to(machine.device) for v in checkpoint["ema"]]
         step, best, bad_evals, elapsed, run_id = (checkpoint[k] for k in ("step", "best", "bad_evals", "elapsed", "run_id"))
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
     if machine.rank == 0:
@@ -334,12 +386,13 @@ def train(cfg):
             if wandb_run:
                 wandb_run.log(record, step=record["step"])
 
-    def save(name, finished=False, **more):
+    def save(name, weights, finished=False, **more):
         if machine.rank == 0:
             save_checkpoint(Path(cfg.out_dir) / name, {
-                "format": CHECKPOINT_FORMAT, "model": model.state_dict(), "model_config": dataclasses.asdict(model.config),
+                "format": CHECKPOINT_FORMAT, "model": weights, "model_config": dataclasses.asdict(model.config),
                 "config": dataclasses.asdict(cfg), "label_names": meta["label_names"], "n_suffix": meta["n_suffix"],
-                "tokenizer": (Path(cfg.data_dir) / cfg.dataset / "tokenizer.json").read_text(), "step": step,
+                "tokenizer": (folder / "tokenizer.json").read_text(encoding="utf-8"), "max_len": cfg.max_len,
+                "data_folder": folder.name, "step": step,
                 "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
 
     # the loop; the clock stands still while evaluating
@@ -349,13 +402,14 @@ def train(cfg):
         lr = learning_rate(cfg, step, total)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        loss, tokens = backward(trained, micro_batches, cfg, machine)
+        loss, tokens = backward(trained, micro_batches, cfg, machine, weights)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if not norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
                             f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} is as it was before")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        average.update(step)
         step += 1
         tokens_seen += tokens
 
@@ -377,6 +431,7 @@ def train(cfg):
 
         if step % eval_interval == 0 or step == total:
             paused = time.time()
+            average.swap()
             result = {"step": step, **evaluate(model, val_set, cfg, machine)}
             log(result)
             score = [result["val_accuracy"], -result["val_loss"]]  # ties go to the lower loss
@@ -385,9 +440,11 @@ def train(cfg):
             machine.print(f"      val loss {result['val_loss']:.4f}  accuracy {result['val_accuracy']:.2%}"
                           + ("  (best so far)" if improved else ""))
             if improved:
-                save("best.pt")
+                save("best.pt", merged(model))
+            average.swap()
             stop = step == total or cfg.patience is not None and bad_evals >= cfg.patience
-            save("last.pt", stop, optimizer=optimizer.state_dict(), bad_evals=bad_evals, elapsed=elapsed, run_id=run_id)
+            save("last.pt", model.state_dict(), stop, optimizer=optimizer.state_dict(), ema=average.values,
+                 bad_evals=bad_evals, elapsed=elapsed, run_id=run_id)
             clock += time.time() - paused
             if stop:
                 break

@@ -1,6 +1,5 @@
 """The gradient of a global batch is the same as one batch, as accumulated micro-batches, and over several processes."""
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ def machine(toy_config):
 
 def gradients(model, micro_batches, machine, **cfg):
     model.zero_grad()
-    loss, tokens = train.backward(model, micro_batches, SimpleNamespace(label_smoothing=0.1, **cfg), machine)
+    loss, tokens = train.backward(model, micro_batches, train.Config(label_smoothing=0.1, **cfg), machine)
     return loss, tokens, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import train
+from configurator import UserError
+from model import load_checkpoint
 from tests.test_packed_equals_one_at_a_time import random_model
 
 
@@ -43,3 +45,34 @@ def test_label_smoothing_and_ignored_targets():
     q = torch.nn.functional.one_hot(targets[keep], 3) * 0.8 + 0.2 / 3
     expected = -(q * logits[keep].log_softmax(1)).sum()
     assert train.loss_sum(logits, targets, cfg).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_class_weights_and_focal_loss():
+    logits, targets = torch.randn(6, 3), torch.tensor([0, 2, 0, 1, 0, 0])
+    weights = train.class_weights(train.Config(class_weights="balanced"), [4, 1, 1])
+    assert weights.tolist() == [0.5, 2.0, 2.0]
+    p = logits.softmax(1)[torch.arange(6), targets]
+    cfg = train.Config(focal_gamma=2.0)
+    expected = -(weights[targets] * (1 - p) ** 2 * p.log()).sum()
+    assert train.loss_sum(logits, targets, cfg, weights).item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(UserError, match="neither 'balanced' nor a list of 3"):
+        train.class_weights(train.Config(class_weights=[1.0]), [4, 1, 1])
+
+
+def test_the_average_is_the_formulas_and_leaves_training_alone(toy):
+    weights = []
+    for decay in (0.0, 0.9):
+        out = f"{toy['out_dir']}-{decay}"
+        train.train(train.Config(**toy | dict(ema_decay=decay, out_dir=out)))
+        weights.append(load_checkpoint(f"{out}/last.pt"))
+    assert all(torch.equal(weights[0]["model"][k], w) for k, w in weights[1]["model"].items())
+    p = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = train.EMA(p, 0.9), p.weight.item()
+    for step in range(1, 200):
+        p.weight.data.fill_(step)
+        ema.update(step)
+        d = min(0.9, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * step
+    assert ema.values[0].item() == pytest.approx(expected, rel=1e-5)
+    ema.swap()
+    assert p.weight.item() == pytest.approx(expected, rel=1e-5) and ema.values[0].item() == 199
