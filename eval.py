@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 import data
 from configurator import UserError, configure, run
-from model import WeightsError, build_model, load_checkpoint, load_weights, predict, save_hf
+from model import WeightsError, build_model, find_device, load_checkpoint, load_weights, predict, save_hf
 
 
 @dataclass
@@ -37,9 +37,7 @@ class Classifier:
     def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=16384):
         self.path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
         c = load_checkpoint(self.path)
-        kind = device if device != "auto" else (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-        self.device, self.dtype, self.micro_batch_tokens = torch.device(kind), dtype, micro_batch_tokens
+        self.device, self.dtype, self.micro_batch_tokens = torch.device(find_device(device)), dtype, micro_batch_tokens
         self.model = build_model(c["model_config"])
         load_weights(self.model, c["model"], self.path)
         self.model.to(self.device).eval()

@@ -313,6 +313,13 @@ def build_model(config):
     return Transformer(ModelConfig(**config) if isinstance(config, dict) else config)
 
 
+def find_device(name):
+    """The kind of device that a setting names; auto: the first of cuda, mps and cpu that is there."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 @torch.no_grad()
 def predict(model, batches, device, dtype):
     """Of a model in eval mode, yields the logits (B, n_classes), on the CPU, of each (tokens, cu_seqlens, targets)."""
@@ -402,7 +409,6 @@ FAMILIES = {  # family → our module → theirs; names below "root" but for tho
 FAMILIES["roberta"] = FAMILIES["bert"] | {
     "root": "roberta.", "dense": "/classifier.dense", "head": "/classifier.out_proj",
     "ignored": ("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids")}
-FAMILIES["ours"] = {}
 OURS_TO_HF = {"mlp.up": "up", "mlp.out": "down", "attention.out": "out"}
 
 
@@ -532,13 +538,12 @@ def save_hf(model, folder, label_names, tokenizer_json):
     """Writes a folder that transformers' AutoModelForSequenceClassification and AutoTokenizer load (for our own trunk:
     that `Transformer.from_pretrained` loads). Raises WeightsError where their classes cannot compute what ours does."""
     c, weights, folder = model.config, model.state_dict(), Path(folder)
-    specials = {t["content"] for t in json.loads(tokenizer_json).get("added_tokens", ())}
-    roles = {role: next((t for t in names if t in specials), None) for role, names in (
+    ids = {t["content"]: t["id"] for t in json.loads(tokenizer_json).get("added_tokens", ())}
+    roles = {role: next((t for t in names if t in ids), None) for role, names in (
         ("pad_token", ("[PAD]", "<pad>", "<|endoftext|>")), ("unk_token", ("[UNK]", "<unk>", "<|endoftext|>")),
         ("cls_token", ("[CLS]", "<s>")), ("sep_token", ("[SEP]", "</s>")), ("mask_token", ("[MASK]", "<mask>")),
         ("bos_token", ("<s>", "<|endoftext|>")), ("eos_token", ("</s>", "<|endoftext|>")))}
     roles = {k: v for k, v in roles.items() if v}
-    ids = {t["content"]: t["id"] for t in json.loads(tokenizer_json).get("added_tokens", ())}
     config = {"model_type": "textcls", "model_config": vars(c)}
     if c.family != "ours":
         if c.pooling != {"gpt2": "last"}.get(c.family, c.pooling if c.family == "modernbert" else "cls") \

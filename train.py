@@ -28,6 +28,7 @@ from model import (
     ModelConfig,
     WeightsError,
     build_model,
+    find_device,
     load_checkpoint,
     load_weights,
     predict,
@@ -100,8 +101,7 @@ class Machine:
 
     def __init__(self, cfg):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        kind = cfg.device if cfg.device != "auto" else (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        kind = find_device(cfg.device)
         try:
             self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
             torch.zeros(1, device=self.device)
