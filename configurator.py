@@ -21,11 +21,16 @@ class UserError(ValueError):
 
 def run(main, *errors):
     """Call a script's `main()`; a UserError, or one of `errors`, becomes one line on standard error and exit status 2."""
+    status = 0
     try:
         main()
     except (UserError, *errors) as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 2
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # DDP leaves threads of gloo's behind (seen in torch 2.13), and one that wakes
+        sys.stdout.flush()                   # while the interpreter shuts down aborts the process: so it does not shut down
+        os._exit(status)
+    sys.exit(status)
 
 
 def configure(cls, argv=None, positional=None):
