@@ -431,7 +431,8 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
             group["lr"] = lr * group["lr_scale"]
         loss, tokens = backward(trained, micro_batches, cfg, machine, weights)
         sparse.collect()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.grad_scale = (norm / (cfg.grad_clip or math.inf)).clamp(min=1)  # the fused step divides by it: clips
         if not norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
                             f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} is as it was before")
