@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ import data
 import finetune
 import train
 from configurator import UserError, configure, run
-from eval import Classifier, evaluate
+from eval import Classifier, evaluate, open_data
 from model import WeightsError
 
 
@@ -45,8 +44,9 @@ def ours(cfg):
     finetune.finetune(cfg)
     records = [json.loads(line) for line in open(f"{cfg.out_dir}/metrics.jsonl")]
     seconds = [r["elapsed_s"] for r in records if "elapsed_s" in r][-1]
-    examples = len(data.PackedText(cfg, data.open_meta(cfg), "train", cfg.max_len)) * cfg.epochs
-    return examples / seconds, seconds, evaluate(Classifier(cfg.out_dir), "test")["accuracy"]
+    examples = len(data.open_split(cfg, data.open_meta(cfg), "train", cfg.max_len)) * cfg.epochs
+    clf = Classifier(cfg.out_dir)
+    return examples / seconds, seconds, evaluate(clf, open_data(clf, "test"))[0]["accuracy"]
 
 
 def trainer(cfg):
@@ -55,7 +55,7 @@ def trainer(cfg):
     path, tokenizer = finetune.find_weights(cfg)
     cfg.tokenizer = str(tokenizer)
     meta = data.open_or_build(cfg)
-    splits = {s: data.PackedText(cfg, meta, s, cfg.max_len) for s in ("train", "test")}
+    splits = {s: data.open_split(cfg, meta, s, cfg.max_len) for s in ("train", "test")}
     rows = {s: [{"input_ids": d.document(i, None), "label": int(d.labels[i])} for i in range(len(d))]
             for s, d in splits.items()}
     hf.set_seed(cfg.seed)
@@ -81,8 +81,8 @@ CONTENDERS = {"finetune": ours, "trainer": trainer}
 
 def main():
     cfg = configure(Config, positional="contenders")
-    if not cfg.contenders or (unknown := set(cfg.contenders) - set(CONTENDERS)):
-        raise UserError(f"name one or two of {', '.join(CONTENDERS)}" + (f", not {sorted(unknown)[0]}" if cfg.contenders else ""))
+    if not cfg.contenders or set(cfg.contenders) - set(CONTENDERS):
+        raise UserError(f"name one or two of {', '.join(CONTENDERS)}, not {cfg.contenders}")
     if len(cfg.contenders) == 1:  # in a process of its own
         cfg.seed = cfg.seeds[0]
         print(json.dumps(dict(zip(("samples_per_s", "seconds", "accuracy"), CONTENDERS[cfg.contenders[0]](cfg)))))

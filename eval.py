@@ -1,6 +1,9 @@
 """The truth about a checkpoint: `python eval.py out/textcls` (on test), or `--text="…"` for the labels of texts.
 
-Only this script opens the test split. From Python: `clf = load_classifier("out/textcls"); clf(["Shares fell again"])`.
+Writes eval.json and plots (.png) beside the checkpoint: for classes the confusion matrix, for images the worst mistakes,
+for a number to predict its predictions against the truth. Only this script opens the test split.
+
+From Python: `clf = load_classifier("out/textcls"); clf(["Shares fell again"])`.
 """
 import dataclasses
 import json
@@ -42,29 +45,40 @@ class Classifier:
         load_weights(self.model, c["model"], self.path)
         self.model.to(self.device).eval()
         self.label_names, self.config, self.n_suffix, self.step = c["label_names"], c["config"], c["n_suffix"], c["step"]
-        self.tokenizer, self.data_folder, self.max_len = Tokenizer.from_str(c["tokenizer"]), c["data_folder"], c["max_len"]
+        self.tokenizer = c["tokenizer"] and Tokenizer.from_str(c["tokenizer"])
+        self.data_folder, self.max_len, self.kind, self.scaling = (
+            c[k] for k in ("data_folder", "max_len", "kind", "scaling"))
 
-    def logits(self, documents):
-        """Logits (N, n_classes) float32 of token id arrays, in their order; independent of how they are batched."""
-        lengths = [len(d) for d in documents]
-        batches = data.eval_batches(lengths, max(self.micro_batch_tokens, *lengths, 0))
-        packed = (data.pack([documents[i] for i in indices], [-100] * len(indices)) for _, indices, _ in batches)
-        out = torch.empty(len(documents), len(self.label_names))
-        for (_, indices, _), logits in zip(batches, predict(self.model, packed, self.device, self.dtype)):
+    def logits(self, examples):
+        """Logits (N, n_outputs) float32 of a Dataset's examples, in their order; independent of how they are batched."""
+        batches = data.eval_batches(examples.lengths, max(self.micro_batch_tokens, self.max_len))
+        inputs = (examples.batch(None, indices) for _, indices, _ in batches)
+        out = torch.empty(len(examples), self.model.config.n_classes)
+        flip = self.config.get("flip", False)
+        for (_, indices, _), logits in zip(batches, predict(self.model, inputs, self.device, self.dtype, flip)):
             out[torch.tensor(indices)] = logits
         return out
 
     def __call__(self, texts):
         """Texts → [{"label": str, "probabilities": {label: float}}, ...]."""
-        texts = [data.clean(t) for t in texts]
-        documents = [data.cut(np.array(e.ids or [0], np.int64), self.max_len, self.n_suffix)  # [0]: GPT-2 has no [CLS]
-                     for e in self.tokenizer.encode_batch_fast(texts)]
+        if self.kind != "text":
+            raise UserError(f"{self.path} reads {self.kind}, not text")
+        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast([data.clean(t) for t in texts])]  # GPT-2 has no [CLS]
+        documents = data.PackedText(np.concatenate([[], *ids]).astype(np.int64), np.cumsum([0, *map(len, ids)]),
+                                    np.zeros(len(ids), np.int64), {"n_suffix": self.n_suffix, "mask_id": None}, self.max_len)
         probabilities = self.logits(documents).double().softmax(1)
         return [{"label": self.label_names[p.argmax()], "probabilities": dict(zip(self.label_names, p.tolist()))}
                 for p in probabilities]
 
 
 load_classifier = Classifier
+
+
+def regression_metrics(predicted, targets):
+    """Of predictions and numbers (N,), in the target's unit: RMSE, MAE, and R² against the mean of `targets`."""
+    error = np.asarray(predicted, np.float64) - targets
+    return {"n": len(targets), "loss": float(np.mean(error**2)), "rmse": float(np.mean(error**2) ** 0.5),
+            "mae": float(np.abs(error).mean()), "r2": float(1 - np.mean(error**2) / np.var(targets))}
 
 
 def metrics(logits, targets, n_classes):
@@ -84,8 +98,8 @@ def metrics(logits, targets, n_classes):
             "confusion": confusion.tolist()}
 
 
-def evaluate(clf, split, data_dir=None):
-    """The metrics of a Classifier on a split of the data set that it was trained on."""
+def open_data(clf, split, data_dir=None):
+    """The split of the data set that a Classifier was trained on. Raises UserError where that is not there or another."""
     known = {f.name for f in dataclasses.fields(data.DataConfig)}
     cfg = data.DataConfig(**{k: v for k, v in clf.config.items() if k in known})
     cfg.data_dir = data_dir or cfg.data_dir
@@ -94,17 +108,33 @@ def evaluate(clf, split, data_dir=None):
     if meta is None:
         raise UserError(f"{folder}: the checkpoint's data set is not there; give its --data_dir=…, or "
                         f"build it with: {rebuild}")
-    if meta["label_names"] != clf.label_names or meta["tokenizer_sha256"] != data.tokenizer_hash(clf.tokenizer):
-        raise UserError(f"{clf.path} was trained on other data than {folder} is now: its "
-                        + (f"labels are {clf.label_names}, not {meta['label_names']}"
-                           if meta["label_names"] != clf.label_names else "tokenizer differs"))
-    examples = data.PackedText(cfg, meta, split, clf.max_len, folder=folder)
-    logits = clf.logits([examples.document(i, None) for i in range(len(examples))])
-    return {"checkpoint": str(clf.path), "dataset": cfg.dataset, "split": split, "step": clf.step,
-            **metrics(logits, examples.labels, len(clf.label_names)), "label_names": clf.label_names}
+    for ours, theirs, what in ((clf.label_names, meta["label_names"], "labels are {}, not {}"),
+                               (clf.tokenizer and data.tokenizer_hash(clf.tokenizer), meta.get("tokenizer_sha256"),
+                                "tokenizer differs"), (clf.scaling, meta["scaling"], "scaling differs")):
+        if ours != theirs:
+            raise UserError(f"{clf.path} was trained on other data than {folder} is now: its {what.format(ours, theirs)}")
+    return data.open_split(cfg, meta, split, clf.max_len, folder=folder)
+
+
+def evaluate(clf, examples):
+    """(the metrics of a Classifier on a split, its logits)."""
+    logits = clf.logits(examples)
+    if clf.label_names:
+        return metrics(logits, examples.labels, len(clf.label_names)), logits
+    scale, shift = clf.scaling["target_std"], clf.scaling["target_mean"]
+    return regression_metrics(logits[:, 0].double().numpy() * scale + shift,
+                              examples.labels.astype(np.float64) * scale + shift), logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For a person: a table, plots, labels of texts
 
 
 def print_report(r):
+    if "r2" in r:
+        print(f"{r['checkpoint']} on {r['dataset']} {r['split']}: n {r['n']}  R² {r['r2']:.4f}  RMSE {r['rmse']:.4f}  "
+              f"MAE {r['mae']:.4f}")
+        return
     names = [n[:20] for n in r["label_names"]]
     wide = max(map(len, names + ["class"]))
     print(f"{r['checkpoint']} on {r['dataset']} {r['split']}: n {r['n']}  accuracy {r['accuracy']:.2%}  "
@@ -113,6 +143,51 @@ def print_report(r):
     for i, (name, row) in enumerate(zip(names, r["confusion"])):
         p, rec, f1, n = (r["per_class"][k][i] for k in ("precision", "recall", "f1", "support"))
         print(f"{name:{wide}}  {p:9.4f}  {rec:6.4f}  {f1:6.4f}  {n:7}   " + " ".join(f"{c:5}" for c in row[:20]))
+
+
+def plot(clf, report, examples, logits, folder):
+    """Writes the .png files that say most about this kind of model; returns their names."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    written = []
+
+    def save(figure, name):
+        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        written.append(f"{name}.png")
+    names = report["label_names"]
+    if not names:
+        true, got = (np.asarray(v, float) * clf.scaling["target_std"] + clf.scaling["target_mean"]
+                     for v in (examples.labels, logits[:, 0]))
+        figure, ax = plt.subplots(figsize=(5, 5))
+        ax.plot([true.min(), true.max()], [true.min(), true.max()], color="grey", linewidth=1)
+        ax.scatter(true, got, s=12, alpha=0.6)
+        ax.set(xlabel="true", ylabel="predicted", title=f"R² {report['r2']:.4f}, RMSE {report['rmse']:.4g}, n {report['n']}")
+        save(figure, "predicted")
+        return written
+    confusion = np.array(report["confusion"])
+    figure, ax = plt.subplots(figsize=(2 + len(names) * 0.6,) * 2)
+    ax.imshow(confusion / confusion.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
+    ax.set(xlabel="predicted", ylabel="true", title=f"accuracy {report['accuracy']:.2%}, n {report['n']}")
+    ax.set_xticks(range(len(names)), names, rotation=90)
+    ax.set_yticks(range(len(names)), names)
+    if len(names) <= 30:
+        for i, row in enumerate(confusion):
+            for j, n in enumerate(row):
+                ax.text(j, i, n or "", ha="center", va="center", color="white" if n > row.sum() / 2 else "black")
+    save(figure, "confusion")
+    if clf.kind == "image":
+        p = logits.double().softmax(1).numpy()
+        surest = np.where(p.argmax(1) != examples.labels, p.max(1), 0).argsort()[::-1]
+        figure, axes = plt.subplots(4, 8, figsize=(12, 7))
+        for ax, i in zip(axes.flat, surest):
+            ax.axis("off")
+            if p[i].argmax() != examples.labels[i]:
+                ax.imshow(examples.values[i].transpose(1, 2, 0).squeeze(), cmap="gray")
+                ax.set_title(f"{names[examples.labels[i]]}, said {names[p[i].argmax()]} {p[i].max():.0%}", fontsize=8)
+        save(figure, "mistakes")
+    return written
 
 
 def label(clf, texts):
@@ -139,13 +214,16 @@ def main():
             save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str())
             print(f"written to {folder}")
             continue
-        report = evaluate(clf, cfg.split, cfg.data_dir)
+        examples = open_data(clf, cfg.split, cfg.data_dir)
+        figures, logits = evaluate(clf, examples)
+        report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": cfg.split, "step": clf.step,
+                  **figures, "label_names": clf.label_names}
         print_report(report)
         to = clf.path.parent / "eval.json"
         temporary = to.with_suffix(".tmp")
         temporary.write_text(json.dumps(report, indent=1))
         os.replace(temporary, to)
-        print(f"\nwritten to {to}")
+        print(f"\nwritten: {to}, {', '.join(plot(clf, report, examples, logits, to.parent))}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ and the data set is built for it, beside those of other tokenizers.
 """
 import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,10 @@ def find_weights(cfg):
                             f"Face's hub either ({type(e).__name__})") from None
     if (path / "tokenizer.json").exists():
         return path, path / "tokenizer.json"
+    if data.resolve(cfg).kind == "image":
+        if (path / "config.json").exists():
+            cfg.patch = json.loads((path / "config.json").read_text()).get("patch_size", cfg.patch)
+        return path, cfg.tokenizer
     checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
     name = f"tokenizer-{hashlib.sha256(checkpoint['tokenizer'].encode()).hexdigest()[:8]}.json"
     tokenizer = Path(cfg.data_dir) / "downloads" / name
@@ -96,7 +101,10 @@ def merged(model):
 
 
 def make_model(cfg, meta, path):
-    loaded = Transformer.from_pretrained(path, len(meta["label_names"]), cfg.new_head, cfg.max_len)
+    if meta["task"] != "classification" or meta["kind"] == "features":
+        raise UserError("finetune.py classifies text and images; train.py does the rest")
+    size = meta["shape"] if meta["kind"] == "image" else None
+    loaded = Transformer.from_pretrained(path, len(meta["label_names"]), cfg.new_head, cfg.max_len, size)
     if loaded.config.vocab_size < meta["vocab_size"]:
         raise UserError(f"{path}: the weights know {loaded.config.vocab_size} tokens, their tokenizer {meta['vocab_size']}")
     c = dataclasses.replace(loaded.config, pooling=cfg.pooling or loaded.config.pooling)
@@ -136,7 +144,7 @@ def make_groups(model, cfg):
 def finetune(cfg):
     path, cfg.tokenizer = find_weights(cfg)
     cfg.tokenizer = str(cfg.tokenizer)
-    train.train(cfg, lambda cfg, meta: make_model(cfg, meta, path), make_groups, merged)
+    train.train(cfg, lambda cfg, meta, train_set: make_model(cfg, meta, path), make_groups, merged)
 
 
 if __name__ == "__main__":

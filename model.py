@@ -1,9 +1,11 @@
-"""The models: a transformer over packed documents. Stands alone: needs no data set, config file or process group.
+"""The models: a transformer for text and images, an MLP, a linear model. Stands alone: needs no data set, no config file.
 
     model = Transformer(ModelConfig(vocab_size=8192, n_classes=5))
     logits = model(tokens, cu_seqlens)         # (T,) int64, (B+1,) int32 → (B, n_classes)
     hidden = model.hidden(tokens, cu_seqlens)  # (T, d_model)
     model = Transformer.from_pretrained("out/textcls")  # or a Hugging Face folder of one of the families below
+    logits = Transformer(ModelConfig(image_size=(1, 28, 28), patch=4, n_classes=10))(pixels)  # (B, C, H, W) uint8 or float
+    logits = MLP(ModelConfig(n_features=7, n_classes=3))(x)  # (B, F) float32; a regression has n_classes = 1
 
 The default trunk is the modern one: pre-norm RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), QK-norm
 (Dehghani et al. 2023), no biases, and zero-initialised output projections and head, so that each block starts as the
@@ -31,8 +33,12 @@ CHECKPOINT_FORMAT = 1
 
 @dataclass
 class ModelConfig:
-    vocab_size: int = 0
-    n_classes: int = 0  # 0: no head
+    model: str = "transformer"  # transformer, mlp, linear
+    vocab_size: int = 0  # of text
+    n_features: int = 0  # of rows of numbers
+    image_size: tuple = ()  # (channels, height, width) of images
+    patch: int = 4  # images: side of the squares that are its tokens
+    n_classes: int = 0  # outputs; 0: no head
     max_len: int = 512  # tokens of the longest document
     n_layer: int = 2
     n_head: int = 4
@@ -44,8 +50,10 @@ class ModelConfig:
     pooling: str = "mean"  # mean, max, cls (first token), last
     dropout: float = 0.0  # after the embedding, attention and MLP
     rope_theta: float = 10000.0
+    ngrams: int = 3  # linear model of text: runs of up to so many tokens are features
+    buckets: int = 2**18  # linear model of text: rows that the runs are hashed to
     # what the published trunks need
-    family: str = "ours"  # ours, bert, roberta, distilbert, modernbert, gpt2: how weights are named in a Hugging Face folder
+    family: str = "ours"  # ours, or one of FAMILIES below: how weights are named in a Hugging Face folder
     position: str = "rope"  # rope, learned
     n_segments: int = 0  # BERT's token types: all tokens are of type 0
     norm: str = "rms"  # rms, layer
@@ -63,6 +71,9 @@ class ModelConfig:
     head_norm: bool = False  # and a norm
     head_bias: bool = False
     head_dropout: float = 0.0
+    cls_token: bool = False  # images: a learned first token
+    pixel_mean: float = 0.5  # of pixels as 0..1
+    pixel_std: float = 0.5
 
 
 class Layout:
@@ -195,7 +206,7 @@ class Attention(nn.Module):
         return self.out(y if keep is None else y[keep])
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "swiglu": F.silu, "geglu": F.gelu,
                    "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -217,11 +228,11 @@ class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.norm1 = make_norm(c) if c.first_norm or layer else nn.Identity()
-        self.attention, self.norm2, self.mlp = Attention(c, layer), make_norm(c), MLP(c)
+        self.attention, self.norm2, self.mlp = Attention(c, layer), make_norm(c), FeedForward(c)
         self.dropout, self.post_norm = c.dropout, c.post_norm
 
     def forward(self, x, layout, keep=None):
-        """(T, D) → (T, D), or with `keep` (B,) only those tokens' rows: what a last block owes to a head that reads no more."""
+        """(T, D) → (T, D), or with `keep` (B,) only those rows: what a last block owes to a head that reads no more."""
         def drop(y):
             return dropout(y, self.dropout, self.training)
         y = drop(self.attention(x if self.post_norm else self.norm1(x), layout, keep))
@@ -232,13 +243,36 @@ class Block(nn.Module):
         return x + drop(self.mlp(self.norm2(x)))
 
 
+def patchify(x, p):
+    """Images as rows of patches: (B, C, H, W) → (B, H/p · W/p, C·p·p)."""
+    B, C, H, W = x.shape
+    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H // p * (W // p), C * p * p)
+
+
+def rope_angles(c, theta):
+    """The angle of each position and pair of dimensions, (max_len, d/2). Of images, half the pairs turn with a patch's row,
+    half with its column (Heo et al. 2024, axial)."""
+    if not c.image_size:
+        return torch.outer(torch.arange(c.max_len), theta ** -torch.arange(0, 1, 2 * c.n_head / c.d_model))
+    _, H, W = c.image_size
+    place = torch.cartesian_prod(torch.arange(H // c.patch), torch.arange(W // c.patch))  # (N, 2)
+    frequency = 100.0 ** -torch.arange(0, 1, 4 * c.n_head / c.d_model)  # (d/4,): there are few rows
+    return (place[:, :, None] * frequency).flatten(1)
+
+
 class Transformer(nn.Module):
     """`config` → a model with fresh weights, drawn from torch's global generator."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+        if c.image_size:
+            C, H, W = c.image_size
+            c.max_len = H // c.patch * (W // c.patch) + c.cls_token
+            self.embedding = nn.Linear(C * c.patch**2, c.d_model)
+        else:
+            self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+        self.cls = nn.Parameter(torch.zeros(c.d_model)) if c.cls_token else None
         self.position = nn.Embedding(c.max_len, c.d_model) if c.position == "learned" else None
         self.segment = nn.Embedding(c.n_segments, c.d_model) if c.n_segments else None
         self.embedding_norm = make_norm(c) if c.embedding_norm else nn.Identity()
@@ -248,15 +282,15 @@ class Transformer(nn.Module):
         self.dense_norm = make_norm(c) if c.head_norm and c.n_classes else nn.Identity()
         self.head = nn.Linear(c.d_model, c.n_classes, bias=c.head_bias) if c.n_classes else None
         if c.position == "rope":
-            frequency = torch.arange(0, 1, 2 * c.n_head / c.d_model)  # (d/2,)
             for name, theta in (("rope", c.rope_theta), ("window_rope", c.window_rope_theta)):
-                angle = torch.outer(torch.arange(c.max_len), theta**-frequency)
+                angle = rope_angles(c, theta)
                 self.register_buffer(name, torch.stack((angle.cos(), angle.sin())), persistent=False)  # (2, max_len, d/2)
         for name, p in self.named_parameters():
             if name.endswith("bias") or c.family == "ours" and name.endswith(("head.weight", "out.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 if c.family == "ours" and name.startswith("blocks") else 0.02)
+                matrix = c.family == "ours" and (name.startswith("blocks") or c.image_size and name == "embedding.weight")
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 if matrix else 0.02)
 
     def layout(self, cu_seqlens, T):
         layout = Layout(cu_seqlens, T, self.config.max_len)
@@ -264,9 +298,19 @@ class Transformer(nn.Module):
             table[:, layout.position, None] for table in (self.rope, self.window_rope)]
         return layout
 
-    def hidden(self, tokens, cu_seqlens, layout=None, keep=None):
-        layout, c = layout or self.layout(cu_seqlens, len(tokens)), self.config
-        x = self.embedding(tokens)
+    def embed(self, inputs, cu_seqlens):
+        """Text: (T,) tokens → (T, D), cu_seqlens. Images: (B, C, H, W) pixels of 0..255 → (B·N, D), cu_seqlens of N each."""
+        c = self.config
+        if not c.image_size:
+            return self.embedding(inputs), cu_seqlens
+        x = self.embedding(patchify((full(inputs) / 255 - c.pixel_mean) / c.pixel_std, c.patch))  # (B, N, D)
+        if self.cls is not None:
+            x = torch.cat((self.cls.expand(len(x), 1, -1).to(x.dtype), x), 1)
+        B, N, D = x.shape
+        return x.reshape(B * N, D), torch.arange(B + 1, dtype=torch.int32, device=x.device) * N
+
+    def trunk(self, x, layout, keep=None):
+        c = self.config
         if self.position is not None:
             x = x + self.position(layout.position)
         if self.segment is not None:
@@ -276,11 +320,18 @@ class Transformer(nn.Module):
             x = block(x, layout, keep if i == len(self.blocks) - 1 else None)
         return self.norm(x if keep is None or self.blocks else x[keep])
 
-    def forward(self, tokens, cu_seqlens):
-        layout, c = self.layout(cu_seqlens, len(tokens)), self.config
+    def hidden(self, inputs, cu_seqlens=None):
+        """(T, d_model): every token's vector after the last norm."""
+        x, cu_seqlens = self.embed(inputs, cu_seqlens)
+        return self.trunk(x, self.layout(cu_seqlens, len(x)))
+
+    def forward(self, inputs, cu_seqlens=None):
+        """Logits (B, n_classes), float32, of packed text (inputs (T,), cu_seqlens (B+1,)) or images (B, C, H, W)."""
+        x, cu_seqlens = self.embed(inputs, cu_seqlens)
+        layout, c = self.layout(cu_seqlens, len(x)), self.config
         keep = {"cls": cu_seqlens[:-1], "last": cu_seqlens[1:] - 1}.get(c.pooling)
-        keep = None if keep is None else keep.clamp(0, len(tokens) - 1)  # of an empty document: any token
-        x = self.hidden(tokens, cu_seqlens, layout, keep)
+        keep = None if keep is None else keep.clamp(0, len(x) - 1)  # of an empty document: any token
+        x = self.trunk(x, layout, keep)
         with torch.autocast(x.device.type, enabled=False):
             x = full(x) if keep is not None else pool(full(x), layout, c.pooling)
             if self.dense is not None:
@@ -288,10 +339,11 @@ class Transformer(nn.Module):
             return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
 
     @staticmethod
-    def from_pretrained(path, n_classes=None, new_head=False, max_len=None):
+    def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):
         """The model of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in eval mode.
 
-        With n_classes it gets a head: the weights' own, or a fresh one where they have none or with new_head. Raises
+        With n_classes it gets a head: the weights' own, or a fresh one where they have none or with new_head. For images of
+        another size, learned positions are interpolated (bicubic; Dosovitskiy et al. 2021, section 3.2). Raises
         WeightsError for what is not supported, missing, left over, of the wrong shape, or not finite."""
         path = Path(path)
         if (path / "config.json").exists() and not (path / "best.pt").exists():
@@ -304,9 +356,23 @@ class Transformer(nn.Module):
                 raise WeightsError(f"{path}: its head tells {config.n_classes} classes apart, the data has {n_classes}; "
                                    "give it a new one with --new_head=True")
             config.n_classes, new_head = n_classes, True
-        if max_len and max_len > config.max_len and config.position == "learned":
+        if config.image_size and not image_size and max_len:
+            raise WeightsError(f"{path}: reads images, not text")
+        if max_len and max_len > config.max_len and config.position == "learned" and not config.image_size:
             raise WeightsError(f"{path}: reads {config.max_len} tokens at the most; set --max_len={config.max_len}")
-        if max_len and config.position == "rope":
+        if image_size and tuple(image_size) != tuple(config.image_size):
+            (C, H, W), (channels, h, w), p = image_size, config.image_size or (0, 0, 0), config.patch
+            if C != channels:
+                reads = f"images of {channels} channels" if channels else "text"
+                raise WeightsError(f"{path}: reads {reads}, not images of {C} channels")
+            if H % p or W % p:
+                raise WeightsError(f"{path}: its patches of {p}×{p} do not divide images of {H}×{W}")
+            config.image_size = (C, H, W)
+            if config.position == "learned":
+                cls, grid = weights["position.weight"].split([int(config.cls_token), h // p * (w // p)])
+                grid = F.interpolate(grid.T.reshape(1, -1, h // p, w // p).float(), (H // p, W // p), mode="bicubic")
+                weights["position.weight"] = torch.cat((cls, grid[0].flatten(1).T))
+        if max_len and config.position == "rope" and not config.image_size:
             config.max_len = max(max_len, config.max_len)
         model = Transformer(config)
         if new_head:
@@ -315,14 +381,6 @@ class Transformer(nn.Module):
                         k.startswith("dense") and k not in weights}
         load_weights(model, weights, path)
         return model.eval()
-
-    def flops_per_token(self, length):
-        """Floating-point operations of a forward and backward pass per token, in documents of `length` tokens: 6 for each
-        weight of a matrix, and 12·length·d_model a layer for attention (Chowdhery et al. 2022, appendix B)."""
-        c = self.config
-        weights = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and n != "embedding.weight")
-        return 6 * weights + 12 * c.n_layer * length * c.d_model / (2 if c.causal else 1)
-
 
 def pool(x, layout, kind):
     """The mean or max of each document's rows: x (T, D) → (B, D)."""
@@ -333,9 +391,100 @@ def pool(x, layout, kind):
     return x.new_zeros(B, D).index_add(0, layout.doc, x) / layout.lengths.clamp(min=1)[:, None]
 
 
+class LinearModel(nn.Module):
+    """Softmax (or, with one output, least-squares) regression. On rows of numbers: x (B, F) → x·Wᵀ + b, (B, n_classes).
+
+    On text: a bag of hashed token n-grams (fastText's features, Joulin et al. 2017, without its factorisation): each run of
+    1 … ngrams tokens has a row of n_classes weights, the rows of a document are averaged with weights `idf` of length 1."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        if c.vocab_size:
+            self.embedding = nn.Embedding(c.buckets, c.n_classes)
+            nn.init.zeros_(self.embedding.weight)
+            self.register_buffer("idf", torch.ones(c.buckets))
+            self.bias = nn.Parameter(torch.zeros(c.n_classes))
+        else:
+            self.head = nn.Linear(c.n_features or math.prod(c.image_size), c.n_classes)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def weigh(self, batches):
+        """Sets idf, log (N + 1) / (documents with that n-gram + 1), from (tokens, cu_seqlens) of all of train."""
+        count, n = torch.zeros(self.config.buckets), 0
+        for tokens, cu_seqlens in batches:
+            bucket, inside, doc = self.features(tokens, cu_seqlens)
+            pairs = (doc[:, None] * self.config.buckets + bucket)[inside].unique() % self.config.buckets
+            count += torch.bincount(pairs, minlength=self.config.buckets)
+            n += len(cu_seqlens) - 1
+        self.idf.copy_(((n + 1) / (count + 1)).log())
+
+    def features(self, tokens, cu_seqlens):
+        """(bucket (T, ngrams) of the runs that begin at each token, bool of those that end in its document, doc (T,))."""
+        doc = torch.bucketize(torch.arange(len(tokens), device=tokens.device), cu_seqlens[1:], right=True)
+        hashes, inside, h = [], [], torch.zeros_like(tokens)
+        for n in range(self.config.ngrams):
+            follow = F.pad(tokens[n:], (0, min(n, len(tokens))))
+            h = (h + follow + 1) * 0x9E3779B97F4A7C15 % 2**61  # Fibonacci hashing (Knuth, vol. 3, 6.4), wrapping int64
+            hashes.append((h >> 20) % self.config.buckets)
+            inside.append(F.pad(doc[n:], (0, min(n, len(doc))), value=-1) == doc)
+        return torch.stack(hashes, 1), torch.stack(inside, 1), doc
+
+    def forward(self, x, cu_seqlens=None):
+        if not self.config.vocab_size:
+            return self.head(flat(x))
+        bucket, inside, doc = self.features(x, cu_seqlens)
+        weight = self.idf[bucket] * inside  # (T, ngrams)
+        norm = weight.new_zeros(len(cu_seqlens) - 1).index_add(0, doc, weight.square().sum(1)).sqrt().clamp(min=1e-9)
+        rows = self.embedding(bucket) * weight[..., None]  # (T, ngrams, C)
+        return rows.new_zeros(len(norm), rows.shape[-1]).index_add(0, doc, rows.sum(1)) / norm[:, None] + self.bias
+
+
+class MLP(nn.Module):
+    """n_layer hidden layers of d_model ReLU units, on rows of numbers, on pixels, or on the mean of a text's embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        if c.vocab_size:
+            self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        widths = [c.d_model if c.vocab_size else c.n_features or math.prod(c.image_size), *[c.d_model] * c.n_layer]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.head = nn.Linear(widths[-1], c.n_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x, cu_seqlens=None):
+        if self.config.vocab_size:
+            x = pool(full(self.embedding(x)), Layout(cu_seqlens, len(x), self.config.max_len), "mean")
+        else:
+            x = flat(x)
+        for layer in self.layers:
+            x = dropout(F.relu(layer(x)), self.config.dropout, self.training)
+        return self.head(x).float() if x.dtype != torch.float64 else self.head(x)
+
+
+def flat(x):
+    """Numbers as they are, images as rows of numbers from -1 to 1."""
+    return x if x.ndim == 2 else full(x).flatten(1) / 127.5 - 1
+
+
 def build_model(config):
     """The model of a ModelConfig, or of the dict that a checkpoint keeps of one."""
-    return Transformer(ModelConfig(**config) if isinstance(config, dict) else config)
+    c = ModelConfig(**config) if isinstance(config, dict) else config
+    return {"transformer": Transformer, "mlp": MLP, "linear": LinearModel}[c.model](c)
+
+
+def flops_per_token(model, length):
+    """Floating-point operations of a forward and backward pass per token (MLP, linear: per example), in documents of
+    `length` tokens: 6 for each weight of a matrix, and 12·length·d_model a layer for attention (Chowdhery et al. 2022,
+    appendix B)."""
+    c = model.config
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not (c.vocab_size and "embedding" in n))
+    attention = 12 * c.n_layer * length * c.d_model / (2 if c.causal else 1) if c.model == "transformer" else 0
+    return 6 * weights + attention
 
 
 def find_device(name):
@@ -346,12 +495,16 @@ def find_device(name):
 
 
 @torch.no_grad()
-def predict(model, batches, device, dtype):
-    """Of a model in eval mode, yields the logits (B, n_classes), on the CPU, of each (tokens, cu_seqlens, targets)."""
-    for tokens, cu_seqlens, _ in batches:
+def predict(model, batches, device, dtype, flip=False):
+    """Of a model in eval mode, yields the logits (B, n_classes), on the CPU, of each (*inputs, targets). `flip`: of
+    images, the mean with their mirror images' logits."""
+    for *inputs, _ in batches:
+        inputs = [t.to(device) for t in inputs]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(tokens.to(device), cu_seqlens.to(device))
-        yield logits.cpu()
+            logits = model(*inputs)
+            if flip:
+                logits = (logits + model(inputs[0].flip(-1))) / 2
+        yield logits.float().cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +559,7 @@ def load_weights(model, weights, source):
 # Hugging Face folders: config.json, model.safetensors, tokenizer.json. One table of names serves reading and writing.
 
 QKV = "attention.qkv"
-FAMILIES = {  # family → our module → theirs; names below "root" but for those that begin with "/"
+FAMILIES = {  # family → our module → theirs; names below "root" unless they begin with "/"; "!" ends that of a parameter
     "bert": {
         "root": "bert.", "layer": "encoder.layer.{}.", "embedding": "embeddings.word_embeddings",
         "position": "embeddings.position_embeddings", "segment": "embeddings.token_type_embeddings",
@@ -430,6 +583,12 @@ FAMILIES = {  # family → our module → theirs; names below "root" but for tho
         "root": "transformer.", "layer": "h.{}.", "embedding": "wte", "position": "wpe", QKV: ("attn.c_attn",),
         "out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj", "norm": "ln_f",
         "head": "/score", "ignored": ("lm_head.", ".attn.bias", ".attn.masked_bias")},
+    "vit": {
+        "root": "vit.", "layer": "encoder.layer.{}.", "embedding": "embeddings.patch_embeddings.projection",
+        "position": "embeddings.position_embeddings!", "cls": "embeddings.cls_token!", "out": "attention.output.dense",
+        QKV: ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        "norm1": "layernorm_before", "norm2": "layernorm_after", "up": "intermediate.dense", "down": "output.dense",
+        "norm": "layernorm", "head": "/classifier", "ignored": ("vit.pooler.",)},
 }
 FAMILIES["roberta"] = FAMILIES["bert"] | {
     "root": "roberta.", "dense": "/classifier.dense", "head": "/classifier.out_proj",
@@ -440,14 +599,15 @@ OURS_TO_HF = {"mlp.up": "up", "mlp.out": "down", "attention.out": "out"}
 def hf_names(key, family):
     """Their names for our weight: several where ours is theirs stacked."""
     names = FAMILIES[family]
-    module, kind = key.rsplit(".", 1)
+    module, _, kind = key.rpartition(".") if "." in key else (key, "", "")
     layer = ""
     if module.startswith("blocks."):
         _, i, module = module.split(".", 2)
         layer = names["layer"].format(i)
     theirs = names[OURS_TO_HF.get(module, module)]
-    return [f"{n[1:]}.{kind}" if n.startswith("/") else f"{names['root']}{layer}{n}.{kind}"
-            for n in (theirs if isinstance(theirs, tuple) else (theirs,))]
+    whole = [n[1:] if n.startswith("/") else names["root"] + layer + n
+             for n in (theirs if isinstance(theirs, tuple) else (theirs,))]
+    return [n.removesuffix("!") if n.endswith("!") else f"{n}.{kind}" for n in whole]
 
 
 def transposed(key, family):
@@ -488,6 +648,8 @@ def read_hf(folder):
         if all(p is not None for p in parts):
             w = torch.cat(parts)
             w = w.T.contiguous() if transposed(key, c.family) else w
+            if c.family == "vit" and w.numel() == meta.numel():
+                w = w.reshape(meta.shape)  # of a convolution's weight, or without a first dimension of 1
             ours[key] = w[len(w) - len(meta) :] if key == "position.weight" else w  # RoBERTa's begin at pad_token_id + 1
         elif c.n_classes or not key.startswith(("dense", "head")):
             raise WeightsError(f"{folder}: {', '.join(hf_names(key, c.family))} is missing")
@@ -514,12 +676,23 @@ def hf_config(hf, folder):
                                                                           if family == "gpt2" else ("gelu",)))
     only("activation", "gelu")
     only("hidden_activation", "gelu")
-    c = ModelConfig(family=family, vocab_size=hf["vocab_size"], qk_norm=False, norm="layer", norm_bias=True, bias=True,
-                    mlp="gelu", position="learned", pooling="cls")
-    if family in ("bert", "roberta", "modernbert"):
+    c = ModelConfig(family=family, vocab_size=hf.get("vocab_size", 0), qk_norm=False, norm="layer", norm_bias=True,
+                    bias=True, mlp="gelu", position="learned", pooling="cls")
+    if family in ("bert", "roberta", "modernbert", "vit"):
         c.n_layer, c.n_head, c.d_model, c.d_ff = (hf[k] for k in (
             "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"))
-        c.max_len = hf["max_position_embeddings"]
+        c.max_len = hf.get("max_position_embeddings", 0)
+    if family == "vit":
+        only("qkv_bias", True)
+        size = hf["image_size"]
+        c.image_size, c.patch = (hf["num_channels"], *(size if isinstance(size, list) else (size, size))), hf["patch_size"]
+        c.cls_token, c.head_bias, c.norm_eps, c.dropout = True, True, hf["layer_norm_eps"], hf["hidden_dropout_prob"]
+        scaling = folder / "preprocessor_config.json"
+        for key in ("image_mean", "image_std"):
+            values = set(json.loads(scaling.read_text()).get(key, [0.5])) if scaling.exists() else {0.5}
+            if len(values) > 1:
+                raise WeightsError(f"{folder}: {key}={sorted(values)} is not supported, only one for all channels")
+            setattr(c, key.replace("image", "pixel"), values.pop())
     if family in ("bert", "roberta", "distilbert"):
         c.post_norm = c.embedding_norm = c.head_bias = True
         c.norm_eps = hf.get("layer_norm_eps", 1e-12)
@@ -570,6 +743,8 @@ def save_hf(model, folder, label_names, tokenizer_json):
         ("bos_token", ("<s>", "<|endoftext|>")), ("eos_token", ("</s>", "<|endoftext|>")))}
     roles = {k: v for k, v in roles.items() if v}
     config = {"model_type": "textcls", "model_config": vars(c)}
+    if c.family == "vit" or c.model != "transformer":
+        raise WeightsError(f"a {c.model if c.family == 'ours' else 'vit'} model cannot be written as a Hugging Face folder")
     if c.family != "ours":
         if c.pooling != {"gpt2": "last"}.get(c.family, c.pooling if c.family == "modernbert" else "cls") \
                 or c.pooling not in ("cls", "mean", "last"):

@@ -31,6 +31,7 @@ from model import (
     WeightsError,
     build_model,
     find_device,
+    flops_per_token,
     load_checkpoint,
     load_weights,
     predict,
@@ -44,8 +45,8 @@ class Config(DataConfig):
     out_dir: str = "out/{config}"  # checkpoints, metrics.jsonl, config.json; {config} is the config file's name
     seed: int = 1  # of weights, batches, masks, dropout; report several
     # model
-    model: Literal["transformer"] = "transformer"  # which of model.py's
-    n_layer: int = 2  # deeper for more data
+    model: Literal["transformer", "mlp", "linear"] = "transformer"  # the other two are the baselines to beat, and fast
+    n_layer: int = 2  # deeper for more data (mlp: hidden layers)
     n_head: int = 4  # d_model / n_head of 32-64 for small models, 64-128 for large ones
     d_model: int = 128  # wider for more data
     d_ff: int | None = None  # None: 4·d_model
@@ -53,15 +54,25 @@ class Config(DataConfig):
     qk_norm: bool = True  # bounds attention logits, so that higher learning rates stay stable
     pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how a document's tokens become one vector
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where late words matter
-    crop: int | None = None  # train on a random window of so many tokens of each document; evaluation reads max_len
+    ngrams: int = 3  # of a linear model of text: runs of up to so many tokens are its features
+    buckets: int = 2**18  # of a linear model of text: hashed to so many; more for much text
+    patch: int = 4  # of images: the side of a token
+    crop: int | None = None  # text: train on a random window of so many tokens of each document; evaluation reads max_len
     dropout: float = 0.0  # 0.1-0.3 for small data and many epochs
-    mask_prob: float = 0.0  # share of input tokens masked in training; 0.1-0.3 is a strong regulariser for small data
+    shift: float = 0.0  # images: moved in training by up to this share of their side
+    rotate: float = 0.0  # images: turned by up to so many degrees
+    scale: float = 0.0  # images: scaled by a factor of up to 1 + scale, either way
+    flip: bool = False  # images: mirrored half the time, and evaluation averages both; not for digits or text
+    cutout: float = 0.0  # images: a black square of up to this share of the side
+    mixup: float = 0.0  # images: blended with another by up to mixup / 2 (1: half and half); for long training
+    mask_prob: float = 0.0  # text: share of input tokens masked in training; 0.1-0.3 is a strong regulariser for small data
     # optimisation
     batch_size: int = 32  # documents per step, over all processes and micro-batches
     micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when memory runs out
     epochs: float = 10.0  # passes over train
     max_steps: int | None = None  # stops (and ends the schedule) sooner than epochs
-    optimizer: Literal["adamw"] = "adamw"  # decoupled weight decay (Loshchilov & Hutter 2019)
+    optimizer: Literal["adamw", "lbfgs"] = "adamw"  # adamw: decoupled weight decay (Loshchilov & Hutter 2019); lbfgs: convex
+    # models on data that fits one batch_size; weight_decay is then ridge's: weight_decay / 2 · |W|² is added to the loss
     learning_rate: float = 1e-3  # the peak; 1e-3 for small models from scratch, less for larger ones
     min_lr: float = 0.0  # where the schedule ends
     warmup_steps: int = 50  # linear from 0; more for large models or rates
@@ -120,6 +131,7 @@ class Machine:
             torch.use_deterministic_algorithms(True)
         native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else \
             kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        native = native and cfg.optimizer != "lbfgs"  # whose line search needs the exact loss
         self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native else torch.float32
         self.compile = kind == "cuda" if cfg.compile == "auto" else cfg.compile
         if self.world > 1:
@@ -189,10 +201,12 @@ def class_weights(cfg, per_class):
 
 
 def loss_sum(logits, targets, cfg, weights=None):
-    """Cross-entropy summed over the targets that are not -100: the caller divides by their number in the global batch
-    (or, with class weights, by the sum of their weights)."""
+    """Cross-entropy summed over the targets that are not -100 (or squared error, where the targets are one number each): the
+    caller divides by their number in the global batch (or, with class weights, by the sum of their weights)."""
+    if targets.is_floating_point() and targets.ndim == 1:
+        return (logits[:, 0] - targets).square().sum()
     losses = F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=cfg.label_smoothing)
-    if cfg.focal_gamma:
+    if cfg.focal_gamma and targets.ndim == 1:
         p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
         losses = losses * (1 - p) ** cfg.focal_gamma
     return losses.sum()
@@ -202,21 +216,41 @@ def backward(model, micro_batches, cfg, machine, weights=None):
     """Adds the gradient of the mean loss over the whole global batch; returns (that loss, tokens of all processes).
 
     DDP averages gradients over processes, so each scales its sum by world / (targets in the global batch)."""
-    kept = [targets[targets >= 0] for _, _, targets in micro_batches]
-    n_local = sum(len(k) if weights is None else weights[k].sum().item() for k in kept)
-    tokens = sum(int(cu[len(k)]) for k, (_, cu, _) in zip(kept, micro_batches))
+    counted = [targets.new_ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else targets >= 0
+               for *_, targets in micro_batches]
+    n_local = sum(k.sum().item() if weights is None or t.ndim > 1 else weights[t[k]].sum().item()
+                  for k, (*_, t) in zip(counted, micro_batches))
+    tokens = sum(int(inputs[1][k.sum()]) if len(inputs) > 1 else int(k.sum())  # by cu_seqlens, of text; else examples
+                 for k, (*inputs, _) in zip(counted, micro_batches))
     n, tokens = machine.sum([n_local, tokens]).tolist()
     weights = weights if weights is None else weights.to(machine.device)
     total = 0.0
-    for i, (inputs, cu_seqlens, targets) in enumerate(micro_batches):
+    for i, (*inputs, targets) in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync(), \
              torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-            logits = model(*(t.to(machine.device, non_blocking=True) for t in (inputs, cu_seqlens)))
+            logits = model(*(t.to(machine.device, non_blocking=True) for t in inputs))
             loss = loss_sum(logits, targets.to(machine.device, non_blocking=True), cfg, weights) / n
         (loss * machine.world).backward()
         total += loss.detach()
     return total, tokens
+
+
+def step_lbfgs(optimizer, model, micro_batches, cfg, machine):
+    """One step of L-BFGS (up to 20 evaluations) on the mean loss plus weight_decay / 2 · |W|²; returns (the loss before it,
+    without the penalty, tokens of a batch)."""
+    first = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss, tokens = backward(model, micro_batches, cfg, machine)
+        first.append((loss, tokens))
+        penalty = sum(cfg.weight_decay / 2 * p.square().sum() for p in model.parameters() if p.ndim >= 2)
+        if cfg.weight_decay:
+            penalty.backward()
+        return loss + penalty
+    optimizer.step(closure)
+    return first[0]
 
 
 class SparseGradient:
@@ -225,7 +259,7 @@ class SparseGradient:
 
     def __init__(self, model, device):
         self.table = getattr(model, "embedding", None)
-        if self.table is not None and device.type == "cpu" and self.table.weight.requires_grad:
+        if isinstance(self.table, torch.nn.Embedding) and device.type == "cpu" and self.table.weight.requires_grad:
             self.table.sparse, self.buffer = True, torch.zeros_like(self.table.weight)
         else:
             self.table = None
@@ -263,18 +297,25 @@ class EMA:
 
 
 def evaluate(model, split, cfg, machine):
-    """{"val_loss", "val_accuracy"} over the whole of a split, on all processes; touches no generator."""
+    """{"val_loss", "val_accuracy"} (regression: "val_r2") over all of a split, on all processes; touches no generator."""
     batches = data.eval_batches(split.lengths, cfg.micro_batch_tokens, machine.rank, machine.world)
     loss = correct = 0.0
     model.eval()
     loader = (split.__getitems__([b])[0] for b in batches)
-    for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype)):
+    regression = split.labels.dtype == "float32"
+    for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype, cfg.flip)):
         targets = torch.from_numpy(split.labels[indices])
-        loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
-        correct += (logits.argmax(1) == targets).sum().item()
+        if regression:
+            loss += (logits[:, 0].double() - targets).square().sum().item()
+        else:
+            loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
+            correct += (logits.argmax(1) == targets).sum().item()
     model.train()
     loss, correct = machine.sum([loss, correct]).tolist()
-    return {"val_loss": loss / len(split), "val_accuracy": correct / len(split)}
+    loss /= len(split)
+    if regression:
+        return {"val_loss": loss, "val_r2": 1 - loss / float(split.labels.astype("float64").var())}
+    return {"val_loss": loss, "val_accuracy": correct / len(split)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,13 +384,37 @@ def start_wandb(cfg, run_id):
 # The run
 
 
-def make_model(cfg, meta):
-    if cfg.d_model % (2 * cfg.n_head):
-        raise UserError(f"--d_model={cfg.d_model} does not split into n_head={cfg.n_head} heads of even width")
-    return build_model(ModelConfig(
-        vocab_size=meta["vocab_size"], n_classes=len(meta["label_names"]), max_len=cfg.max_len, n_layer=cfg.n_layer,
-        n_head=cfg.n_head, d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp, qk_norm=cfg.qk_norm,
-        pooling=cfg.pooling, dropout=cfg.dropout))
+def make_model(cfg, meta, train_set):
+    c = ModelConfig(
+        model=cfg.model, n_classes=len(meta["label_names"]) or 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
+        d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp,
+        qk_norm=cfg.qk_norm, pooling=cfg.pooling, dropout=cfg.dropout)
+    if meta["kind"] == "text":
+        c.vocab_size, c.max_len, c.ngrams, c.buckets = meta["vocab_size"], cfg.max_len, cfg.ngrams, cfg.buckets
+    elif meta["kind"] == "image":
+        c.image_size, c.patch = tuple(meta["shape"]), cfg.patch
+    else:
+        (c.n_features,) = meta["shape"]
+    if cfg.model == "transformer":
+        if cfg.d_model % (parts := (4 if c.image_size else 2) * cfg.n_head):
+            raise UserError(f"--d_model={cfg.d_model} does not split into n_head={cfg.n_head} heads of a width that "
+                            f"{parts // cfg.n_head} divides")
+        if c.image_size and (c.image_size[1] % c.patch or c.image_size[2] % c.patch):
+            raise UserError(f"--patch={c.patch} does not divide images of {c.image_size[1]}×{c.image_size[2]}")
+    model = build_model(c)
+    if cfg.model == "linear" and meta["kind"] == "text":
+        batches = data.eval_batches(train_set.lengths, cfg.micro_batch_tokens)
+        model.weigh(train_set.batch(None, indices)[:2] for _, indices, _ in batches)
+    return model
+
+
+def tokens_per_example(cfg, meta):
+    """Tokens of the longest example: what micro_batch_tokens is measured in."""
+    if meta["kind"] == "text":
+        return cfg.max_len
+    if meta["kind"] == "features" and cfg.model == "transformer":
+        raise UserError("--model=transformer reads text and images; for rows of numbers take --model=mlp or linear")
+    return meta["shape"][1] // cfg.patch * (meta["shape"][2] // cfg.patch) if cfg.model == "transformer" else 1
 
 
 def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch.nn.Module.state_dict):
@@ -362,24 +427,34 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint)}); "
                       f"evaluate it with: python eval.py {cfg.out_dir}   (or train anew: --overwrite=True)")
         return
-    if cfg.max_len > cfg.micro_batch_tokens:
-        raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold a document of max_len={cfg.max_len}")
-
     # data
     folder = data.folder_of(cfg)
     meta = machine.first(lambda: data.open_or_build(cfg))
-    train_set = data.PackedText(cfg, meta, "train", cfg.max_len, cfg.seed, cfg.crop, cfg.mask_prob)
-    val_set = data.PackedText(cfg, meta, "val", cfg.max_len)
+    max_len = tokens_per_example(cfg, meta)
+    if max_len > cfg.micro_batch_tokens:
+        raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, of up to {max_len} tokens")
+    changes = dict(crop=cfg.crop, mask_prob=cfg.mask_prob) if meta["kind"] == "text" else {}
+    if meta["kind"] == "image":
+        augment = {k: v for k in ("shift", "rotate", "scale", "flip", "cutout") if (v := getattr(cfg, k))}
+        changes = dict(augment=augment, mixup=cfg.mixup)
+    train_set = data.open_split(cfg, meta, "train", max_len, cfg.seed, **changes)
+    val_set = data.open_split(cfg, meta, "val", max_len)
     steps_per_epoch = -(-len(train_set) // cfg.batch_size)
     total = max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
     eval_interval = cfg.eval_interval or steps_per_epoch
 
     # model and optimizer
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, meta).to(machine.device)
-    optimizer = torch.optim.AdamW(make_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                  fused=machine.device.type in ("cuda", "cpu"))
-    weights = class_weights(cfg, meta["splits"]["train"]["per_class"])
+    model = make_model(cfg, meta, train_set).to(machine.device)
+    if cfg.optimizer == "lbfgs":
+        if cfg.batch_size < len(train_set):
+            raise UserError(f"--optimizer=lbfgs needs all {len(train_set)} examples in each step: "
+                            f"--batch_size={len(train_set)}")
+        optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+    else:
+        optimizer = torch.optim.AdamW(make_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                      fused=True)
+    weights = class_weights(cfg, meta["splits"]["train"].get("per_class"))
     average, sparse = EMA(model, cfg.ema_decay), SparseGradient(model, machine.device)
     step, best, bad_evals, elapsed, run_id = 0, None, 0, 0.0, f"{Path(cfg.out_dir).name}-{int(started)}"
     if checkpoint:
@@ -395,9 +470,10 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     if machine.world > 1:
         trained = torch.nn.parallel.DistributedDataParallel(trained)
     n_params = sum(p.numel() for p in model.parameters())
-    flops = model.flops_per_token(train_set.lengths.mean())
+    flops = flops_per_token(model, train_set.lengths.mean())
+    unit = "tok" if meta["kind"] == "text" else "ex"
     machine.print(
-        f"{cfg.model}: {n_params:,} parameters, {flops / 1e6:.1f} MFLOP/token; {machine.device}, {machine.dtype}, "
+        f"{cfg.model}: {n_params:,} parameters, {flops / 1e6:.2g} MFLOP/token; {machine.device}, {machine.dtype}, "
         f"{machine.world} process(es); {len(train_set):,} examples / {cfg.batch_size} = {steps_per_epoch} steps per epoch, "
         f"{total} in all; ready after {time.time() - started:.1f} s")
 
@@ -417,8 +493,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         if machine.rank == 0:
             save_checkpoint(Path(cfg.out_dir) / name, {
                 "format": CHECKPOINT_FORMAT, "model": weights, "model_config": dataclasses.asdict(model.config),
-                "config": dataclasses.asdict(cfg), "label_names": meta["label_names"], "n_suffix": meta["n_suffix"],
-                "tokenizer": (folder / "tokenizer.json").read_text(encoding="utf-8"), "max_len": cfg.max_len,
+                "config": dataclasses.asdict(cfg), "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
+                "tokenizer": (folder / "tokenizer.json").read_text(encoding="utf-8") if meta["kind"] == "text" else None,
+                "max_len": max_len, "kind": meta["kind"], "scaling": meta["scaling"],
                 "data_folder": folder.name, "step": step,
                 "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
 
@@ -427,18 +504,22 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     for micro_batches in loader:
         torch.manual_seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)  # dropout: a function of (seed, step)
         lr = learning_rate(cfg, step, total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        loss, tokens = backward(trained, micro_batches, cfg, machine, weights)
-        sparse.collect()
+        if cfg.optimizer == "lbfgs":
+            loss, tokens = step_lbfgs(optimizer, trained, micro_batches, cfg, machine)
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            loss, tokens = backward(trained, micro_batches, cfg, machine, weights)
+            sparse.collect()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.grad_scale = (norm / (cfg.grad_clip or math.inf)).clamp(min=1)  # the fused step divides by it: clips
         if not norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
                             f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} is as it was before")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sparse.clear()
+        if cfg.optimizer != "lbfgs":
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            sparse.clear()
         average.update(step)
         step += 1
         tokens_seen += tokens
@@ -456,7 +537,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
             log(record)
             eta = (total - step) * (now - clock) / (step - since)
             machine.print(f"step {step}/{total}  epoch {record['epoch']:.2f}  loss {loss:.4f}  lr {lr:.2e}  "
-                          f"grad {norm:.2f}  {rate:,.0f} tok/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")
+                          f"grad {norm:.2f}  {rate:,.0f} {unit}/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")
             clock, tokens_seen, since = now, 0, step
 
         if step % eval_interval == 0 or step == total:
@@ -464,11 +545,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
             average.swap()
             result = {"step": step, **evaluate(model, val_set, cfg, machine)}
             log(result)
-            score = [result["val_accuracy"], -result["val_loss"]]  # ties go to the lower loss
-            improved = best is None or score > [best["val_accuracy"], -best["val_loss"]]
+            improved = best is None or score(result) > score(best)
             best, bad_evals = (result, 0) if improved else (best, bad_evals + 1)
-            machine.print(f"      val loss {result['val_loss']:.4f}  accuracy {result['val_accuracy']:.2%}"
-                          + ("  (best so far)" if improved else ""))
+            machine.print(f"      {figures(result)}" + ("  (best so far)" if improved else ""))
             if improved:
                 save("best.pt", merged(model))
             average.swap()
@@ -490,9 +569,17 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}")
 
 
+def score(result):
+    return [result.get("val_accuracy", 0), -result["val_loss"]]  # ties go to the lower loss
+
+
+def figures(result):
+    return f"val loss {result['val_loss']:.4f}  " + (
+        f"accuracy {result['val_accuracy']:.2%}" if "val_accuracy" in result else f"R² {result['val_r2']:.4f}")
+
+
 def summary(checkpoint):
-    best = checkpoint["best"]
-    return f"best val accuracy {best['val_accuracy']:.2%}, loss {best['val_loss']:.4f}, at step {best['step']}"
+    return f"best: {figures(checkpoint['best'])}, at step {checkpoint['best']['step']}"
 
 
 if __name__ == "__main__":

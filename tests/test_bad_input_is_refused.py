@@ -119,7 +119,7 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
     def refused(says, **changes):
         save_checkpoint("x.pt", good | changes) if changes else None
         with pytest.raises((UserError, WeightsError), match=says):
-            eval_script.evaluate(eval_script.Classifier("x.pt"), "test")
+            eval_script.open_data(eval_script.Classifier("x.pt"), "test")
     for cut in (0, 100, len(whole) // 2, len(whole) - 1):
         open("x.pt", "wb").write(whole[:cut])
         refused("x.pt: (truncated|refused)")
@@ -142,10 +142,10 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
         eval_script.Classifier("nowhere")
     os.rename(toy["data_dir"], toy["data_dir"] + "-moved")
     with pytest.raises(UserError, match="data set is not there; give its --data_dir.*python data.py"):
-        eval_script.evaluate(eval_script.Classifier(best), "test")
+        eval_script.open_data(eval_script.Classifier(best), "test")
     assert eval_script.Classifier(best)(["goal"])[0]["label"] in good["label_names"]  # predicting needs no data set
-    r = eval_script.evaluate(eval_script.Classifier(best), "test", toy["data_dir"] + "-moved")
-    assert r["n"] == 12
+    clf = eval_script.Classifier(best)
+    assert eval_script.evaluate(clf, eval_script.open_data(clf, "test", toy["data_dir"] + "-moved"))[0]["n"] == 12
 
 
 def test_runs(toy, tmp_path):
@@ -153,7 +153,7 @@ def test_runs(toy, tmp_path):
     for changes, says in ((dict(out_dir=str(tmp_path / "file/out")), "out_dir=.*cannot be written to"),
                           (dict(data_dir=str(tmp_path / "file/data")), "data_dir=.*cannot be written to"),
                           (dict(d_model=33), "d_model=33 does not split"),
-                          (dict(micro_batch_tokens=8), "must hold a document"),
+                          (dict(micro_batch_tokens=8), "must hold an example"),
                           (dict(device="cuda" if not torch.cuda.is_available() else "xpu"), "cannot be used here"),
                           (dict(mask_prob=0.1, tokenizer=str(tmp_path / "t.json")), "mask_prob needs a tokenizer")):
         if "mask_prob" in changes:

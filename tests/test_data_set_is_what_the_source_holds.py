@@ -27,7 +27,7 @@ def built(tmp_path, **settings):
     tokenizer = Tokenizer.from_file(str(tmp_path / "data/d/tokenizer.json"))
     found = {}
     for split in meta["splits"]:
-        p = data.PackedText(cfg, meta, split, 10**6)
+        p = data.open_split(cfg, meta, split, 10**6)
         found[split] = [(tokenizer.decode(p.document(i, None)).strip(), meta["label_names"][y])
                         for i, y in enumerate(p.labels)]
         assert meta["splits"][split]["examples"] == len(p) and meta["splits"][split]["tokens"] == len(p.tokens)
@@ -143,8 +143,8 @@ def test_long_documents_keep_their_last_special_token():
 
 def test_masking_is_a_function_of_seed_epoch_and_example(toy_config):
     meta = data.build(toy_config)
-    a, b, other = (data.PackedText(toy_config, meta, "train", 32, seed, mask_prob=0.3) for seed in (1, 1, 2))
-    plain = data.PackedText(toy_config, meta, "train", 32)
+    a, b, other = (data.open_split(toy_config, meta, "train", 32, seed, mask_prob=0.3) for seed in (1, 1, 2))
+    plain = data.open_split(toy_config, meta, "train", 32)
     share, different = [], 0
     for i in range(len(a)):
         x = a.document(i, 3)
@@ -158,7 +158,7 @@ def test_masking_is_a_function_of_seed_epoch_and_example(toy_config):
 
 def test_windows_are_of_the_document_and_differ_by_epoch(toy_config):
     meta = data.build(toy_config)
-    d, whole = (data.PackedText(toy_config, meta, "train", 10**6, 1, crop) for crop in (9, None))
+    d, whole = (data.open_split(toy_config, meta, "train", 10**6, 1, crop=crop) for crop in (9, None))
     starts = [set() for _ in range(len(d))]
     for i in range(len(d)):
         ids = whole.document(i, 0).tolist()
@@ -174,7 +174,7 @@ def test_windows_are_of_the_document_and_differ_by_epoch(toy_config):
 
 def test_batches_cover_each_epoch_once_whatever_the_world(toy_config):
     meta = data.build(toy_config)
-    d = data.PackedText(toy_config, meta, "train", 32)
+    d = data.open_split(toy_config, meta, "train", 32)
     steps = {}
     for world in (1, 3):
         for tokens in (32, 100, 10**6):

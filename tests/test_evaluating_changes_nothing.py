@@ -21,7 +21,8 @@ def test_evaluating_more_often_trains_the_same_weights(toy):
         assert sum("val_loss" in r for r in records(out)) == {2: 6, 5: 3, 100: 1}[interval]
     assert all(torch.equal(w[k], v) for w in weights[1:] for k, v in weights[0].items())
     torch.manual_seed(1)
-    fresh = train.make_model(train.Config(**toy), {"vocab_size": 300, "label_names": "abc"}).state_dict()
+    meta = {"kind": "text", "vocab_size": 300, "label_names": "abc"}
+    fresh = train.make_model(train.Config(**toy), meta, None).state_dict()
     assert all(not torch.equal(fresh[k], v) for k, v in weights[0].items())  # all of them were trained
 
 

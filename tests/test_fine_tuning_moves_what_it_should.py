@@ -79,7 +79,8 @@ def test_lora_trains_little_and_merges_exactly(settings, bert):
     assert all("lora" in n or n.startswith(("dense", "head")) for n in trained) and any("lora_b" in n for n in trained)
     merged = Transformer.from_pretrained(settings["out_dir"])
     cfg = finetune.Config(**settings | dict(lora_rank=2, lora_alpha=4.0))
-    unmerged = finetune.make_model(cfg, {"label_names": "abc", "vocab_size": 20}, bert)
+    meta = {"task": "classification", "kind": "text", "label_names": "abc", "vocab_size": 20}
+    unmerged = finetune.make_model(cfg, meta, bert)
     unmerged.load_state_dict(last["model"])
     docs = data.pack([np.arange(1, 9), np.arange(3, 20)], [0, 0])[:2]
     assert not torch.equal(best["model"]["blocks.0.mlp.up.weight"], before["blocks.0.mlp.up.weight"])

@@ -54,7 +54,7 @@ def test_eval_reports_test_and_labels_texts(trained):
 
 def test_val_figures_are_those_of_training_and_prediction_ignores_batching(trained, toy):
     clf = eval_script.load_classifier(trained)
-    report = eval_script.evaluate(clf, "val")
+    report, _ = eval_script.evaluate(clf, eval_script.open_data(clf, "val"))
     best = [r for r in map(json.loads, open(f"{trained}/metrics.jsonl")) if "val_loss" in r and r["step"] == clf.step][0]
     assert report["loss"] == pytest.approx(best["val_loss"], rel=1e-6) and report["accuracy"] == best["val_accuracy"]
     texts = [f"{'goal ' * (i % 50)} bank {i}" for i in range(70)] + [""]

@@ -1,0 +1,199 @@
+"""Images and rows of numbers: what is stored is what the source holds; augmentation is reproducible, for training only."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval as eval_script
+import finetune
+import train
+from configurator import UserError
+from model import Transformer, WeightsError
+from tests.conftest import script
+
+
+def write_images(folder, n=120, shape=(12, 12), mode="L", seed=0):
+    """Folders `bar` and `ring` of n small pictures in all, told apart by what is drawn."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        x = rng.integers(0, 60, (*shape, 3) if mode == "RGB" else shape).astype(np.uint8)
+        r, c = rng.integers(1, shape[0] - 7), rng.integers(1, shape[1] - 7)
+        label = ("bar", "ring")[i % 2]
+        x[r : r + 6, c : c + 6] = 255 if label == "ring" else x[r : r + 6, c : c + 6]
+        x[r + 1 : r + 5, c + 1 : c + 3 if label == "bar" else c + 5] = 255 if label == "bar" else 0
+        os.makedirs(f"{folder}/{label}", exist_ok=True)
+        Image.fromarray(x).save(f"{folder}/{label}/{i:03}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return dict(dataset="shapes", kind="image", train_file=write_images(tmp_path / "pictures"),
+                data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"), n_layer=2, d_model=32, n_head=2,
+                batch_size=16, epochs=25.0, warmup_steps=5, learning_rate=3e-3, wandb_mode="disabled",
+                dtype="float32", device="cpu")
+
+
+def test_an_image_folder_is_stored_learnt_and_told_apart(images):
+    done = script("train.py", **images, shift=0.1)
+    assert done.returncode == 0, done.stderr
+    cfg = train.Config(**images)
+    meta = data.open_meta(cfg)
+    assert meta["shape"] == [1, 12, 12] and meta["label_names"] == ["bar", "ring"]
+    stored = {s: data.open_split(cfg, meta, s, 9) for s in data.SPLITS}
+    pixels = {bytes(x.tobytes()): y for d in stored.values() for x, y in zip(d.values, d.labels)}
+    assert len(pixels) == 120
+    for label, name in enumerate(meta["label_names"]):
+        folder = f"{images['train_file']}/{name}"
+        for f in os.listdir(folder):
+            assert pixels[np.asarray(Image.open(f"{folder}/{f}")).tobytes()] == label
+    done = script("eval.py", images["out_dir"])
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(images["out_dir"])) >= {"eval.json", "confusion.png", "mistakes.png"}
+    report, _ = eval_script.evaluate(clf := eval_script.Classifier(images["out_dir"]), eval_script.open_data(clf, "test"))
+    assert report["accuracy"] >= 0.9
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
+    cfg = train.Config(**images)
+    meta = data.build(cfg)
+    everything = dict(augment=dict(shift=0.2, rotate=20.0, scale=0.2, flip=True, cutout=0.5), mixup=0.5)
+    a, b, other = (data.open_split(cfg, meta, "train", 9, seed, **everything) for seed in (1, 1, 2))
+    x, y = a.batch(3, np.array([5, 2, 9]))
+    assert x.dtype == torch.float32 and x.shape == (3, 1, 12, 12) and y.shape == (3, 2)
+    torch.testing.assert_close(y.sum(1), torch.ones(3))
+    alone = [b.batch(3, np.array([i])) for i in (5, 2, 9)]  # whatever stands beside it
+    torch.testing.assert_close(torch.cat([v for v, _ in alone]), x, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([t for _, t in alone]), y)
+    assert not torch.allclose(b.batch(4, np.array([5, 2, 9]))[0], x, atol=1)
+    assert not torch.allclose(other.batch(3, np.array([5, 2, 9]))[0], x, atol=1)
+    for d in (a, data.open_split(cfg, meta, "val", 9), data.open_split(cfg, meta, "test", 9)):
+        x, y = d.batch(None, np.arange(10))  # evaluation sees what is stored
+        assert x.dtype == torch.uint8 and np.array_equal(x.numpy(), d.values[:10])
+        assert np.array_equal(y.numpy(), d.labels[:10])
+
+
+def test_each_augmentation_is_what_it_says():
+    x = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    x[0, 0, 4, 2] = 200
+    still, draws = np.full((1, 12), 0.5), np.full((1, 12), 0.5)
+    same = data.augment(x, still, shift=0.3, rotate=90.0, scale=0.5)
+    torch.testing.assert_close(same, x.float(), atol=1e-3, rtol=0)  # draws of 0.5: no change
+    draws[0, 4] = 0.2
+    torch.testing.assert_close(data.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0)
+    draws[0, :5] = 1, 0.5, 0.5, 0.5, 0.9
+    torch.testing.assert_close(data.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0)
+    draws[0, :4] = 0.5, 0.5, 1, 0.5
+    turned = data.augment(x, draws, rotate=90.0)
+    assert max((turned - torch.rot90(x.float(), k, (2, 3))).abs().max() < 0.1 for k in (1, -1))
+    cut = data.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
+    assert (cut == 0).sum() == 16 and (cut[0, 0, 3:7, 3:7] == 0).all()  # half of 0.8 of the side, in the middle
+
+
+def test_flip_averaging(images):
+    model = Transformer(train.ModelConfig(image_size=(1, 12, 12), n_classes=2, d_model=32, n_head=2)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    x = torch.randint(0, 255, (3, 1, 12, 12), dtype=torch.uint8)
+    got = next(train.predict(model, [(x, None)], torch.device("cpu"), torch.float32, flip=True))
+    torch.testing.assert_close(got, (model(x) + model(x.flip(-1))) / 2)
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("bar/bad.png", b"\x89PNG\r\n\x1a\n broken", r"bad.png: not a readable image .*drop_bad_rows"),
+    ("bar/short.png", None, r"short.png: not a readable image"),
+    ("ring/colour.png", Image.new("RGB", (12, 12)), r"colour.png: .* are \(3, 12, 12\), not \(1, 12, 12\)"),
+    ("ring/wide.png", Image.new("L", (13, 12)), r"wide.png: .* are \(1, 12, 13\), not \(1, 12, 12\)")])
+def test_bad_images_are_named(images, name, content, says):
+    path = f"{images['train_file']}/{name}"
+    if isinstance(content, Image.Image):
+        content.save(path)
+    else:
+        open(path, "wb").write(content or open(f"{images['train_file']}/bar/000.png", "rb").read()[:-40])
+    with pytest.raises(UserError, match=says):
+        data.build(train.Config(**images))
+    assert os.listdir(images["data_dir"]) == []
+
+
+GOOD = "x,y,label\n" + "".join(f"{i},{i * i},{'ab'[i % 2]}\n" for i in range(40))
+
+
+@pytest.mark.parametrize("row, settings, says", [
+    ("1,,a", {}, "table.csv, line 42: feature 1 is empty or NaN; .*--impute=True"),
+    ("nan,2,a", {}, "line 42: feature 0 is empty or NaN"), ("1,inf,a", {}, "line 42: feature 1 is infinite"),
+    ("1,inf,a", dict(impute=True), "line 42: feature 1 is infinite"),
+    ("1,two,a", {}, "line 42: could not convert string to float: 'two': --columns must name"),
+    ("1,2,a", dict(label_column="x", target="number", columns=["label"]), "could not convert.*'a'"),
+    ("1,2,a", dict(target="number"), "line 2: label 'a' is not a number, which --target=number needs"),
+    ("1,2", {}, "line 42: 2 fields where 3 are needed"),
+    ("1,2,a", dict(kind="image"), r"line 2: 2 pixels; give --image_size"),
+    ("1,2,a", dict(kind="image", image_size=[1, 1, 2]), r"line 18: pixels are whole numbers from 0 to 255")])
+def test_bad_tables_are_named(tmp_path, row, settings, says):
+    (tmp_path / "table.csv").write_text(GOOD + row + "\n")
+    with pytest.raises(UserError, match=says):
+        data.build(train.Config(**dict(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features",
+                                       data_dir=str(tmp_path / "data")) | settings))
+
+
+def test_an_empty_feature_becomes_trains_mean_if_asked(tmp_path):
+    (tmp_path / "table.csv").write_text(GOOD + ",1600,a\n")
+    cfg = train.Config(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features", data_dir=str(tmp_path / "data"),
+                       impute=True)
+    meta = data.build(cfg)
+    x = np.concatenate([data.open_split(cfg, meta, s, 1).values for s in data.SPLITS])
+    assert (x[:, 0] == 0).sum() == 1 and np.isfinite(x).all()  # 0 is the mean, standardised
+
+
+def test_a_text_and_an_image_model_are_not_for_tables(tmp_path):
+    (tmp_path / "table.csv").write_text(GOOD)
+    cfg = dict(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features", data_dir=str(tmp_path / "data"),
+               out_dir=str(tmp_path / "out"), wandb_mode="disabled")
+    with pytest.raises(UserError, match="reads text and images; for rows of numbers take --model=mlp or linear"):
+        train.train(train.Config(**cfg))
+    train.train(train.Config(**cfg, model="mlp", epochs=2.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published ViT weights
+
+hf = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    torch.manual_seed(0)
+    model = hf.ViTForImageClassification(hf.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
+        num_channels=1, num_labels=3, initializer_range=0.2)).eval()
+    model.save_pretrained(folder := tmp_path_factory.mktemp("vit"))
+    return model, folder
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 32)])
+def test_vit_parity_at_its_own_and_another_resolution(vit, size):
+    model, folder = vit
+    x = torch.randint(0, 256, (5, 1, *size), dtype=torch.uint8)
+    ours = Transformer.from_pretrained(folder, image_size=(1, *size))
+    with torch.no_grad():
+        theirs = model((x / 255 - 0.5) / 0.5, interpolate_pos_encoding=True, output_hidden_states=True)
+        torch.testing.assert_close(ours(x), theirs.logits, atol=1e-4, rtol=1e-4)
+        hidden = model.vit.layernorm(theirs.hidden_states[-1])
+        torch.testing.assert_close(ours.hidden(x), hidden.flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_vit_refusals(vit):
+    with pytest.raises(WeightsError, match="reads images of 1 channels, not images of 3 channels"):
+        Transformer.from_pretrained(vit[1], image_size=(3, 16, 16))
+    with pytest.raises(WeightsError, match="patches of 4×4 do not divide images of 18×16"):
+        Transformer.from_pretrained(vit[1], image_size=(1, 18, 16))
+
+
+def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
+    settings = {k: v for k, v in images.items() if k not in ("n_layer", "d_model", "n_head")}
+    cfg = finetune.Config(**settings | dict(init_from=str(vit[1]), new_head=True, dropout=0.0))
+    finetune.finetune(cfg)
+    clf = eval_script.Classifier(cfg.out_dir)
+    assert clf.model.config.family == "vit" and clf.model.config.image_size == (1, 12, 12)
+    assert eval_script.evaluate(clf, eval_script.open_data(clf, "test"))[0]["accuracy"] > 0.7
