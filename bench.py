@@ -1,21 +1,26 @@
-"""Speed and accuracy beside peers, run by run in turn, each in a process of its own.
+"""Speed and accuracy beside peers, run by run in turn, each in a process of its own, on the same split.
 
-    python bench.py finetune trainer --seeds=1,2,3   # BBC News; other data: the settings of finetune.py
-    python bench.py finetune finetune                # the noise of this machine: the same thing twice
+    python bench.py finetune trainer --seeds=1,2,3 --epochs=2      # BBC News; other data: the settings of finetune.py
+    python bench.py train fasttext svm config/bow.py               # a config file and the settings of train.py
+    python bench.py train svm config/imagecls.py
+    python bench.py train train config/textcls.py                  # the noise of this machine: the same thing twice
 
-`trainer` is Hugging Face's Trainer (pip install accelerate) at its best settings: bfloat16 where the processor has it,
-dynamic padding, batches grouped by length; weights, tokens, split, epochs, batch size and learning rate are ours.
+Ours: `train`, `finetune`. Peers: `trainer`, Hugging Face's Trainer (pip install accelerate) at its best settings: bfloat16
+where the processor has it, dynamic padding, batches grouped by length; weights, tokens, split, epochs, batch size, rate,
+warm-up and decay are ours. `fasttext` (pip install fasttext-community): word pairs, 25 epochs, rate 0.5. `svm`,
+scikit-learn's: of text linear on TF-IDF of words and word pairs, of images and features RBF with C = 10. Seconds are those
+of training alone: imports, reading and evaluation aside.
 """
-import dataclasses
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 import data
 import finetune
@@ -24,29 +29,29 @@ from configurator import UserError, configure, run
 from eval import Classifier, evaluate, open_data
 from model import WeightsError
 
-
-@dataclass
-class Config(finetune.Config):
-    contenders: list[str] = field(default_factory=list)  # finetune, trainer; one alone runs in this process
-    seeds: list[int] = field(default_factory=lambda: [1])  # a pair of runs for each
-    out_dir: str = "out/bench"
-    wandb_mode: Literal["disabled"] = "disabled"
-    warmup_steps: int = 0  # Trainer's default, as the next
-    weight_decay: float = 0.0
+# ---------------------------------------------------------------------------------------------------------------------
+# Contenders: each takes a config and returns (seconds of training, accuracy on test)
 
 
-def settings_of(cfg, cls):
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)}
+def ours(main):
+    def contender(cfg):
+        cfg.overwrite, cfg.wandb_mode = True, "disabled"
+        main(cfg)
+        with open(f"{cfg.out_dir}/metrics.jsonl") as f:
+            seconds = [r["elapsed_s"] for r in map(json.loads, f) if "elapsed_s" in r][-1]
+        clf = Classifier(cfg.out_dir)
+        return seconds, evaluate(clf, open_data(clf, "test"))[0]["accuracy"]
+    return contender
 
 
-def ours(cfg):
-    cfg = finetune.Config(**settings_of(cfg, finetune.Config) | {"overwrite": True})
-    finetune.finetune(cfg)
-    records = [json.loads(line) for line in open(f"{cfg.out_dir}/metrics.jsonl")]
-    seconds = [r["elapsed_s"] for r in records if "elapsed_s" in r][-1]
-    examples = len(data.open_split(cfg, data.open_meta(cfg), "train", cfg.max_len)) * cfg.epochs
-    clf = Classifier(cfg.out_dir)
-    return examples / seconds, seconds, evaluate(clf, open_data(clf, "test"))[0]["accuracy"]
+def splits(cfg):
+    meta = data.open_or_build(cfg)
+    return meta, *(data.open_split(cfg, meta, s, train.tokens_per_example(cfg, meta)) for s in ("train", "test"))
+
+
+def texts(cfg, split):
+    tokenizer = Tokenizer.from_file(str(data.folder_of(cfg) / "tokenizer.json"))
+    return [tokenizer.decode(split.document(i, None).tolist()).strip() for i in range(len(split))]
 
 
 def trainer(cfg):
@@ -54,56 +59,84 @@ def trainer(cfg):
     hf.logging.set_verbosity_error()
     path, tokenizer = finetune.find_weights(cfg)
     cfg.tokenizer = str(tokenizer)
-    meta = data.open_or_build(cfg)
-    splits = {s: data.open_split(cfg, meta, s, cfg.max_len) for s in ("train", "test")}
-    rows = {s: [{"input_ids": d.document(i, None), "label": int(d.labels[i])} for i in range(len(d))]
-            for s, d in splits.items()}
+    meta, *both = splits(cfg)
+    rows = [[{"input_ids": d.document(i, None), "label": int(d.labels[i])} for i in range(len(d))] for d in both]
     hf.set_seed(cfg.seed)
     model = hf.AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(meta["label_names"]))
     machine = train.Machine(cfg)
     t = hf.Trainer(model, hf.TrainingArguments(
         output_dir=cfg.out_dir, num_train_epochs=cfg.epochs, learning_rate=cfg.learning_rate, seed=cfg.seed,
-        warmup_steps=cfg.warmup_steps, weight_decay=cfg.weight_decay,
-        per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=64, bf16=machine.dtype == torch.bfloat16,
-        train_sampling_strategy="group_by_length", save_strategy="no", report_to=[], disable_tqdm=True,
-        use_cpu=machine.device.type == "cpu"),
-        train_dataset=rows["train"], data_collator=hf.DataCollatorWithPadding(
+        warmup_steps=cfg.warmup_steps, weight_decay=cfg.weight_decay, per_device_train_batch_size=cfg.batch_size,
+        per_device_eval_batch_size=64, bf16=machine.dtype == torch.bfloat16, train_sampling_strategy="group_by_length",
+        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=machine.device.type == "cpu"),
+        train_dataset=rows[0], data_collator=hf.DataCollatorWithPadding(
             hf.PreTrainedTokenizerFast(tokenizer_file=cfg.tokenizer, pad_token="[PAD]")))
     started = time.time()
     t.train()
     seconds = time.time() - started
-    out = t.predict(rows["test"])  # grouped by length, so in an order of its own
-    return len(rows["train"]) * cfg.epochs / seconds, seconds, float((out.predictions.argmax(1) == out.label_ids).mean())
+    out = t.predict(rows[1])  # grouped by length, so in an order of its own
+    return seconds, (out.predictions.argmax(1) == out.label_ids).mean()
 
 
-CONTENDERS = {"finetune": ours, "trainer": trainer}
+def fasttext(cfg):
+    import fasttext
+    _, learn, test = splits(cfg)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
+        f.writelines(f"__label__{y} {' '.join(t.split())}\n" for t, y in zip(texts(cfg, learn), learn.labels))
+        f.flush()
+        started = time.time()
+        model = fasttext.train_supervised(f.name, lr=0.5, epoch=25, wordNgrams=2, thread=os.cpu_count(), verbose=0)
+        seconds = time.time() - started
+    said = model.predict([" ".join(t.split()) for t in texts(cfg, test)])[0]
+    return seconds, np.mean([s[0] == f"__label__{y}" for s, y in zip(said, test.labels)])
+
+
+def svm(cfg):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import SVC, LinearSVC
+    meta, learn, test = splits(cfg)
+    if meta["kind"] == "text":
+        x, xt = texts(cfg, learn), texts(cfg, test)
+        model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
+    else:
+        scale = 255 if meta["kind"] == "image" else 1
+        x, xt = (d.values.reshape(len(d), -1) / scale for d in (learn, test))
+        model = SVC(C=10)
+    started = time.time()
+    model.fit(x, learn.labels)
+    return time.time() - started, model.score(xt, test.labels)
+
+
+CONTENDERS = {"train": ours(train.train), "finetune": ours(finetune.finetune), "trainer": trainer, "fasttext": fasttext,
+              "svm": svm}
 
 
 def main():
-    cfg = configure(Config, positional="contenders")
-    if not cfg.contenders or set(cfg.contenders) - set(CONTENDERS):
-        raise UserError(f"name one or two of {', '.join(CONTENDERS)}, not {cfg.contenders}")
-    if len(cfg.contenders) == 1:  # in a process of its own
-        cfg.seed = cfg.seeds[0]
-        print(json.dumps(dict(zip(("samples_per_s", "seconds", "accuracy"), CONTENDERS[cfg.contenders[0]](cfg)))))
+    names = [a for a in sys.argv[1:] if a in CONTENDERS]
+    rest = [a for a in sys.argv[1:] if a not in CONTENDERS and not a.startswith("--seeds=")]
+    seeds = next((a[8:].split(",") for a in sys.argv[1:] if a.startswith("--seeds=")), ["1"])
+    if not names:
+        raise UserError(f"name one or more of {', '.join(CONTENDERS)}; see the top of bench.py")
+    cfg = configure(finetune.Config if {"finetune", "trainer"} & set(names) else train.Config, rest)
+    if os.environ.get("BENCH_ALONE"):
+        seconds, accuracy = CONTENDERS[names[0]](cfg)
+        print(json.dumps({"accuracy_%": 100 * float(accuracy), "seconds": seconds}))
         return
-    figures = {i: [] for i in range(len(cfg.contenders))}
-    for seed in cfg.seeds:
-        for i, name in enumerate(cfg.contenders):
-            options = [a for a in sys.argv[1:] if a.startswith("--") and not a.startswith(("--seeds", "--out_dir"))]
-            done = subprocess.run([sys.executable, __file__, name, *options, f"--seeds={seed}",
-                                   f"--out_dir={cfg.out_dir}/{name}"], stdout=subprocess.PIPE, text=True)
+    results = [[] for _ in names]
+    for seed in seeds:
+        for name, result in zip(names, results):
+            done = subprocess.run([sys.executable, __file__, name, *rest, f"--seed={seed}", f"--out_dir=out/bench/{name}"],
+                                  stdout=subprocess.PIPE, text=True, env=os.environ | {"BENCH_ALONE": "1"})
             if done.returncode:
                 raise UserError(f"{name} failed; its messages are above")
-            figures[i].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"seed {seed}  {name:10} " + "  ".join(f"{k} {v:.4g}" for k, v in figures[i][-1].items()), flush=True)
-    for i, name in enumerate(cfg.contenders):
-        print(f"{name:10} " + "  ".join(
-            f"{k} {np.mean(x):.4g} ± {np.std(x, ddof=1) if len(x) > 1 else 0:.2g}"
-            for k in figures[i][0] for x in [[f[k] for f in figures[i]]]))
-    ratios = [a["samples_per_s"] / b["samples_per_s"] for a, b in zip(figures[0], figures[len(figures) - 1])]
-    print(f"{cfg.contenders[0]} / {cfg.contenders[-1]}: {np.median(ratios):.2f} times the samples per second "
-          f"(pair by pair {min(ratios):.2f} to {max(ratios):.2f})")
+            result.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"seed {seed}  {name:9} " + "  ".join(f"{k} {v:.2f}" for k, v in result[-1].items()), flush=True)
+    for name, result in zip(names, results):
+        ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in zip(results[0], result)]
+        print(f"{name:9} " + "  ".join(f"{k} {np.mean(v):.2f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.2f}"
+                                       for k in result[0] for v in [[r[k] for r in result]])
+              + f"  {np.median(ratios):.2f} times the seconds of {names[0]} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,22 @@ def test_the_loss_is_the_mean_over_the_global_batch(machine):
     assert abs(loss - expected) < 1e-6
 
 
+def test_the_gradient_of_the_rows_that_occur_is_the_whole_gradient(machine):
+    documents, labels = random_documents(), (torch.arange(len(LENGTHS)) % 4).numpy()
+    batches = [[data.pack(documents[:4], labels[:4]), data.pack(documents[4:6], labels[4:6])],
+               [data.pack(documents[6:], labels[6:])]]
+    expected = [gradients(random_model(), b, machine)[2] for b in batches]
+    model = random_model()
+    sparse = train.SparseGradient(model, torch.device("cpu"))
+    for batch, whole in zip(batches, expected):  # the second finds the buffer as the first was given it: zero
+        train.backward(model, batch, train.Config(label_smoothing=0.1), machine)
+        assert model.embedding.weight.grad.is_sparse
+        sparse.collect()
+        torch.testing.assert_close(model.embedding.weight.grad, whole["embedding.weight"], atol=1e-7, rtol=1e-6)
+        model.zero_grad()
+        sparse.clear()
+
+
 def losses(folder):
     records = [json.loads(x) for x in open(f"{folder}/metrics.jsonl")]
     return torch.tensor([[r["loss"], r["grad_norm"]] for r in records if "loss" in r]), \

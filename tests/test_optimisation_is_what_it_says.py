@@ -6,7 +6,7 @@ import torch
 
 import train
 from configurator import UserError
-from model import load_checkpoint
+from model import dropout, load_checkpoint
 from tests.test_packed_equals_one_at_a_time import random_model
 
 
@@ -45,6 +45,39 @@ def test_label_smoothing_and_ignored_targets():
     q = torch.nn.functional.one_hot(targets[keep], 3) * 0.8 + 0.2 / 3
     expected = -(q * logits[keep].log_softmax(1)).sum()
     assert train.loss_sum(logits, targets, cfg).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
+    x = torch.ones(1000, 1001, requires_grad=True)
+    torch.manual_seed(3)
+    y = dropout(x, 0.3, training=True)
+    kept = y != 0
+    n = x.numel()
+    assert abs(kept.sum() - 0.7 * n) < 5 * (n * 0.21) ** 0.5  # binomial
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.7), atol=1e-4, rtol=0)
+    neighbours = (kept[:, 1:] & kept[:, :-1]).float().mean()  # independent, though drawn four at a time
+    assert abs(neighbours - 0.49) < 0.002
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.3, training=True), y)
+    assert dropout(x, 0.3, training=False) is x and dropout(x, 0.0, training=True) is x
+
+
+def test_clipping_inside_the_step_is_clipping_before_it(toy, monkeypatch):
+    step, weights = torch.optim.AdamW.step, []
+
+    def clipped(self):
+        torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], 0.05)
+        self.grad_scale = None
+        step(self)
+    for name in ("inside", "before"):
+        if name == "before":
+            monkeypatch.setattr(torch.optim.AdamW, "step", clipped)
+        train.train(train.Config(**toy | dict(grad_clip=0.05, out_dir=f"{toy['out_dir']}-{name}")))
+        weights.append(load_checkpoint(f"{toy['out_dir']}-{name}/last.pt")["model"])
+    for k, w in weights[0].items():
+        torch.testing.assert_close(w, weights[1][k], atol=1e-5, rtol=1e-4)
 
 
 def test_class_weights_and_focal_loss():
