@@ -1,14 +1,20 @@
-"""The truth about a checkpoint: `python eval.py out/textcls` (on test), or `--text="…"` for the labels of texts.
+"""The truth about a checkpoint: `python eval.py out/textcls`. Which of several is best: `python eval.py out/a out/b out/c`.
+Labels: `python eval.py out/textcls --text="…"`, or `--input=texts.csv --output=labels.csv`.
 
-Writes eval.json and plots (.png) beside the checkpoint: for classes the confusion matrix, for images the worst mistakes,
-for a number to predict its predictions against the truth. Only this script opens the test split.
-
-From Python: `clf = load_classifier("out/textcls"); clf(["Shares fell again"])`.
+Writes eval.json, plots (.png) and report.html beside the checkpoint. Only this script opens the test split; what is fitted
+(the temperature) is fitted on val. From Python: `clf = load_classifier("out/textcls"); clf(["Shares fell again"])`.
 """
+import base64
+import csv
 import dataclasses
+import gzip
+import html
+import itertools
 import json
+import math
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,10 +22,20 @@ from typing import Literal
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 import data
 from configurator import UserError, configure, run
-from model import WeightsError, build_model, find_device, load_checkpoint, load_weights, predict, save_hf
+from model import (
+    WeightsError,
+    build_model,
+    find_device,
+    flops_per_token,
+    load_checkpoint,
+    load_weights,
+    predict,
+    save_hf,
+)
 
 
 @dataclass
@@ -27,6 +43,11 @@ class Config:
     checkpoint: list[str] = field(default_factory=list)  # a run's folder (its best.pt is taken) or a checkpoint file
     split: Literal["test", "val", "train"] = "test"  # val while you still choose between models; test once, at the end
     text: list[str] = field(default_factory=list)  # label this text (repeatable); - reads lines from standard input
+    input: str | None = None  # label the texts of this .csv, .tsv, .jsonl (each also .gz) or .txt (one a line), in order …
+    output: str | None = None  # … into this .csv
+    text_column: str | int | list[str | int] = "text"  # of input
+    header: bool | None = None  # of input: is the first row names? None: yes where text_column is a name
+    resamples: int = 1000  # of the bootstrap that makes the intervals
     export: Literal["hf"] | None = None  # hf: write a folder that transformers loads (our own trunk: that finetune.py does)
     data_dir: str | None = None  # None: where the checkpoint's data set was
     micro_batch_tokens: int = 16384  # most tokens at once; lower it when memory runs out
@@ -74,28 +95,95 @@ class Classifier:
 load_classifier = Classifier
 
 
-def regression_metrics(predicted, targets):
-    """Of predictions and numbers (N,), in the target's unit: RMSE, MAE, and R² against the mean of `targets`."""
-    error = np.asarray(predicted, np.float64) - targets
-    return {"n": len(targets), "loss": float(np.mean(error**2)), "rmse": float(np.mean(error**2) ** 0.5),
-            "mae": float(np.abs(error).mean()), "r2": float(1 - np.mean(error**2) / np.var(targets))}
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics. Of classes: from log-probabilities logp (N, C) float64 and true classes y (N,) int64
+
+
+def scores(logp, y):
+    """Every single-number metric, as a dict of floats. macro_f1 is over the classes that occur or are predicted; auroc the
+    mean, over classes, of one against the rest (two classes: of the second; None if one class only occurs); ece the expected
+    calibration error in 15 bins of equal width (Guo et al. 2017); mcc Matthews' correlation (Gorodkin 2004)."""
+    n, C = logp.shape
+    p, said = np.exp(logp), logp.argmax(1)
+    confusion = np.bincount(y * C + said, minlength=C * C).reshape(C, C).astype(np.float64)
+    hit, support, called = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    f1, seen = 2 * hit / np.maximum(support + called, 1), support + called > 0
+    spread = ((n**2 - (called**2).sum()) * (n**2 - (support**2).sum())) ** 0.5
+    areas = [a for c in (range(C) if C > 2 else [1]) if (a := auroc(p[:, c], y == c)) is not None]
+    return {"accuracy": hit.sum() / n, "macro_f1": f1[seen].mean(), "micro_f1": hit.sum() / n,
+            "weighted_f1": (f1 * support).sum() / n,
+            "mcc": (hit.sum() * n - (support * called).sum()) / spread if spread else 0.0,
+            "log_loss": -logp[np.arange(n), y].mean(), "auroc": np.mean(areas) if areas else None,
+            "ece": sum(abs(right - sure) * share for sure, right, share in calibration(p, y))}
+
+
+def auroc(score, positive):
+    """Area under the ROC curve, ties counted half (Mann-Whitney U), or None where one class only occurs."""
+    n1, n0 = positive.sum(), (~positive).sum()
+    if not n1 or not n0:
+        return None
+    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2  # the mean rank of equal scores
+    return (rank[inverse][positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
+
+
+def calibration(p, y, bins=15):
+    """[(mean confidence, accuracy, share of the examples), ...] of the bins of confidence that hold any."""
+    sure, right = p.max(1), p.argmax(1) == y
+    which = np.minimum((sure * bins).astype(int), bins - 1)
+    n, total, hits = (np.bincount(which, w, bins) for w in (None, sure, right))
+    return [(total[b] / n[b], hits[b] / n[b], n[b] / len(y)) for b in range(bins) if n[b]]
+
+
+def temperature(logits, y):
+    """The T that makes softmax(logits / T) likeliest (Guo et al. 2017), by bisection: the loss is convex in 1/T."""
+    low, high = np.log(1e-3), np.log(1e3)
+    for _ in range(60):
+        b = (low + high) / 2
+        p = np.exp(log_softmax(logits * np.exp(b)))
+        slope = ((p * logits).sum(1) - logits[np.arange(len(y)), y]).mean()  # of the loss in 1/T
+        low, high = (low, b) if slope > 0 else (b, high)
+    return float(np.exp(-b))
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def regression_scores(predicted, true):
+    """Of predictions and numbers (N,), in the target's unit; R² is against the mean of `true`."""
+    error = predicted - true
+    return {"rmse": np.mean(error**2) ** 0.5, "mae": np.abs(error).mean(), "r2": 1 - np.mean(error**2) / np.var(true)}
+
+
+def intervals(score, a, b, resamples, seed=0):
+    """The 95 % percentile-bootstrap interval (Efron 1979) of each metric that score(a, b) returns: {name: [low, high]}."""
+    rng, n, drawn = np.random.default_rng(seed), len(b), []
+    for _ in range(resamples):
+        i = rng.integers(n, size=n)
+        drawn.append(score(a[i], b[i]))
+    columns = {k: [d[k] for d in drawn if d[k] is not None] for k in drawn[0]} if drawn else {}
+    return {k: [float(q) for q in np.quantile(v, [0.025, 0.975])] for k, v in columns.items() if v}
 
 
 def metrics(logits, targets, n_classes):
-    """Of logits (N, C) and classes (N,): loss (nats), accuracy, macro F1 over the classes that occur or are predicted,
-    per-class precision, recall, F1 (0 where undefined) and support, and confusion[true][predicted]."""
-    logits, targets = torch.as_tensor(logits).double(), torch.as_tensor(targets)
-    predicted = logits.argmax(1)
-    confusion = torch.bincount(targets * n_classes + predicted, minlength=n_classes**2).view(n_classes, n_classes)
-    hit, support, called = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
-    precision, recall = hit / called.clamp(min=1), hit / support.clamp(min=1)
-    f1 = 2 * hit / (support + called).clamp(min=1)
-    seen = (support + called) > 0
-    return {"n": len(targets), "loss": torch.nn.functional.cross_entropy(logits, targets).item(),
-            "accuracy": (hit.sum() / len(targets)).item(), "macro_f1": f1[seen].mean().item(),
-            "per_class": {"precision": precision.tolist(), "recall": recall.tolist(), "f1": f1.tolist(),
-                          "support": support.tolist()},
+    """What eval.json says of logits (N, C) and classes (N,): `scores`, loss (nats), and per class precision, recall, F1 (0
+    where undefined) and support, and confusion[true][predicted]."""
+    logits, y = np.asarray(logits, np.float64), np.asarray(targets)
+    logp = log_softmax(logits)
+    confusion = np.bincount(y * n_classes + logp.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
+    hit, support, called = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    figures = scores(logp, y)
+    return {"n": len(y), "loss": float(figures["log_loss"]), **{k: v if v is None else float(v) for k, v in figures.items()},
+            "per_class": {"precision": (hit / np.maximum(called, 1)).tolist(),
+                          "recall": (hit / np.maximum(support, 1)).tolist(),
+                          "f1": (2 * hit / np.maximum(support + called, 1)).tolist(), "support": support.tolist()},
             "confusion": confusion.tolist()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint on a split
 
 
 def open_data(clf, split, data_dir=None):
@@ -116,78 +204,279 @@ def open_data(clf, split, data_dir=None):
     return data.open_split(cfg, meta, split, clf.max_len, folder=folder)
 
 
+def numbers(clf, values):
+    """Standardised targets or outputs in the target's own unit."""
+    return np.asarray(values, np.float64) * clf.scaling["target_std"] + clf.scaling["target_mean"]
+
+
 def evaluate(clf, examples):
     """(the metrics of a Classifier on a split, its logits)."""
     logits = clf.logits(examples)
     if clf.label_names:
         return metrics(logits, examples.labels, len(clf.label_names)), logits
-    scale, shift = clf.scaling["target_std"], clf.scaling["target_mean"]
-    return regression_metrics(logits[:, 0].double().numpy() * scale + shift,
-                              examples.labels.astype(np.float64) * scale + shift), logits
+    figures = regression_scores(numbers(clf, logits[:, 0]), numbers(clf, examples.labels))
+    return {"n": len(examples), "loss": float(figures["rmse"] ** 2), **{k: float(v) for k, v in figures.items()}}, logits
+
+
+def full_report(clf, cfg):
+    """(everything that is known of a checkpoint on cfg.split, for eval.json; the examples; their logits)."""
+    examples = open_data(clf, cfg.split, cfg.data_dir)
+    figures, logits = evaluate(clf, examples)
+    report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": cfg.split, "step": clf.step, **figures,
+              "label_names": clf.label_names}
+    resamples = min(cfg.resamples, max(100, 20_000_000 // len(examples)))  # what takes seconds
+    if not clf.label_names:
+        predicted, true = numbers(clf, logits[:, 0]), numbers(clf, examples.labels)
+        report["interval"] = intervals(regression_scores, predicted, true, resamples)
+        return report, examples, logits
+    y, z = examples.labels, logits.double().numpy()
+    report["interval"] = intervals(scores, log_softmax(z), y, resamples)
+    report["calibration"] = calibration(np.exp(log_softmax(z)), y)
+    if cfg.split != "val":
+        val = open_data(clf, "val", cfg.data_dir)
+        T = temperature(clf.logits(val).double().numpy(), val.labels)
+        warmed = scores(log_softmax(z / T), y)
+        report["temperature"] = {"fitted_on_val": T, "log_loss": warmed["log_loss"], "ece": warmed["ece"],
+                                 "calibration": calibration(np.exp(log_softmax(z / T)), y)}
+    if cfg.split == "test":
+        train = open_data(clf, "train", cfg.data_dir)
+        seen = {content(train, i) for i in range(len(train))}
+        new = np.array([content(examples, i) not in seen for i in range(len(examples))])
+        report["in_train"] = {"share": float(1 - new.mean()), "accuracy_without":
+                              float((z.argmax(1) == y)[new].mean()) if new.any() else None}
+    p = np.exp(log_softmax(z))
+    worst = np.where(z.argmax(1) != y, p.max(1), 0).argsort()[::-1][:20]
+    report["mistakes"] = [{"true": clf.label_names[y[i]], "predicted": clf.label_names[z[i].argmax()],
+                           "probability": float(p[i].max()), "example": int(i)}
+                          | ({"text": clf.tokenizer.decode(examples.document(i, None).tolist())} if clf.tokenizer else {})
+                          for i in worst if z[i].argmax() != y[i]]
+    return report, examples, logits
+
+
+def content(examples, i):
+    """An example's bytes, for comparing: a text's whole, not what is cut off at max_len."""
+    if isinstance(examples, data.PackedText):
+        return examples.tokens[examples.starts[i] : examples.starts[i + 1]].tobytes()
+    return examples.values[i].tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For a person: a table, plots, labels of texts
+# Several checkpoints
+
+
+def compare(paths, cfg):
+    """Prints a table of runs and a plain sentence on which is best; runs that differ in the seed alone are one row.
+
+    p-values: two-sided, of a paired bootstrap over the examples (of the mean over seeds); for single runs also McNemar's
+    exact test (1947). Latency is that of one example at a time, throughput that of the whole split."""
+    rows, truth = {}, None
+    for path in paths:
+        clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
+        examples = open_data(clf, cfg.split, cfg.data_dir)
+        if not clf.label_names:
+            raise UserError(f"{path}: predicts a number; only classifiers can be compared")
+        names = [clf.label_names[y] for y in examples.labels]
+        if truth is not None and names != truth:
+            raise UserError(f"{path}: its {cfg.split} split has other examples or labels than that of {paths[0]}: "
+                            "only runs on the same split of the same data can be compared")
+        truth = names
+        started = time.perf_counter()
+        logits = clf.logits(examples).double().numpy()
+        seconds = time.perf_counter() - started
+        alone = []
+        for i in np.random.default_rng(0).integers(len(examples), size=100):
+            started = time.perf_counter()
+            next(predict(clf.model, [examples.batch(None, np.array([i]))], clf.device, clf.dtype))
+            alone.append(1000 * (time.perf_counter() - started))
+        key = json.dumps({k: v for k, v in clf.config.items() if k not in ("seed", "out_dir", "overwrite")})
+        metrics_file = clf.path.parent / "metrics.jsonl"
+        elapsed = [r["elapsed_s"] for r in map(json.loads, open(metrics_file)) if "elapsed_s" in r] \
+            if metrics_file.exists() else []
+        length = float(np.mean(examples.lengths))
+        rows.setdefault(key, []).append({
+            "name": str(path), "right": logits.argmax(1) == examples.labels, "y": examples.labels,
+            "logp": log_softmax(logits), "parameters": sum(p.numel() for p in clf.model.parameters()),
+            "mflop": flops_per_token(clf.model, length) * (length if clf.kind != "features" else 1) / 3e6,
+            "train_s": elapsed[-1] if elapsed else math.nan, "per_s": len(examples) / seconds,
+            "p50": np.quantile(alone, 0.5), "p95": np.quantile(alone, 0.95), "mb": clf.path.stat().st_size / 1e6})
+    groups = sorted(rows.values(), key=lambda g: -np.mean([r["right"].mean() for r in g]))
+    wide = max(len(g[0]["name"]) for g in groups) + 6
+    print(f"{'run':{wide}}  accuracy [95 % interval]     macro-F1  parameters  MFLOP/ex  train s     ex/s   p50 ms   p95 ms"
+          "       MB   p against the best")
+    best, table = np.mean([r["right"] for r in groups[0]], 0), []
+    for g in groups:
+        right = np.mean([r["right"] for r in g], 0)
+        low, high = intervals(lambda a, b: {"m": a.mean()}, right, right, cfg.resamples)["m"]
+        p, mcnemar = paired(best, right, cfg.resamples)
+        first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95")}
+        name = first["name"] + (f" (×{len(g)})" if len(g) > 1 else "")
+        f1 = np.mean([scores(r["logp"], r["y"])["macro_f1"] for r in g])
+        note = "" if g is groups[0] else f"{p:.3f}" + (f", McNemar {mcnemar:.3f}" if len(g) == len(groups[0]) == 1 else "")
+        print(f"{name:{wide}}  {right.mean():7.2%} [{low:7.2%}, {high:7.2%}]  {f1:9.4f}  {first['parameters']:10,}  "
+              f"{first['mflop']:8.2f}  {mean['train_s']:7.1f}  {mean['per_s']:7.0f}  {mean['p50']:7.2f}  "
+              f"{mean['p95']:7.2f}  {first['mb']:7.1f}   {note}")
+        table.append((name, right.mean(), p, mean["per_s"]))
+    sentences = []
+    for name, accuracy, p, per_s in table[1:]:
+        faster = per_s / table[0][3]
+        speed = f" and {faster:.1f}× as fast" if faster > 1.2 else f", at {faster:.1f}× its speed" if faster < 0.8 else ""
+        gap = 100 * (table[0][1] - accuracy)
+        sentences.append(f"{table[0][0]} is better than {name} by {gap:.1f} points, p = {p:.3f}" if p < 0.05 else
+                         f"{name} cannot be told from {table[0][0]} (behind by {gap:.1f} points, p = {p:.2f}){speed}")
+    print("\n" + "; ".join(sentences) + ".")
+
+
+def paired(a, b, resamples):
+    """(p of a paired bootstrap, p of McNemar's exact test) that a and b (N,), 1 where right, have the same mean."""
+    rng, d = np.random.default_rng(0), a - b
+    drawn = np.array([d[rng.integers(len(d), size=len(d))].mean() for _ in range(resamples)])
+    p = min(1.0, 2 * min((drawn <= 0).mean(), (drawn >= 0).mean()) + 1 / resamples)
+    n, k = int((d != 0).sum()), int(min((d > 0).sum(), (d < 0).sum()))
+    return p, min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For a person: a table, plots, a page
 
 
 def print_report(r):
+    interval = {k: f" [{low:.4f}, {high:.4f}]" for k, (low, high) in r["interval"].items()}
+    print(f"{r['checkpoint']} on {r['dataset']} {r['split']}: n {r['n']}, with 95 % intervals")
+    print("  " + "  ".join(f"{k} {r[k]:.4f}{interval.get(k, '')}" for k in (
+        ("r2", "rmse", "mae") if "r2" in r else ("accuracy", "macro_f1", "mcc"))))
     if "r2" in r:
-        print(f"{r['checkpoint']} on {r['dataset']} {r['split']}: n {r['n']}  R² {r['r2']:.4f}  RMSE {r['rmse']:.4f}  "
-              f"MAE {r['mae']:.4f}")
         return
+    print("  " + "  ".join(f"{k} {r[k]:.4f}{interval.get(k, '')}" for k in ("log_loss", "auroc", "ece") if r[k] is not None))
+    if "temperature" in r:
+        t = r["temperature"]
+        print(f"  temperature {t['fitted_on_val']:.2f} (fitted on val): log_loss {t['log_loss']:.4f}  ece {t['ece']:.4f}")
+    if "in_train" in r:
+        print(f"  also in train: {r['in_train']['share']:.2%} of it")
     names = [n[:20] for n in r["label_names"]]
     wide = max(map(len, names + ["class"]))
-    print(f"{r['checkpoint']} on {r['dataset']} {r['split']}: n {r['n']}  accuracy {r['accuracy']:.2%}  "
-          f"macro-F1 {r['macro_f1']:.4f}  loss {r['loss']:.4f}\n")
-    print(f"{'class':{wide}}  precision  recall      F1  support   confusion: true in rows, predicted in columns")
+    print(f"\n{'class':{wide}}  precision  recall      F1  support   confusion: true in rows, predicted in columns")
     for i, (name, row) in enumerate(zip(names, r["confusion"])):
         p, rec, f1, n = (r["per_class"][k][i] for k in ("precision", "recall", "f1", "support"))
         print(f"{name:{wide}}  {p:9.4f}  {rec:6.4f}  {f1:6.4f}  {n:7}   " + " ".join(f"{c:5}" for c in row[:20]))
 
 
 def plot(clf, report, examples, logits, folder):
-    """Writes the .png files that say most about this kind of model; returns their names."""
+    """Writes the .png files that say most about this kind of model, and report.html with them in it; returns their names."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     written = []
 
     def save(figure, name):
-        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
         written.append(f"{name}.png")
     names = report["label_names"]
-    if not names:
-        true, got = (np.asarray(v, float) * clf.scaling["target_std"] + clf.scaling["target_mean"]
-                     for v in (examples.labels, logits[:, 0]))
+    if names:
+        p, right = logits.double().softmax(1).numpy(), logits.argmax(1).numpy() == examples.labels
+        confusion = np.array(report["confusion"])
+        figure, ax = plt.subplots(figsize=(2 + len(names) * 0.6,) * 2)
+        ax.imshow(confusion / confusion.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
+        ax.set(xlabel="predicted", ylabel="true", title=f"accuracy {report['accuracy']:.2%}, n {report['n']}")
+        ax.set_xticks(range(len(names)), names, rotation=90)
+        ax.set_yticks(range(len(names)), names)
+        if len(names) <= 30:
+            for i, row in enumerate(confusion):
+                for j, n in enumerate(row):
+                    ax.text(j, i, n or "", ha="center", va="center", color="white" if n > row.sum() / 2 else "black")
+        save(figure, "confusion")
+        figure, ax = plt.subplots(figsize=(5, 5))
+        ax.plot([0, 1], [0, 1], color="grey", linewidth=1)
+        for label, bins in (("as trained", report["calibration"]),
+                            ("with temperature", report.get("temperature", {}).get("calibration"))):
+            if bins:
+                ax.plot([b[0] for b in bins], [b[1] for b in bins], marker="o", markersize=4, label=label)
+        ax.set(xlabel="confidence", ylabel="share right", title=f"calibration: ECE {report['ece']:.4f}")
+        ax.legend()
+        save(figure, "reliability")
+        figure, ax = plt.subplots(figsize=(6, 4))
+        order = p.max(1).argsort()[::-1]
+        ax.plot(np.arange(1, len(order) + 1) / len(order), np.cumsum(right[order]) / np.arange(1, len(order) + 1))
+        ax.set(xlabel="share of the examples that are answered, the surest first", ylabel="accuracy of these")
+        save(figure, "coverage")
+        if clf.kind == "text" and len(np.unique(examples.lengths)) > 4:
+            edges = np.unique(np.quantile(examples.lengths, np.linspace(0, 1, 7)))
+            which = np.clip(np.searchsorted(edges, examples.lengths, "right") - 1, 0, len(edges) - 2)
+            figure, ax = plt.subplots(figsize=(6, 4))
+            n, hits = (np.bincount(which, w, len(edges) - 1) for w in (None, right))
+            ax.bar([f"{a:.0f}–{b:.0f}\n(n {k})" for a, b, k in zip(edges, edges[1:], n.astype(int))], hits / n.clip(min=1))
+            ax.set(xlabel="tokens", ylabel="accuracy", ylim=(max(0, (hits / n.clip(min=1)).min() - 0.1), 1))
+            save(figure, "length")
+        if clf.kind == "image":
+            figure, axes = plt.subplots(4, 8, figsize=(12, 7))
+            surest = np.where(right, 0, p.max(1)).argsort()[::-1]
+            for ax, i in zip(axes.flat, surest):
+                ax.axis("off")
+                if not right[i]:
+                    ax.imshow(examples.values[i].transpose(1, 2, 0).squeeze(), cmap="gray")
+                    ax.set_title(f"{names[examples.labels[i]]}, said {names[p[i].argmax()]} {p[i].max():.0%}", fontsize=8)
+            save(figure, "mistakes")
+    else:
+        true, got = numbers(clf, examples.labels), numbers(clf, logits[:, 0])
         figure, ax = plt.subplots(figsize=(5, 5))
         ax.plot([true.min(), true.max()], [true.min(), true.max()], color="grey", linewidth=1)
         ax.scatter(true, got, s=12, alpha=0.6)
         ax.set(xlabel="true", ylabel="predicted", title=f"R² {report['r2']:.4f}, RMSE {report['rmse']:.4g}, n {report['n']}")
         save(figure, "predicted")
-        return written
-    confusion = np.array(report["confusion"])
-    figure, ax = plt.subplots(figsize=(2 + len(names) * 0.6,) * 2)
-    ax.imshow(confusion / confusion.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
-    ax.set(xlabel="predicted", ylabel="true", title=f"accuracy {report['accuracy']:.2%}, n {report['n']}")
-    ax.set_xticks(range(len(names)), names, rotation=90)
-    ax.set_yticks(range(len(names)), names)
-    if len(names) <= 30:
-        for i, row in enumerate(confusion):
-            for j, n in enumerate(row):
-                ax.text(j, i, n or "", ha="center", va="center", color="white" if n > row.sum() / 2 else "black")
-    save(figure, "confusion")
-    if clf.kind == "image":
-        p = logits.double().softmax(1).numpy()
-        surest = np.where(p.argmax(1) != examples.labels, p.max(1), 0).argsort()[::-1]
-        figure, axes = plt.subplots(4, 8, figsize=(12, 7))
-        for ax, i in zip(axes.flat, surest):
-            ax.axis("off")
-            if p[i].argmax() != examples.labels[i]:
-                ax.imshow(examples.values[i].transpose(1, 2, 0).squeeze(), cmap="gray")
-                ax.set_title(f"{names[examples.labels[i]]}, said {names[p[i].argmax()]} {p[i].max():.0%}", fontsize=8)
-        save(figure, "mistakes")
-    return written
+    if (folder / "metrics.jsonl").exists():
+        records = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+        figure, ax = plt.subplots(figsize=(6, 4))
+        for key in ("loss", "val_loss"):
+            ax.plot(*zip(*[(r["step"], r[key]) for r in records if key in r]), label=key)
+        ax.set(xlabel="step", ylabel="loss", yscale="log")
+        ax.legend()
+        save(figure, "curves")
+    write_page(report, folder, written)
+    return [*written, "report.html"]
+
+
+def write_page(r, folder, pictures):
+    """report.html: the figures, the pictures and the worst mistakes on one page that needs no other file."""
+    def table(head, rows):
+        def line(cells, tag):
+            cells = (html.escape(f"{c:.4f}" if isinstance(c, float) else str(c)) for c in cells)
+            return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+        return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    parts = [f"<h1>{html.escape(r['checkpoint'])}</h1><p>{html.escape(r['dataset'])}, {r['split']}, {r['n']} examples</p>",
+             table(("metric", "value", "95 % interval"), [(k, r[k], f"{low:.4f} – {high:.4f}")
+                                                          for k, (low, high) in r["interval"].items()])]
+    if "temperature" in r:
+        t = r["temperature"]
+        parts.append(f"<p>With temperature {t['fitted_on_val']:.2f}, fitted on val: log-loss {t['log_loss']:.4f}, ECE "
+                     f"{t['ece']:.4f}.</p>")
+    if "in_train" in r:
+        without = r["in_train"]["accuracy_without"]
+        parts.append(f"<p>{r['in_train']['share']:.2%} of the examples also stand in train; accuracy without them: "
+                     f"{'–' if without is None else f'{without:.2%}'}.</p>")
+    if r["label_names"]:
+        parts.append(table(("class", "precision", "recall", "F1", "support"), zip(
+            r["label_names"], *(r["per_class"][k] for k in ("precision", "recall", "f1", "support")))))
+    for name in pictures:
+        content = base64.b64encode((folder / name).read_bytes()).decode()
+        parts.append(f'<img alt="{name.removesuffix(".png")}" src="data:image/png;base64,{content}">')
+    if any("text" in m for m in r.get("mistakes", ())):
+        parts.append("<h2>The surest mistakes</h2>" + table(("true", "predicted", "probability", "text"), [
+            (m["true"], m["predicted"], m["probability"], m["text"][:600]) for m in r["mistakes"]]))
+    style = ("body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%;"
+             "margin:1em 1em 0 0;vertical-align:top}table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px "
+             "solid #ddd;padding:.2em .8em;text-align:left;vertical-align:top}")
+    write(folder / "report.html", f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(r['checkpoint'])}"
+          f"</title><style>{style}</style>" + "\n".join(parts) + "</html>")
+
+
+def write(path, text):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels for texts
 
 
 def label(clf, texts):
@@ -200,30 +489,60 @@ def label(clf, texts):
                 print("  ".join(f"{name} {p:.4f}" for name, p in ranked) + f"   {line.strip()[:60]}", flush=True)
 
 
+def label_file(clf, cfg):
+    """Writes cfg.output: label and its probability of each text of cfg.input, in order; memory stays flat."""
+    if not cfg.output:
+        raise UserError("--input needs --output=labels.csv")
+    source = data.DataConfig(text_column=cfg.text_column, header=cfg.header, drop_bad_rows=True,
+                             label_column=cfg.text_column[0] if isinstance(cfg.text_column, list) else cfg.text_column)
+    if cfg.input.endswith((".txt", ".txt.gz")):
+        opener = gzip.open if cfg.input.endswith(".gz") else open
+        texts = (text.rstrip("\r\n") for _, text in data.decoded(opener(cfg.input, "rb"), cfg.input, "utf-8", None))
+    else:
+        texts = (text for _, text, _ in data.rows(cfg.input, source))
+    temporary, n = Path(f"{cfg.output}.tmp"), 0
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as f, tqdm(unit=" texts") as bar:
+            table = csv.writer(f)
+            table.writerow(["label", "probability"])
+            while chunk := list(itertools.islice(texts, 4096)):
+                for r in clf(chunk):
+                    table.writerow([r["label"], f"{r['probabilities'][r['label']]:.6f}"])
+                n += len(chunk)
+                bar.update(len(chunk))
+        if not n:
+            raise UserError(f"{cfg.input}: holds no texts")
+        os.replace(temporary, cfg.output)
+    except OSError as e:
+        raise UserError(f"--output={cfg.output}: cannot be written to: {e.strerror}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{n} texts labelled: {cfg.output}")
+
+
 def main():
     cfg = configure(Config, positional="checkpoint")
     if not cfg.checkpoint:
         raise UserError("which checkpoint? For instance: python eval.py out/textcls")
+    if len(cfg.checkpoint) > 1 and not (cfg.text or cfg.input or cfg.export):
+        compare(cfg.checkpoint, cfg)
+        return
     for path in cfg.checkpoint:
         clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
         if cfg.text:
             label(clf, cfg.text)
-            continue
-        if cfg.export:
+        elif cfg.input:
+            label_file(clf, cfg)
+        elif cfg.export:
             folder = clf.path.parent / "hf"
             save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str())
             print(f"written to {folder}")
-            continue
-        examples = open_data(clf, cfg.split, cfg.data_dir)
-        figures, logits = evaluate(clf, examples)
-        report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": cfg.split, "step": clf.step,
-                  **figures, "label_names": clf.label_names}
-        print_report(report)
-        to = clf.path.parent / "eval.json"
-        temporary = to.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1))
-        os.replace(temporary, to)
-        print(f"\nwritten: {to}, {', '.join(plot(clf, report, examples, logits, to.parent))}")
+        else:
+            report, examples, logits = full_report(clf, cfg)
+            print_report(report)
+            folder = clf.path.parent
+            write(folder / "eval.json", json.dumps(report, indent=1))
+            print(f"\nwritten to {folder}: eval.json, {', '.join(plot(clf, report, examples, logits, folder))}")
 
 
 if __name__ == "__main__":
