@@ -395,7 +395,7 @@ class LinearModel(nn.Module):
     """Softmax (or, with one output, least-squares) regression. On rows of numbers: x (B, F) → x·Wᵀ + b, (B, n_classes).
 
     On text: a bag of hashed token n-grams (fastText's features, Joulin et al. 2017, without its factorisation): each run of
-    1 … ngrams tokens has a row of n_classes weights, the rows of a document are averaged with weights `idf` of length 1."""
+    1 … ngrams tokens has a row of n_classes weights; the rows of a document are added up and divided by √(their number)."""
 
     def __init__(self, config):
         super().__init__()
@@ -403,22 +403,11 @@ class LinearModel(nn.Module):
         if c.vocab_size:
             self.embedding = nn.Embedding(c.buckets, c.n_classes)
             nn.init.zeros_(self.embedding.weight)
-            self.register_buffer("idf", torch.ones(c.buckets))
             self.bias = nn.Parameter(torch.zeros(c.n_classes))
         else:
             self.head = nn.Linear(c.n_features or math.prod(c.image_size), c.n_classes)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-
-    def weigh(self, batches):
-        """Sets idf, log (N + 1) / (documents with that n-gram + 1), from (tokens, cu_seqlens) of all of train."""
-        count, n = torch.zeros(self.config.buckets), 0
-        for tokens, cu_seqlens in batches:
-            bucket, inside, doc = self.features(tokens, cu_seqlens)
-            pairs = (doc[:, None] * self.config.buckets + bucket)[inside].unique() % self.config.buckets
-            count += torch.bincount(pairs, minlength=self.config.buckets)
-            n += len(cu_seqlens) - 1
-        self.idf.copy_(((n + 1) / (count + 1)).log())
 
     def features(self, tokens, cu_seqlens):
         """(bucket (T, ngrams) of the runs that begin at each token, bool of those that end in its document, doc (T,))."""
@@ -435,10 +424,10 @@ class LinearModel(nn.Module):
         if not self.config.vocab_size:
             return self.head(flat(x))
         bucket, inside, doc = self.features(x, cu_seqlens)
-        weight = self.idf[bucket] * inside  # (T, ngrams)
-        norm = weight.new_zeros(len(cu_seqlens) - 1).index_add(0, doc, weight.square().sum(1)).sqrt().clamp(min=1e-9)
-        rows = self.embedding(bucket) * weight[..., None]  # (T, ngrams, C)
-        return rows.new_zeros(len(norm), rows.shape[-1]).index_add(0, doc, rows.sum(1)) / norm[:, None] + self.bias
+        rows = self.embedding(bucket) * inside[..., None]  # (T, ngrams, C)
+        total, n = (v.new_zeros(len(cu_seqlens) - 1, v.shape[1]).index_add(0, doc, v)
+                    for v in (rows.sum(1), inside.sum(1, keepdim=True).to(rows.dtype)))
+        return total / n.clamp(min=1).sqrt() + self.bias
 
 
 class MLP(nn.Module):

@@ -384,7 +384,7 @@ def start_wandb(cfg, run_id):
 # The run
 
 
-def make_model(cfg, meta, train_set):
+def make_model(cfg, meta):
     c = ModelConfig(
         model=cfg.model, n_classes=len(meta["label_names"]) or 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
         d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp,
@@ -401,11 +401,7 @@ def make_model(cfg, meta, train_set):
                             f"{parts // cfg.n_head} divides")
         if c.image_size and (c.image_size[1] % c.patch or c.image_size[2] % c.patch):
             raise UserError(f"--patch={c.patch} does not divide images of {c.image_size[1]}×{c.image_size[2]}")
-    model = build_model(c)
-    if cfg.model == "linear" and meta["kind"] == "text":
-        batches = data.eval_batches(train_set.lengths, cfg.micro_batch_tokens)
-        model.weigh(train_set.batch(None, indices)[:2] for _, indices, _ in batches)
-    return model
+    return build_model(c)
 
 
 def tokens_per_example(cfg, meta):
@@ -445,7 +441,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
 
     # model and optimizer
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, meta, train_set).to(machine.device)
+    model = make_model(cfg, meta).to(machine.device)
     if cfg.optimizer == "lbfgs":
         if cfg.batch_size < len(train_set):
             raise UserError(f"--optimizer=lbfgs needs all {len(train_set)} examples in each step: "

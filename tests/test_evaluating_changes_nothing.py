@@ -22,7 +22,7 @@ def test_evaluating_more_often_trains_the_same_weights(toy):
     assert all(torch.equal(w[k], v) for w in weights[1:] for k, v in weights[0].items())
     torch.manual_seed(1)
     meta = {"kind": "text", "vocab_size": 300, "label_names": "abc"}
-    fresh = train.make_model(train.Config(**toy), meta, None).state_dict()
+    fresh = train.make_model(train.Config(**toy), meta).state_dict()
     assert all(not torch.equal(fresh[k], v) for k, v in weights[0].items())  # all of them were trained
 
 
