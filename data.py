@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, run
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = "train", "val", "test"
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
          "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")

@@ -82,7 +82,7 @@ def test_damaged_data_sets(toy_config, toy):
                 train.train(toy_config)
             open(path, "wb").write(whole)
     meta = open(f"{folder}/meta.json").read()
-    for text in (None, meta[:-20], meta.replace('"format": 1', '"format": 9')):
+    for text in (None, meta[:-20], meta.replace(f'"format": {data.FORMAT}', '"format": 9')):
         os.remove(f"{folder}/meta.json") if text is None else open(f"{folder}/meta.json", "w").write(text)
         with pytest.raises(UserError, match="(not a whole data set|has format 9).*python data.py --dataset=toy"):
             train.train(toy_config)

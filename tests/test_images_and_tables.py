@@ -1,5 +1,12 @@
 """Images and rows of numbers: what is stored is what the source holds; augmentation is reproducible, for training only."""
+import functools
+import gzip
+import http.server
+import io
 import os
+import struct
+import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -197,3 +204,45 @@ def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
     clf = eval_script.Classifier(cfg.out_dir)
     assert clf.model.config.family == "vit" and clf.model.config.image_size == (1, 12, 12)
     assert eval_script.evaluate(clf, eval_script.open_data(clf, "test"))[0]["accuracy"] > 0.7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formats of CIFAR and MNIST, from a server
+
+
+@pytest.fixture
+def server(tmp_path):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    (tmp_path / "www").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield tmp_path / "www", f"http://127.0.0.1:{s.server_port}"
+        s.shutdown()
+
+
+def test_cifars_and_mnists_files_are_read(server, tmp_path):
+    folder, url = server
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (60, 3, 4, 4)).astype(np.uint8), np.arange(60, dtype=np.uint8) % 3
+    batches = [b"".join(bytes([y]) + x.tobytes() for x, y in zip(pixels[a:b], labels[a:b])) for a, b in ((0, 25), (25, 60))]
+    with tarfile.open(folder / "cifar.tar.gz", "w:gz") as archive:
+        for i, batch in enumerate(batches):
+            info = tarfile.TarInfo(f"batches/data_batch_{i}.bin")
+            info.size = len(batch)
+            archive.addfile(info, io.BytesIO(batch))
+        archive.addfile(tarfile.TarInfo("batches/readme.html"), io.BytesIO())
+    cifar = f"{url}/cifar.tar.gz!*/data_batch*.bin#sha256={data.sha256(folder / 'cifar.tar.gz')}"
+    parts = []
+    for name, head, body in (("images-idx3", (2051, 60, 4, 12), pixels), ("labels-idx1", (2049, 60), labels)):
+        with gzip.open(folder / f"t-{name}-ubyte.gz", "wb") as f:
+            f.write(struct.pack(f">{len(head)}i", *head) + body.tobytes())
+        parts.append(f"{url}/t-{name}-ubyte.gz#sha256={data.sha256(folder / f't-{name}-ubyte.gz')}")
+    for source, shape in ((cifar, [3, 4, 4]), (" + ".join(parts), [1, 4, 12])):
+        cfg = train.Config(dataset=f"d{shape[0]}", kind="image", image_size=shape, train_file=source,
+                           data_dir=str(tmp_path / "d"))
+        meta = data.build(cfg)
+        splits = [data.open_split(cfg, meta, s, 1) for s in data.SPLITS]
+        found = {x.tobytes(): y for d in splits for x, y in zip(d.values, d.labels)}
+        assert found == {x.tobytes(): y for x, y in zip(pixels, labels)} and meta["shape"] == shape
+    with pytest.raises(UserError, match="the download has SHA-256 .* not 0000"):
+        data.build(train.Config(**dict(vars(cfg), dataset="e", train_file=f"{url}/cifar.tar.gz!*.bin#sha256=" + "0" * 64)))
