@@ -45,6 +45,7 @@ from configurator import UserError, configure, run
 
 FORMAT = 2
 SPLITS = "train", "val", "test"
+OWN = "bpe", "bytes", "words"  # tokenizers that are made from train; others are given
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
          "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 FASHION = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/%s-images-idx3-ubyte.gz#sha256=%s + "
@@ -92,9 +93,9 @@ class DataConfig:
     val_fraction: float = 0.1  # of a source that has no val
     test_fraction: float = 0.1  # of a source that has neither val nor test
     split_seed: int = 0  # not the training seed: the split stays while seeds vary
-    tokenizer: str = "bpe"  # "bpe" (byte-level, trained on train only), "bytes", or a tokenizer.json
-    vocab_size: int = 8192  # of "bpe"; smaller for little text
-    lowercase: bool = True  # of "bpe" and "bytes": fewer, more frequent tokens; False where case tells classes apart
+    tokenizer: str = "bpe"  # "bpe" (byte-level, trained on train only), "words" (of train), "bytes", or a tokenizer.json
+    vocab_size: int = 8192  # of "bpe" and "words"; smaller for little text
+    lowercase: bool = True  # of our own tokenizers: fewer, more frequent tokens; False where case tells classes apart
     # where it goes
     data_dir: str = "data"  # holds data_dir/<dataset>/ and the downloads
     overwrite: bool = False  # True: build (train.py: train) anew in place of what is there
@@ -410,7 +411,7 @@ def sha256(path):
 
 def folder_of(cfg):
     """data_dir/<dataset>, or, for a tokenizer that is not our own, data_dir/<dataset>-<its hash> beside it."""
-    own = cfg.tokenizer in ("bpe", "bytes")
+    own = cfg.tokenizer in OWN
     return Path(cfg.data_dir) / (cfg.dataset if own else f"{cfg.dataset}-{tokenizer_hash(given_tokenizer(cfg))[:8]}")
 
 
@@ -563,19 +564,20 @@ def tokenizer_hash(tokenizer):
 
 
 def make_tokenizer(cfg, texts):
-    if cfg.tokenizer not in ("bpe", "bytes"):
+    if cfg.tokenizer not in OWN:
         return given_tokenizer(cfg)
-    tokenizer = Tokenizer(models.BPE())
+    words, special = cfg.tokenizer == "words", ["[CLS]", "[MASK]", "[UNK]"]
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]") if words else models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()] + [normalizers.Lowercase()] * cfg.lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=cfg.tokenizer == "bpe")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=cfg.tokenizer != "bytes")
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["[CLS]", "[MASK]"]
-    smallest = len(special) + 256
+    smallest = 2 + 256
     if cfg.tokenizer == "bpe" and cfg.vocab_size < smallest:
         raise UserError(f"--vocab_size={cfg.vocab_size}: a byte-level vocabulary has at least {smallest} entries")
-    trainer = trainers.BpeTrainer(  # "bytes" is BPE with no merges
-        vocab_size=cfg.vocab_size if cfg.tokenizer == "bpe" else smallest, min_frequency=2, special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    size = cfg.vocab_size if cfg.tokenizer != "bytes" else smallest  # "bytes" is BPE with no merges
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=special, show_progress=False) if words else \
+        trainers.BpeTrainer(vocab_size=size, min_frequency=2, special_tokens=special[:2], show_progress=False,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(  # every document has one token at least
         single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.token_to_id("[CLS]"))])
@@ -708,7 +710,7 @@ def resolve(cfg):
 def build_settings(cfg):
     """What a data set depends on. A given tokenizer counts by what it is, not by where it lies: see folder_of."""
     settings = {f.name: getattr(cfg, f.name) for f in fields(DataConfig)}
-    if cfg.tokenizer not in ("bpe", "bytes"):
+    if cfg.tokenizer not in OWN:
         settings |= dict.fromkeys(("tokenizer", "vocab_size", "lowercase"), "given")
     return {k: v for k, v in settings.items() if k not in ("data_dir", "overwrite", "dataset")}
 

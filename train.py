@@ -71,8 +71,9 @@ class Config(DataConfig):
     micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when memory runs out
     epochs: float = 10.0  # passes over train
     max_steps: int | None = None  # stops (and ends the schedule) sooner than epochs
-    optimizer: Literal["adamw", "lbfgs"] = "adamw"  # adamw: decoupled weight decay (Loshchilov & Hutter 2019); lbfgs: convex
-    # models on data that fits one batch_size; weight_decay is then ridge's: weight_decay / 2 · |W|² is added to the loss
+    optimizer: Literal["adamw", "sgd", "lbfgs"] = "adamw"  # adamw: decoupled weight decay (Loshchilov & Hutter 2019). sgd,
+    # with Nesterov momentum beta1: for linear models of text, as it moves rare features less. lbfgs: for convex models, with
+    # all of train in one batch. In these two weight_decay is ridge's: weight_decay / 2 · |W|² is added to the loss
     learning_rate: float = 1e-3  # the peak; 1e-3 for small models from scratch, less for larger ones
     min_lr: float = 0.0  # where the schedule ends
     warmup_steps: int = 50  # linear from 0; more for large models or rates
@@ -447,6 +448,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
             raise UserError(f"--optimizer=lbfgs needs all {len(train_set)} examples in each step: "
                             f"--batch_size={len(train_set)}")
         optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+    elif cfg.optimizer == "sgd":
+        optimizer = torch.optim.SGD(make_groups(model, cfg), lr=cfg.learning_rate, momentum=cfg.beta1,
+                                    nesterov=cfg.beta1 > 0, fused=True)
     else:
         optimizer = torch.optim.AdamW(make_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                                       fused=True)

@@ -191,6 +191,14 @@ def test_batches_cover_each_epoch_once_whatever_the_world(toy_config):
         [[list(map(int, r)) for _, r, _ in s] for s in list(data.GlobalBatches(d, 20, 100, 7, 0, 10))[6:]]
 
 
+def test_a_vocabulary_of_words(tmp_path):
+    (tmp_path / "a.csv").write_text("label,text\n" + "".join(f"{i % 2},It's word{i} here\n" for i in range(40)))
+    cfg = Config(dataset="w", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv"), tokenizer="words")
+    data.build(cfg)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data/w/tokenizer.json"))
+    assert tokenizer.encode("IT'S here, nowhere").tokens == ["[CLS]", "Ġit", "'s", "Ġhere", "[UNK]", "[UNK]"]
+
+
 def test_building_streams(tmp_path):
     with open(tmp_path / "big.csv", "w") as f:
         f.write("label,text\n")

@@ -1,9 +1,10 @@
 """Documents packed in one row get the outputs they get alone, whatever stands beside them."""
+import numpy as np
 import pytest
 import torch
 
 import data
-from model import Layout, ModelConfig, Transformer, attend
+from model import Layout, ModelConfig, Transformer, attend, build_model
 
 LENGTHS = [7, 1, 40, 40, 3, 64, 1, 22, 63, 12, 40]
 
@@ -38,6 +39,32 @@ def test_packed_logits_and_hidden_states(kw, monkeypatch):
         torch.testing.assert_close(model.hidden(*packed(documents)), hidden, atol=1e-5, rtol=1e-5)
         filled = model(*packed(documents, shape=(512, 20, 64)))  # the fixed shape that torch.compile gets
         torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_baselines_too(kind):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(model=kind, vocab_size=50, n_classes=4, d_model=32, buckets=512, ngrams=3)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    documents = random_documents()
+    alone = torch.cat([model(*packed([d])) for d in documents])
+    torch.testing.assert_close(model(*packed(documents)), alone, atol=1e-5, rtol=1e-5)
+    filled = model(*packed(documents, shape=(512, 20, 64)))
+    torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
+    swapped = model(*packed([d[[1, 0, *range(2, len(d))]] if len(d) > 1 else d for d in documents]))
+    assert torch.allclose(swapped, alone, atol=1e-5) == (kind == "mlp")  # only n-grams know about order
+
+
+def test_a_linear_text_model_counts_its_ngrams():
+    model = build_model(ModelConfig(model="linear", vocab_size=50, n_classes=1, buckets=2**16, ngrams=2))
+    torch.nn.init.normal_(model.embedding.weight)
+    (bucket, inside, doc) = model.features(*packed([np.array([3, 4, 3, 4]), np.array([4])]))
+    assert doc.tolist() == [0, 0, 0, 0, 1] and inside.tolist() == [[True, True]] * 3 + [[True, False]] * 2
+    a, b, ab, ba = (model.embedding.weight[i, 0] for i in (*bucket[:2, 0], *bucket[:2, 1]))
+    assert len({a.item(), b.item(), ab.item(), ba.item()}) == 4 and torch.equal(bucket[0], bucket[2])
+    expected = torch.stack(((2 * a + 2 * b + 2 * ab + ba) / 7**0.5, b))
+    torch.testing.assert_close(model(*packed([np.array([3, 4, 3, 4]), np.array([4])]))[:, 0], expected)
 
 
 def test_attention_equals_its_formula():
