@@ -814,57 +814,57 @@ class PackedText(torch.utils.data.Dataset):
 
 
 class Arrays(torch.utils.data.Dataset):
-    """Images or rows of numbers. In training, `augment` (names of settings → strengths) and `mixup` apply to images, by
-    draws that are a function of (seed, epoch, example) alone."""
+    """Images or rows of numbers. In training, with `draw`, a batch of images has the random numbers that `augment` moves
+    them by, and, with `mixup`, as many images again to blend in: a function of (seed, epoch, example) alone."""
 
-    def __init__(self, values, labels, meta, max_len=1, seed=0, augment=None, mixup=0.0):
+    def __init__(self, values, labels, meta, max_len=1, seed=0, draw=False, mixup=0.0):
         self.values, self.labels, self.max_len, self.seed = values, labels, max_len, seed
         self.lengths = np.full(len(labels), max_len)
-        self.augment, self.mixup, self.n_classes = augment, mixup, len(meta["label_names"])
+        self.draw, self.mixup, self.n_classes = draw, mixup, len(meta["label_names"])
 
     def __len__(self):
         return len(self.labels)
 
     def __getitems__(self, micro_batches):
-        """[(epoch, indices, shape), ...] → [(x, targets), ...], x (B, C, H, W) uint8 (augmented: float32) or (B, F) float32.
-        With mixup (Zhang et al. 2018) targets are (B, n_classes) float32."""
+        """[(epoch, indices, shape), ...] → [(x, targets), ...], x (B, C, H, W) uint8 or (B, F) float32; with `draw` (x,
+        draws (B, 24), targets). With mixup (Zhang et al. 2018) x is (2·B, C, H, W), targets (B, n_classes) float32."""
         return [self.batch(epoch, indices) for epoch, indices, _ in micro_batches] \
             or [(torch.from_numpy(self.values[:1].copy()), torch.tensor([-100]))]
 
     def batch(self, epoch, indices):
         x, y = torch.from_numpy(self.values[indices]), torch.from_numpy(self.labels[indices])
-        if epoch is None or not (self.augment or self.mixup):
+        if epoch is None or not self.draw:
             return x, y
-        draws = np.stack([np.random.default_rng((self.seed, epoch, i)).random(24) for i in indices])
-        if self.augment:
-            x = augment(x, draws, **self.augment)
+        draws = np.stack([np.random.default_rng((self.seed, epoch, i)).random(24) for i in indices]).astype(np.float32)
         if self.mixup:
-            other = (draws[:, 10] * len(self)).astype(int)
-            share = torch.from_numpy(draws[:, 11] * self.mixup / 2).float()  # of the other image, at most half
-            others = torch.from_numpy(self.values[other])
-            if self.augment:
-                others = augment(others, draws[:, 12:], **self.augment)
-            x = torch.lerp(x.float(), others.float(), share[:, None, None, None])
+            other = (draws[:, 10] * len(self)).astype(int) % len(self)
+            x = torch.cat((x, torch.from_numpy(self.values[other])))
             one_hot = torch.nn.functional.one_hot(torch.stack((y, torch.from_numpy(self.labels[other]))), self.n_classes)
-            y = torch.lerp(*one_hot.float(), share[:, None])
-        return x, y
+            y = torch.lerp(*one_hot.float(), torch.from_numpy(draws[:, 11:12] * self.mixup / 2))
+        return x, torch.from_numpy(draws), y
 
 
-def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0):
+def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0, mixup=0.0):
     """Images (B, C, H, W) uint8, each moved by up to `shift` of its side, turned by up to `rotate` degrees, scaled by up to
     a factor 1 + `scale` either way, mirrored half the time with `flip`, and a square of up to `cutout` of its side blackened
-    (DeVries & Taylor 2017). Returns float32; `draws` (B, ≥ 8) are uniform in 0..1."""
-    u = torch.from_numpy(draws).float() * 2 - 1
+    (DeVries & Taylor 2017). With `mixup` x holds as many again, of which up to `mixup` / 2 is blended in. Returns float32
+    (B, C, H, W), on x's device; `draws` (B, 24) are uniform in 0..1."""
+    if mixup:
+        (x, others), settings = x.chunk(2), (shift, rotate, scale, flip, cutout)
+        return torch.lerp(augment(x, draws, *settings), augment(others, draws[:, 12:], *settings),
+                          draws[:, 11, None, None, None] * mixup / 2)
+    u = draws * 2 - 1
     angle, zoom = u[:, 2] * rotate * math.pi / 180, (1 + scale) ** u[:, 3]
-    mirror = torch.where(u[:, 4] < 0, -1.0, 1.0) if flip else torch.ones(len(x))
+    mirror = torch.where(u[:, 4] < 0, -1.0, 1.0) if flip else torch.ones_like(angle)
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     theta = torch.stack((cos * mirror, -sin, u[:, 0] * 2 * shift, sin * mirror, cos, u[:, 1] * 2 * shift), 1).view(-1, 2, 3)
     grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
     x = torch.nn.functional.grid_sample(x.float(), grid, align_corners=False)
     if cutout:
         _, _, H, W = x.shape
-        down = (torch.arange(H)[None] + 0.5 - (u[:, 5:6] + 1) / 2 * H).abs() < cutout * H / 2 * (u[:, 7:8] + 1) / 2
-        across = (torch.arange(W)[None] + 0.5 - (u[:, 6:7] + 1) / 2 * W).abs() < cutout * W / 2 * (u[:, 7:8] + 1) / 2
+        rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+        down = (rows + 0.5 - (u[:, 5:6] + 1) / 2 * H).abs() < cutout * H / 2 * (u[:, 7:8] + 1) / 2
+        across = (columns + 0.5 - (u[:, 6:7] + 1) / 2 * W).abs() < cutout * W / 2 * (u[:, 7:8] + 1) / 2
         x = x.masked_fill((down[:, :, None] & across[:, None])[:, None], 0)
     return x
 

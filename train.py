@@ -213,6 +213,10 @@ def loss_sum(logits, targets, cfg, weights=None):
     return losses.sum()
 
 
+def image_changes(cfg):
+    return {k: getattr(cfg, k) for k in ("shift", "rotate", "scale", "flip", "cutout", "mixup")}
+
+
 def backward(model, micro_batches, cfg, machine, weights=None):
     """Adds the gradient of the mean loss over the whole global batch; returns (that loss, tokens of all processes).
 
@@ -221,7 +225,7 @@ def backward(model, micro_batches, cfg, machine, weights=None):
                for *_, targets in micro_batches]
     n_local = sum(k.sum().item() if weights is None or t.ndim > 1 else weights[t[k]].sum().item()
                   for k, (*_, t) in zip(counted, micro_batches))
-    tokens = sum(int(inputs[1][k.sum()]) if len(inputs) > 1 else int(k.sum())  # by cu_seqlens, of text; else examples
+    tokens = sum(int(inputs[1][k.sum()]) if inputs[0].ndim == 1 else int(k.sum())  # by cu_seqlens, of text; else examples
                  for k, (*inputs, _) in zip(counted, micro_batches))
     n, tokens = machine.sum([n_local, tokens]).tolist()
     weights = weights if weights is None else weights.to(machine.device)
@@ -230,7 +234,10 @@ def backward(model, micro_batches, cfg, machine, weights=None):
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync(), \
              torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-            logits = model(*(t.to(machine.device, non_blocking=True) for t in inputs))
+            inputs = [t.to(machine.device, non_blocking=True) for t in inputs]
+            if inputs[0].ndim == 4 and len(inputs) == 2:
+                inputs = [data.augment(*inputs, **image_changes(cfg))]
+            logits = model(*inputs)
             loss = loss_sum(logits, targets.to(machine.device, non_blocking=True), cfg, weights) / n
         (loss * machine.world).backward()
         total += loss.detach()
@@ -432,8 +439,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, of up to {max_len} tokens")
     changes = dict(crop=cfg.crop, mask_prob=cfg.mask_prob) if meta["kind"] == "text" else {}
     if meta["kind"] == "image":
-        augment = {k: v for k in ("shift", "rotate", "scale", "flip", "cutout") if (v := getattr(cfg, k))}
-        changes = dict(augment=augment, mixup=cfg.mixup)
+        changes = dict(draw=any(image_changes(cfg).values()), mixup=cfg.mixup)
     train_set = data.open_split(cfg, meta, "train", max_len, cfg.seed, **changes)
     val_set = data.open_split(cfg, meta, "val", max_len)
     steps_per_epoch = -(-len(train_set) // cfg.batch_size)

@@ -67,16 +67,20 @@ def test_an_image_folder_is_stored_learnt_and_told_apart(images):
 def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
     cfg = train.Config(**images)
     meta = data.build(cfg)
-    everything = dict(augment=dict(shift=0.2, rotate=20.0, scale=0.2, flip=True, cutout=0.5), mixup=0.5)
-    a, b, other = (data.open_split(cfg, meta, "train", 9, seed, **everything) for seed in (1, 1, 2))
-    x, y = a.batch(3, np.array([5, 2, 9]))
+    a, b, other = (data.open_split(cfg, meta, "train", 9, seed, draw=True, mixup=0.5) for seed in (1, 1, 2))
+
+    def batch(d, epoch, indices):
+        x, draws, y = d.batch(epoch, np.array(indices))
+        assert x.dtype == torch.uint8 and len(x) == 2 * len(indices)
+        return data.augment(x, draws, shift=0.2, rotate=20.0, scale=0.2, flip=True, cutout=0.5, mixup=0.5), y
+    x, y = batch(a, 3, [5, 2, 9])
     assert x.dtype == torch.float32 and x.shape == (3, 1, 12, 12) and y.shape == (3, 2)
     torch.testing.assert_close(y.sum(1), torch.ones(3))
-    alone = [b.batch(3, np.array([i])) for i in (5, 2, 9)]  # whatever stands beside it
+    alone = [batch(b, 3, [i]) for i in (5, 2, 9)]  # whatever stands beside it
     torch.testing.assert_close(torch.cat([v for v, _ in alone]), x, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(torch.cat([t for _, t in alone]), y)
-    assert not torch.allclose(b.batch(4, np.array([5, 2, 9]))[0], x, atol=1)
-    assert not torch.allclose(other.batch(3, np.array([5, 2, 9]))[0], x, atol=1)
+    assert not torch.allclose(batch(b, 4, [5, 2, 9])[0], x, atol=1)
+    assert not torch.allclose(batch(other, 3, [5, 2, 9])[0], x, atol=1)
     for d in (a, data.open_split(cfg, meta, "val", 9), data.open_split(cfg, meta, "test", 9)):
         x, y = d.batch(None, np.arange(10))  # evaluation sees what is stored
         assert x.dtype == torch.uint8 and np.array_equal(x.numpy(), d.values[:10])
@@ -86,18 +90,22 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
 def test_each_augmentation_is_what_it_says():
     x = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
     x[0, 0, 4, 2] = 200
-    still, draws = np.full((1, 12), 0.5), np.full((1, 12), 0.5)
+    still, draws = torch.full((1, 24), 0.5), torch.full((1, 24), 0.5)
     same = data.augment(x, still, shift=0.3, rotate=90.0, scale=0.5)
     torch.testing.assert_close(same, x.float(), atol=1e-3, rtol=0)  # draws of 0.5: no change
     draws[0, 4] = 0.2
     torch.testing.assert_close(data.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0)
-    draws[0, :5] = 1, 0.5, 0.5, 0.5, 0.9
+    draws[0, :5] = torch.tensor([1, 0.5, 0.5, 0.5, 0.9])
     torch.testing.assert_close(data.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0)
-    draws[0, :4] = 0.5, 0.5, 1, 0.5
+    draws[0, :4] = torch.tensor([0.5, 0.5, 1, 0.5])
     turned = data.augment(x, draws, rotate=90.0)
     assert max((turned - torch.rot90(x.float(), k, (2, 3))).abs().max() < 0.1 for k in (1, -1))
     cut = data.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
     assert (cut == 0).sum() == 16 and (cut[0, 0, 3:7, 3:7] == 0).all()  # half of 0.8 of the side, in the middle
+    draws = torch.full((1, 24), 0.5)
+    draws[0, 11] = 0.9
+    blended = data.augment(torch.cat((x, x.flip(-1))), draws, mixup=0.5)
+    torch.testing.assert_close(blended, torch.lerp(x.float(), x.float().flip(-1), 0.225), atol=1e-2, rtol=0)
 
 
 def test_flip_averaging(images):
