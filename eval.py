@@ -62,20 +62,24 @@ class Classifier:
         self.path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
         c = load_checkpoint(self.path)
         self.device, self.dtype, self.micro_batch_tokens = torch.device(find_device(device)), dtype, micro_batch_tokens
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device={device} cannot be used here: {str(e).splitlines()[0]}") from None
         self.model = build_model(c["model_config"])
         load_weights(self.model, c["model"], self.path)
         self.model.to(self.device).eval()
         self.label_names, self.config, self.n_suffix, self.step = c["label_names"], c["config"], c["n_suffix"], c["step"]
         self.tokenizer = c["tokenizer"] and Tokenizer.from_str(c["tokenizer"])
-        self.data_folder, self.max_len, self.kind, self.scaling = (
-            c[k] for k in ("data_folder", "max_len", "kind", "scaling"))
+        self.data_folder, self.max_len, self.kind, self.scaling, self.data_sha256 = (
+            c[k] for k in ("data_folder", "max_len", "kind", "scaling", "data_sha256"))
 
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a Dataset's examples, in their order; independent of how they are batched."""
         batches = data.eval_batches(examples.lengths, max(self.micro_batch_tokens, self.max_len))
         inputs = (examples.batch(None, indices) for _, indices, _ in batches)
         out = torch.empty(len(examples), self.model.config.n_classes)
-        flip = self.config.get("flip", False)
+        flip = self.kind == "image" and self.config.get("flip", False)
         for (_, indices, _), logits in zip(batches, predict(self.model, inputs, self.device, self.dtype, flip)):
             out[torch.tensor(indices)] = logits
         return out
@@ -154,7 +158,8 @@ def log_softmax(logits):
 def regression_scores(predicted, true):
     """Of predictions and numbers (N,), in the target's unit; R² is against the mean of `true`."""
     error = predicted - true
-    return {"rmse": np.mean(error**2) ** 0.5, "mae": np.abs(error).mean(), "r2": 1 - np.mean(error**2) / np.var(true)}
+    return {"rmse": np.mean(error**2) ** 0.5, "mae": np.abs(error).mean(),
+            "r2": 1 - np.mean(error**2) / max(np.var(true), 1e-12)}
 
 
 def intervals(score, a, b, resamples, seed=0):
@@ -198,7 +203,8 @@ def open_data(clf, split, data_dir=None):
                         f"build it with: {rebuild}")
     for ours, theirs, what in ((clf.label_names, meta["label_names"], "labels are {}, not {}"),
                                (clf.tokenizer and data.tokenizer_hash(clf.tokenizer), meta.get("tokenizer_sha256"),
-                                "tokenizer differs"), (clf.scaling, meta["scaling"], "scaling differs")):
+                                "tokenizer differs"), (clf.scaling, meta["scaling"], "scaling differs"),
+                               (clf.data_sha256, meta["sha256"], "files differ: what is test now may have been train")):
         if ours != theirs:
             raise UserError(f"{clf.path} was trained on other data than {folder} is now: its {what.format(ours, theirs)}")
     return data.open_split(cfg, meta, split, clf.max_len, folder=folder)
@@ -306,8 +312,9 @@ def compare(paths, cfg):
     best, table = np.mean([r["right"] for r in groups[0]], 0), []
     for g in groups:
         right = np.mean([r["right"] for r in g], 0)
-        low, high = intervals(lambda a, b: {"m": a.mean()}, right, right, cfg.resamples)["m"]
-        p, mcnemar = paired(best, right, cfg.resamples)
+        resamples = max(cfg.resamples, 100)
+        low, high = intervals(lambda a, b: {"m": a.mean()}, right, right, resamples)["m"]
+        p, mcnemar = paired(best, right, resamples)
         first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95")}
         name = first["name"] + (f" (×{len(g)})" if len(g) > 1 else "")
         f1 = np.mean([scores(r["logp"], r["y"])["macro_f1"] for r in g])
@@ -323,7 +330,7 @@ def compare(paths, cfg):
         gap = 100 * (table[0][1] - accuracy)
         sentences.append(f"{table[0][0]} is better than {name} by {gap:.1f} points, p = {p:.3f}" if p < 0.05 else
                          f"{name} cannot be told from {table[0][0]} (behind by {gap:.1f} points, p = {p:.2f}){speed}")
-    print("\n" + "; ".join(sentences) + ".")
+    print("\n" + ("; ".join(sentences) or "these are seeds of one config: there is nothing to compare") + ".")
 
 
 def paired(a, b, resamples):
@@ -364,6 +371,7 @@ def plot(clf, report, examples, logits, folder):
     """Writes the .png files that say most about this kind of model, and report.html with them in it; returns their names."""
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a label may hold dollars
     from matplotlib import pyplot as plt
     written = []
 
@@ -375,7 +383,7 @@ def plot(clf, report, examples, logits, folder):
     if names:
         p, right = logits.double().softmax(1).numpy(), logits.argmax(1).numpy() == examples.labels
         confusion = np.array(report["confusion"])
-        figure, ax = plt.subplots(figsize=(2 + len(names) * 0.6,) * 2)
+        figure, ax = plt.subplots(figsize=(min(2 + len(names) * 0.6, 20),) * 2)
         ax.imshow(confusion / confusion.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
         ax.set(xlabel="predicted", ylabel="true", title=f"accuracy {report['accuracy']:.2%}, n {report['n']}")
         ax.set_xticks(range(len(names)), names, rotation=90)
@@ -495,6 +503,8 @@ def label_file(clf, cfg):
         raise UserError("--input needs --output=labels.csv")
     source = data.DataConfig(text_column=cfg.text_column, header=cfg.header, drop_bad_rows=True,
                              label_column=cfg.text_column[0] if isinstance(cfg.text_column, list) else cfg.text_column)
+    if not Path(cfg.input).is_file():
+        raise UserError(f"--input={cfg.input}: no such file")
     if cfg.input.endswith((".txt", ".txt.gz")):
         opener = gzip.open if cfg.input.endswith(".gz") else open
         texts = (text.rstrip("\r\n") for _, text in data.decoded(opener(cfg.input, "rb"), cfg.input, "utf-8", None))
@@ -534,6 +544,8 @@ def main():
         elif cfg.input:
             label_file(clf, cfg)
         elif cfg.export:
+            if clf.kind != "text":
+                raise UserError(f"{path} reads {clf.kind}; only text classifiers can be written as a Hugging Face folder")
             folder = clf.path.parent / "hf"
             save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str())
             print(f"written to {folder}")

@@ -10,6 +10,7 @@ and the data set is built for it, beside those of other tokenizers.
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -67,13 +68,21 @@ def find_weights(cfg):
         return path, path / "tokenizer.json"
     if data.resolve(cfg).kind == "image":
         if (path / "config.json").exists():
-            cfg.patch = json.loads((path / "config.json").read_text()).get("patch_size", cfg.patch)
+            there = json.loads((path / "config.json").read_text())  # Hugging Face's, or that of a run of ours
+            cfg.patch = there.get("patch_size") or there.get("patch", cfg.patch)
         return path, cfg.tokenizer
+    if (path / "model.safetensors").exists():
+        raise WeightsError(f"{path}: there is no tokenizer.json; save it with transformers' "
+                           "AutoTokenizer.from_pretrained(…).save_pretrained(…)")
     checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    if not checkpoint["tokenizer"]:
+        raise WeightsError(f"{path}: reads {checkpoint['kind']}, not text")
     name = f"tokenizer-{hashlib.sha256(checkpoint['tokenizer'].encode()).hexdigest()[:8]}.json"
     tokenizer = Path(cfg.data_dir) / "downloads" / name
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.write_text(checkpoint["tokenizer"], encoding="utf-8")
+    temporary = Path(f"{tokenizer}.{os.getpid()}")  # under torchrun every process comes by
+    temporary.write_text(checkpoint["tokenizer"], encoding="utf-8")
+    os.replace(temporary, tokenizer)
     return path, tokenizer
 
 
@@ -122,6 +131,8 @@ def make_model(cfg, meta, path):
             if cfg.lora_rank:
                 p.requires_grad = layer_of(name, model) > len(model.blocks)
     if cfg.lora_rank:
+        if cfg.freeze:
+            raise UserError("--lora_rank trains no weights of the blocks, so --freeze says nothing: leave one of them out")
         if unknown := set(cfg.lora_targets) - {"qkv", "out", "up"}:
             raise UserError(f"--lora_targets: there is no {sorted(unknown)[0]!r}, only qkv, out and up")
         for name, m in list(model.named_modules()):
@@ -134,7 +145,7 @@ def layer_of(name, model):
     """0 for the embeddings, 1 … n_layer for the blocks, n_layer + 1 for what comes after."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    return 0 if name.startswith(("embedding", "position", "segment")) else len(model.blocks) + 1
+    return 0 if name == "cls" or name.startswith(("embedding", "position", "segment")) else len(model.blocks) + 1
 
 
 def make_groups(model, cfg):

@@ -198,7 +198,7 @@ class Attention(nn.Module):
         T, D = x.shape
         q, k, v = self.qkv(x).view(T, 3, self.n_head, D // self.n_head).unbind(1)  # each (T, H, d)
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            q, k = (F.rms_norm(x, x.shape[-1:]).to(v.dtype) for x in (q, k))  # CUDA's autocast makes it float32
         if layout.rope:
             cos_sin = layout.rope[bool(self.window)]
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
@@ -422,7 +422,8 @@ class LinearModel(nn.Module):
 
     def forward(self, x, cu_seqlens=None):
         if not self.config.vocab_size:
-            return self.head(flat(x))
+            with torch.autocast(x.device.type, enabled=False):
+                return self.head(flat(x))
         bucket, inside, doc = self.features(x, cu_seqlens)
         rows = self.embedding(bucket) * inside[..., None]  # (T, ngrams, C)
         total, n = (v.new_zeros(len(cu_seqlens) - 1, v.shape[1]).index_add(0, doc, v)
@@ -621,7 +622,10 @@ def read_hf(folder):
         raise WeightsError(f"{folder}: damaged: {e}") from None
     if hf.get("model_type") == "textcls":
         return ModelConfig(**hf["model_config"]), theirs
-    c = hf_config(hf, folder)
+    try:
+        c = hf_config(hf, folder)
+    except KeyError as e:
+        raise WeightsError(f"{folder}/config.json: {e} is missing") from None
     names = FAMILIES[c.family]
     if not any(k.startswith(names["root"]) for k in theirs):  # saved from the bare trunk
         theirs = {names["root"] + k: v for k, v in theirs.items()}

@@ -7,6 +7,7 @@ which are seeded anew at each step.
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import json
 import math
 import netrc
@@ -53,6 +54,7 @@ class Config(DataConfig):
     mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # swiglu has half as many weights again
     qk_norm: bool = True  # bounds attention logits, so that higher learning rates stay stable
     pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how a document's tokens become one vector
+    position: Literal["rope", "learned"] = "rope"  # rope: relative, of images in two dimensions; learned: a vector for each
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where late words matter
     ngrams: int = 3  # of a linear model of text: runs of up to so many tokens are its features
     buckets: int = 2**18  # of a linear model of text: hashed to so many; more for much text
@@ -103,7 +105,8 @@ class Config(DataConfig):
 
 # settings that may differ between a run and its continuation
 FREE = {"overwrite", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval", "data_dir", "out_dir"}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "RTX 4090": 165e12}  # bf16 dense, data sheets
+PEAK_FLOPS = {  # bf16 dense, data sheets
+    "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +126,6 @@ class Machine:
             raise UserError(f"--device={cfg.device} cannot be used here: {str(e).splitlines()[0]}") from None
         if kind == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
         if kind == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             for option, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed memory, as
                 libc.mallopt(option, value)  # the next step needs it again (a page's first touch costs 1-2 µs)
@@ -134,9 +136,12 @@ class Machine:
             kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
         native = native and cfg.optimizer != "lbfgs"  # whose line search needs the exact loss
         self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native else torch.float32
-        self.compile = kind == "cuda" if cfg.compile == "auto" else cfg.compile
+        if kind == "cuda" and self.dtype == torch.bfloat16:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        self.compile = kind == "cuda" and cfg.model == "transformer" if cfg.compile == "auto" else cfg.compile
         if self.world > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=self.device if kind == "cuda" else None)
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=self.device if kind == "cuda" else None,
+                                    timeout=datetime.timedelta(hours=2))  # the others wait while rank 0 builds the data set
 
     def print(self, *args):
         if self.rank == 0:
@@ -193,6 +198,8 @@ def class_weights(cfg, per_class):
     """The weight of each class in the loss, (C,) float32, or None."""
     if cfg.class_weights is None:
         return None
+    if per_class is None:
+        raise UserError("--class_weights is for classes, not for --target=number")
     count = torch.tensor(per_class, dtype=torch.float32)
     if cfg.class_weights == "balanced":
         return count.sum() / (len(count) * count.clamp(min=1))
@@ -244,14 +251,14 @@ def backward(model, micro_batches, cfg, machine, weights=None):
     return total, tokens
 
 
-def step_lbfgs(optimizer, model, micro_batches, cfg, machine):
+def step_lbfgs(optimizer, model, micro_batches, cfg, machine, weights=None):
     """One step of L-BFGS (up to 20 evaluations) on the mean loss plus weight_decay / 2 · |W|²; returns (the loss before it,
     without the penalty, tokens of a batch)."""
     first = []
 
     def closure():
         optimizer.zero_grad()
-        loss, tokens = backward(model, micro_batches, cfg, machine)
+        loss, tokens = backward(model, micro_batches, cfg, machine, weights)
         first.append((loss, tokens))
         penalty = sum(cfg.weight_decay / 2 * p.square().sum() for p in model.parameters() if p.ndim >= 2)
         if cfg.weight_decay:
@@ -265,9 +272,10 @@ class SparseGradient:
     """The gradient of the embedding table. On the CPU, backward makes it of the batch's rows only, and it is put into a
     buffer that is kept: with a fresh one of vocab_size rows per step, zeroing memory takes a third of a fine-tuning step."""
 
-    def __init__(self, model, device):
+    def __init__(self, model, device, wanted=True):
         self.table = getattr(model, "embedding", None)
-        if isinstance(self.table, torch.nn.Embedding) and device.type == "cpu" and self.table.weight.requires_grad:
+        wanted = wanted and device.type == "cpu" and isinstance(self.table, torch.nn.Embedding)
+        if wanted and self.table.weight.requires_grad:
             self.table.sparse, self.buffer = True, torch.zeros_like(self.table.weight)
         else:
             self.table = None
@@ -310,8 +318,8 @@ def evaluate(model, split, cfg, machine):
     loss = correct = 0.0
     model.eval()
     loader = (split.__getitems__([b])[0] for b in batches)
-    regression = split.labels.dtype == "float32"
-    for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype, cfg.flip)):
+    regression, images = split.labels.dtype == "float32", isinstance(split, data.Arrays) and split.values.ndim == 4
+    for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype, cfg.flip and images)):
         targets = torch.from_numpy(split.labels[indices])
         if regression:
             loss += (logits[:, 0].double() - targets).square().sum().item()
@@ -322,7 +330,7 @@ def evaluate(model, split, cfg, machine):
     loss, correct = machine.sum([loss, correct]).tolist()
     loss /= len(split)
     if regression:
-        return {"val_loss": loss, "val_r2": 1 - loss / float(split.labels.astype("float64").var())}
+        return {"val_loss": loss, "val_r2": 1 - loss / max(float(split.labels.astype("float64").var()), 1e-12)}
     return {"val_loss": loss, "val_accuracy": correct / len(split)}
 
 
@@ -333,7 +341,12 @@ def evaluate(model, split, cfg, machine):
 def open_run(cfg, machine):
     """Checks out_dir and returns the checkpoint to resume from, or None to begin. Nothing is written yet."""
     out, config = Path(cfg.out_dir), dataclasses.asdict(cfg)
-    if cfg.overwrite or not (out / "config.json").exists():
+    if cfg.overwrite:
+        return None
+    if not (out / "config.json").exists():
+        if there := [n for n in ("best.pt", "last.pt") if (out / n).exists()]:
+            raise UserError(f"{out} holds a {there[0]} without its config.json, so not a run that could be continued; "
+                            "choose another --out_dir=…, or replace it with --overwrite=True")
         return None
     try:
         there = json.loads((out / "config.json").read_text())
@@ -396,7 +409,7 @@ def make_model(cfg, meta):
     c = ModelConfig(
         model=cfg.model, n_classes=len(meta["label_names"]) or 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
         d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp,
-        qk_norm=cfg.qk_norm, pooling=cfg.pooling, dropout=cfg.dropout)
+        qk_norm=cfg.qk_norm, pooling=cfg.pooling, position=cfg.position, dropout=cfg.dropout)
     if meta["kind"] == "text":
         c.vocab_size, c.max_len, c.ngrams, c.buckets = meta["vocab_size"], cfg.max_len, cfg.ngrams, cfg.buckets
     elif meta["kind"] == "image":
@@ -425,6 +438,12 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     """Runs `cfg`. make_model(cfg, meta) and make_groups(model, cfg) are where finetune.py differs; merged(model) is the
     state dict that best.pt gets."""
     started = time.time()
+    for name in ("batch_size", "micro_batch_tokens", "log_interval", "n_head", "d_model", "patch", "max_len", "epochs"):
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
+    for name in ("dropout", "mask_prob", "ema_decay", "label_smoothing"):
+        if not 0 <= (getattr(cfg, name) or 0) < 1:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
     machine = Machine(cfg)
     checkpoint = open_run(cfg, machine)
     if checkpoint and checkpoint["finished"]:
@@ -437,7 +456,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     max_len = tokens_per_example(cfg, meta)
     if max_len > cfg.micro_batch_tokens:
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, of up to {max_len} tokens")
-    changes = dict(crop=cfg.crop, mask_prob=cfg.mask_prob) if meta["kind"] == "text" else {}
+    changes = dict(crop=cfg.crop and min(cfg.crop, max_len), mask_prob=cfg.mask_prob) if meta["kind"] == "text" else {}
     if meta["kind"] == "image":
         changes = dict(draw=any(image_changes(cfg).values()), mixup=cfg.mixup)
     train_set = data.open_split(cfg, meta, "train", max_len, cfg.seed, **changes)
@@ -450,6 +469,8 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, meta).to(machine.device)
     if cfg.optimizer == "lbfgs":
+        if machine.world > 1:
+            raise UserError("--optimizer=lbfgs runs in one process, without torchrun's --nproc_per_node")
         if cfg.batch_size < len(train_set):
             raise UserError(f"--optimizer=lbfgs needs all {len(train_set)} examples in each step: "
                             f"--batch_size={len(train_set)}")
@@ -461,7 +482,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         optimizer = torch.optim.AdamW(make_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                                       fused=True)
     weights = class_weights(cfg, meta["splits"]["train"].get("per_class"))
-    average, sparse = EMA(model, cfg.ema_decay), SparseGradient(model, machine.device)
+    average, sparse = EMA(model, cfg.ema_decay), SparseGradient(model, machine.device, cfg.optimizer != "lbfgs")
     step, best, bad_evals, elapsed, run_id = 0, None, 0, 0.0, f"{Path(cfg.out_dir).name}-{int(started)}"
     if checkpoint:
         load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
@@ -501,7 +522,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
                 "format": CHECKPOINT_FORMAT, "model": weights, "model_config": dataclasses.asdict(model.config),
                 "config": dataclasses.asdict(cfg), "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
                 "tokenizer": (folder / "tokenizer.json").read_text(encoding="utf-8") if meta["kind"] == "text" else None,
-                "max_len": max_len, "kind": meta["kind"], "scaling": meta["scaling"],
+                "max_len": max_len, "kind": meta["kind"], "scaling": meta["scaling"], "data_sha256": meta["sha256"],
                 "data_folder": folder.name, "step": step,
                 "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
 
@@ -511,7 +532,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         torch.manual_seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)  # dropout: a function of (seed, step)
         lr = learning_rate(cfg, step, total)
         if cfg.optimizer == "lbfgs":
-            loss, tokens = step_lbfgs(optimizer, trained, micro_batches, cfg, machine)
+            loss, tokens = step_lbfgs(optimizer, trained, micro_batches, cfg, machine, weights)
         else:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -539,7 +560,8 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
                       "elapsed_s": elapsed}
             if peak := next((v for k, v in PEAK_FLOPS.items() if machine.device.type == "cuda"
                              and k in torch.cuda.get_device_name()), None):
-                record["mfu"] = flops * rate / peak / machine.world
+                per = max_len if meta["kind"] == "image" else 1  # rate counts images, flops a patch's
+                record["mfu"] = flops * rate * per / peak / machine.world
             log(record)
             eta = (total - step) * (now - clock) / (step - since)
             machine.print(f"step {step}/{total}  epoch {record['epoch']:.2f}  loss {loss:.4f}  lr {lr:.2e}  "
