@@ -379,6 +379,8 @@ class Transformer(nn.Module):
             weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
             weights |= {k: v for k, v in model.state_dict().items() if k.startswith("head.") or
                         k.startswith("dense") and k not in weights}
+        if not config.n_classes:  # a bare trunk may bring a pooler
+            weights = {k: v for k, v in weights.items() if not k.startswith("dense")}
         load_weights(model, weights, path)
         return model.eval()
 

