@@ -423,9 +423,11 @@ def sha256(path):
 
 
 def folder_of(cfg):
-    """data_dir/<dataset>, or, for a tokenizer that is not our own, data_dir/<dataset>-<its hash> beside it."""
-    own = cfg.tokenizer in OWN
-    return Path(cfg.data_dir) / (cfg.dataset if own else f"{cfg.dataset}-{tokenizer_hash(given_tokenizer(cfg))[:8]}")
+    """data_dir/<dataset>, or, for another tokenizer than "bpe", data_dir/<dataset>-<its name or hash> beside it."""
+    if cfg.tokenizer == "bpe":
+        return Path(cfg.data_dir) / cfg.dataset
+    name = cfg.tokenizer if cfg.tokenizer in OWN else tokenizer_hash(given_tokenizer(cfg))[:8]
+    return Path(cfg.data_dir) / f"{cfg.dataset}-{name}"
 
 
 def build(cfg):

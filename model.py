@@ -441,7 +441,7 @@ class MLP(nn.Module):
         self.config = c = config
         if c.vocab_size:
             self.embedding = nn.Embedding(c.vocab_size, c.d_model)
-            nn.init.normal_(self.embedding.weight, std=0.02)
+            nn.init.normal_(self.embedding.weight)
         widths = [c.d_model if c.vocab_size else c.n_features or math.prod(c.image_size), *[c.d_model] * c.n_layer]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
         self.head = nn.Linear(widths[-1], c.n_classes)

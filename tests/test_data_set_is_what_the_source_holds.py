@@ -24,14 +24,15 @@ def built(tmp_path, **settings):
     """(meta, {split: [(text, label name)]}, folder) of a data set, decoded from its binaries."""
     cfg = Config(**dict(dataset="d", data_dir=str(tmp_path / "data"), vocab_size=400, overwrite=True) | settings)
     meta = data.build(cfg)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "data/d/tokenizer.json"))
+    folder = data.folder_of(cfg)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     found = {}
     for split in meta["splits"]:
         p = data.open_split(cfg, meta, split, 10**6)
         found[split] = [(tokenizer.decode(p.document(i, None)).strip(), meta["label_names"][y])
                         for i, y in enumerate(p.labels)]
         assert meta["splits"][split]["examples"] == len(p) and meta["splits"][split]["tokens"] == len(p.tokens)
-    return meta, found, tmp_path / "data/d"
+    return meta, found, folder
 
 
 def test_split_is_stratified_complete_and_repeatable(tmp_path):
@@ -129,7 +130,7 @@ def test_tokenizer_sees_train_only_and_bytes_has_no_merges(tmp_path):
     _, _, folder = built(tmp_path, **files)
     words = {t.strip("Ġ") for t in json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]}
     assert "zebra" in words and "quokka" not in words and "quok" not in words
-    meta, _, _ = built(tmp_path, **files, tokenizer="bytes")
+    meta, _, folder = built(tmp_path, **files, tokenizer="bytes")
     assert meta["vocab_size"] == 258
     meta, found, _ = built(tmp_path, **files, tokenizer=str(folder))  # a given tokenizer.json
     assert meta["vocab_size"] == 258 and ("quokka 3", "1") in found["test"]
@@ -195,7 +196,7 @@ def test_a_vocabulary_of_words(tmp_path):
     (tmp_path / "a.csv").write_text("label,text\n" + "".join(f"{i % 2},It's word{i} here\n" for i in range(40)))
     cfg = Config(dataset="w", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv"), tokenizer="words")
     data.build(cfg)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "data/w/tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data/w-words/tokenizer.json"))
     assert tokenizer.encode("IT'S here, nowhere").tokens == ["[CLS]", "Ġit", "'s", "Ġhere", "[UNK]", "[UNK]"]
 
 
