@@ -236,21 +236,23 @@ def full_report(clf, cfg):
         report["interval"] = intervals(regression_scores, predicted, true, resamples)
         return report, examples, logits
     y, z = examples.labels, logits.double().numpy()
-    report["interval"] = intervals(scores, log_softmax(z), y, resamples)
-    report["calibration"] = calibration(np.exp(log_softmax(z)), y)
+    logp = log_softmax(z)
+    p = np.exp(logp)
+    report["interval"] = intervals(scores, logp, y, resamples)
+    report["calibration"] = calibration(p, y)
     if cfg.split != "val":
         val = open_data(clf, "val", cfg.data_dir)
         T = temperature(clf.logits(val).double().numpy(), val.labels)
-        warmed = scores(log_softmax(z / T), y)
+        cooled = log_softmax(z / T)
+        warmed = scores(cooled, y)
         report["temperature"] = {"fitted_on_val": T, "log_loss": warmed["log_loss"], "ece": warmed["ece"],
-                                 "calibration": calibration(np.exp(log_softmax(z / T)), y)}
+                                 "calibration": calibration(np.exp(cooled), y)}
     if cfg.split == "test":
         train = open_data(clf, "train", cfg.data_dir)
         seen = {content(train, i) for i in range(len(train))}
         new = np.array([content(examples, i) not in seen for i in range(len(examples))])
         report["in_train"] = {"share": float(1 - new.mean()), "accuracy_without":
                               float((z.argmax(1) == y)[new].mean()) if new.any() else None}
-    p = np.exp(log_softmax(z))
     worst = np.where(z.argmax(1) != y, p.max(1), 0).argsort()[::-1][:20]
     report["mistakes"] = [{"true": clf.label_names[y[i]], "predicted": clf.label_names[z[i].argmax()],
                            "probability": float(p[i].max()), "example": int(i)}
