@@ -148,15 +148,15 @@ def layer_of(name, model):
     return 0 if name == "cls" or name.startswith(("embedding", "position", "segment")) else len(model.blocks) + 1
 
 
-def make_groups(model, cfg):
+def lr_scale(name, model, cfg):
     """A layer's learning rate is the schedule's · layer_lr_decay^(layers between it and the head)."""
-    return train.optimizer_groups(model, cfg, lambda n: cfg.layer_lr_decay ** (len(model.blocks) + 1 - layer_of(n, model)))
+    return cfg.layer_lr_decay ** (len(model.blocks) + 1 - layer_of(name, model))
 
 
 def finetune(cfg):
     path, cfg.tokenizer = find_weights(cfg)
     cfg.tokenizer = str(cfg.tokenizer)
-    train.train(cfg, lambda cfg, meta: make_model(cfg, meta, path), make_groups, merged)
+    train.train(cfg, lambda cfg, meta: make_model(cfg, meta, path), lr_scale, merged)
 
 
 if __name__ == "__main__":

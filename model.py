@@ -138,27 +138,27 @@ def full(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def attend(q, k, v, layout, causal=False, window=0):
-    """Attention within each document (and `window` tokens to either side, if any): q, k, v (T, H, d) → (T, H, d)."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+def attend(qkv, layout, causal=False, window=0):
+    """Attention within each document (and `window` tokens to either side, if any): qkv (T, 3, H, d) → (T, H, d)."""
+    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
-        return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
+        return varlen_attn(*qkv.unbind(1), layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
                            window_size=(window or -1, 0 if causal else window or -1))
-    dtype, (_, H, d) = q.dtype, q.shape
+    dtype, device, (_, _, H, d) = qkv.dtype, qkv.device, qkv.shape
     place, token, padding, blocks = layout.blocks
     # in float32: on CPUs, bf16 attention's backward is many times slower
-    padded = full(Rows.apply(torch.stack((q, k, v), 1), token, place, padding[:0]))  # (P, 3, H, d)
+    padded = full(Rows.apply(qkv, token, place, padding[:0]))  # (P, 3, H, d)
     out = []
     for (mask, b, L), block in zip(blocks, padded.split([b * L for _, b, L in blocks])):
         block = block.view(b, L, 3, H, d).permute(2, 0, 3, 1, 4)  # (3, b, H, L, d)
         # under causality padding needs no mask: it stands after every token that counts
         allowed = None if mask is None or causal else mask[:, None, None]  # (b, 1, 1, L)
         if window and L > window + 1:
-            at = torch.arange(L, device=q.device)
+            at = torch.arange(L, device=device)
             near = (at[:, None] - at).abs() <= window  # (L, L)
             # a padding token's own row may not be empty: softmax over nothing is not a number
-            allowed = near if allowed is None else allowed & near | torch.eye(L, dtype=torch.bool, device=q.device)
-        with torch.autocast(q.device.type, enabled=False):  # which would make it bf16 again
+            allowed = near if allowed is None else allowed & near | torch.eye(L, dtype=torch.bool, device=device)
+        with torch.autocast(device.type, enabled=False):  # which would make it bf16 again
             y = F.scaled_dot_product_attention(*block, attn_mask=allowed, is_causal=causal)
         out.append(y.transpose(1, 2).reshape(b * L, H, d))
     return Rows.apply(torch.cat(out).to(dtype), place, token, padding)
@@ -176,7 +176,7 @@ def dropout(x, p, training):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: x (T, H, d) with cos, sin (T, 1, d/2)."""
+    """Rotary position embedding: x (T, 2, H, d) with cos, sin (T, 1, 1, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -196,13 +196,15 @@ class Attention(nn.Module):
 
     def forward(self, x, layout, keep=None):
         T, D = x.shape
-        q, k, v = self.qkv(x).view(T, 3, self.n_head, D // self.n_head).unbind(1)  # each (T, H, d)
-        if self.qk_norm:
-            q, k = (F.rms_norm(x, x.shape[-1:]).to(v.dtype) for x in (q, k))  # CUDA's autocast makes it float32
-        if layout.rope:
-            cos_sin = layout.rope[bool(self.window)]
-            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        y = attend(q, k, v, layout, self.causal, self.window).reshape(T, D)
+        qkv = self.qkv(x).view(T, 3, self.n_head, D // self.n_head)
+        if self.qk_norm or layout.rope:
+            qk, v = qkv.split((2, 1), 1)  # (T, 2, H, d), (T, 1, H, d)
+            if self.qk_norm:
+                qk = F.rms_norm(qk, qk.shape[-1:])
+            if layout.rope:
+                qk = rotate(qk, *layout.rope[bool(self.window)])
+            qkv = torch.cat((qk.to(v.dtype), v), 1)  # CUDA's autocast makes norms float32
+        y = attend(qkv, layout, self.causal, self.window).reshape(T, D)
         return self.out(y if keep is None else y[keep])
 
 
@@ -294,8 +296,8 @@ class Transformer(nn.Module):
 
     def layout(self, cu_seqlens, T):
         layout = Layout(cu_seqlens, T, self.config.max_len)
-        layout.rope = self.config.position == "rope" and [  # of blocks without and with a window: cos, sin (T, 1, d/2)
-            table[:, layout.position, None] for table in (self.rope, self.window_rope)]
+        layout.rope = self.config.position == "rope" and [  # of blocks without and with a window: cos, sin (T, 1, 1, d/2)
+            table[:, layout.position, None, None] for table in (self.rope, self.window_rope)]
         return layout
 
     def embed(self, inputs, cu_seqlens):

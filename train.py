@@ -73,15 +73,16 @@ class Config(DataConfig):
     micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when memory runs out
     epochs: float = 10.0  # passes over train
     max_steps: int | None = None  # stops (and ends the schedule) sooner than epochs
-    optimizer: Literal["adamw", "sgd", "lbfgs"] = "adamw"  # adamw: decoupled weight decay (Loshchilov & Hutter 2019). sgd,
-    # with Nesterov momentum beta1: for linear models of text, as it moves rare features less. lbfgs: for convex models, with
-    # all of train in one batch. In these two weight_decay is ridge's: weight_decay / 2 · |W|² is added to the loss
+    optimizer: Literal["adamw", "muon", "sgd", "lbfgs"] = "adamw"  # adamw: decoupled weight decay (Loshchilov & Hutter).
+    # muon: for the matrices of blocks (MLP: of layers), with adamw for the rest; fewer steps to the same loss. sgd, with
+    # Nesterov momentum beta1: for linear models of text, as it moves rare features less. lbfgs: for convex models, with all
+    # of train in one batch. In these two weight_decay is ridge's: weight_decay / 2 · |W|² is added to the loss
     learning_rate: float = 1e-3  # the peak; 1e-3 for small models from scratch, less for larger ones
     min_lr: float = 0.0  # where the schedule ends
     warmup_steps: int = 50  # linear from 0; more for large models or rates
     schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "cosine"  # trapezoid: flat, then cooldown
     cooldown: float = 0.4  # of trapezoid: share of the steps in which the rate falls linearly
-    weight_decay: float = 0.1  # on matrices only
+    weight_decay: float = 0.1  # on matrices only, and (but for sgd and lbfgs) not on embeddings of text
     beta1: float = 0.9
     beta2: float = 0.99  # 0.95 for large batches
     grad_clip: float = 1.0  # norm above which the gradient is scaled down; 0: never
@@ -171,17 +172,91 @@ class Machine:
 # Optimisation
 
 
-def optimizer_groups(model, cfg, lr_scale=lambda name: 1.0):
-    """Weight decay on matrices, none on the rest; every trainable parameter in exactly one group.
-    `lr_scale(name)` is what a parameter's learning rate is multiplied by."""
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made nearly orthogonal, so that a matrix moves as far in each direction (Jordan et al.
+    2024): all its singular values come near 1 by 5 Newton-Schulz steps. Scaled by 0.2·√(longer side) it is as large as
+    AdamW's, so that one learning rate serves both (Liu et al. 2025). As torch.optim.Muon, but matrices of one shape go
+    through together, and of attention's stacked q, k and v each is a matrix of its own (`parts`)."""
+
+    def __init__(self, groups, lr, momentum=0.95):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "parts": 1})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            updates, alike = {}, {}
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                updates[p] = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                alike.setdefault(p.shape, []).append(p)
+            for shape, ps in alike.items():
+                stack = torch.cat([updates[p].view(group["parts"], -1, shape[1]) for p in ps])
+                size = group["lr"] * 0.2 * max(stack.shape[1:]) ** 0.5
+                for p, update in zip(ps, orthogonal(stack).split(group["parts"])):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.reshape(shape), alpha=size)
+
+
+def orthogonal(x):
+    """The nearest (semi-)orthogonal matrix of each of x (N, a, b), roughly: singular values within 0.7 .. 1.2."""
+    wide = x.mT if x.shape[1] > x.shape[2] else x
+    y = wide.bfloat16() if x.is_cuda else wide
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return (y.mT if x.shape[1] > x.shape[2] else y).to(x.dtype)
+
+
+def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
+    """The optimizers of cfg.optimizer; each trainable parameter is in exactly one group of one of them. Weight decay is for
+    matrices, text embeddings aside. `lr_scale(name, model, cfg)` is what a parameter's learning rate is multiplied by.
+
+    On the CPU the rows of a text embedding that a batch does not read have no gradient, and are left as they are (lazy Adam;
+    plain SGD leaves them anyway): to decay their moments would take a sixth of a fine-tuning step."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    table = getattr(model, "embedding", None)
+    table = table if isinstance(table, torch.nn.Embedding) and table.weight.requires_grad else None
+    if table:
+        table.sparse = device.type == "cpu" and (cfg.optimizer in ("adamw", "muon") or
+                                                 cfg.optimizer == "sgd" and not cfg.beta1 and not cfg.weight_decay)
     groups = {}
     for name, p in params.items():
-        key = lr_scale(name), cfg.weight_decay if p.ndim >= 2 else 0.0
-        groups.setdefault(key, []).append(p)
-    groups = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (scale, decay), ps in groups.items()]
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in params.values())
-    return groups
+        kind, decay, parts = cfg.optimizer, cfg.weight_decay if p.ndim >= 2 else 0.0, 1
+        if kind == "muon":
+            parts = 3 if name.endswith("qkv.weight") else 1
+            kind = "muon" if p.ndim == 2 and name.startswith(("blocks", "layers")) else "adamw"
+        if table and p is table.weight and kind == "adamw":
+            kind, decay = "sparse" if table.sparse else kind, 0.0
+        groups.setdefault(kind, {}).setdefault((lr_scale(name, model, cfg), decay, parts), []).append(p)
+    assert sorted(id(p) for k in groups.values() for ps in k.values() for p in ps) == sorted(id(p) for p in params.values())
+    betas, lr = (cfg.beta1, cfg.beta2), cfg.learning_rate or 1.0  # which each step sets
+    make = {"adamw": lambda g: torch.optim.AdamW(g, lr, betas, fused=True),
+            "sparse": lambda g: torch.optim.SparseAdam(g, lr, betas),
+            "muon": lambda g: Muon(g, lr),
+            "sgd": lambda g: torch.optim.SGD(g, lr, cfg.beta1, nesterov=cfg.beta1 > 0, fused=not (table and table.sparse))}
+    return [make[kind]([{"params": ps, "lr_scale": scale} | ({"weight_decay": decay} if kind != "sparse" else {})
+                        | ({"parts": parts} if kind == "muon" else {}) for (scale, decay, parts), ps in of_kind.items()])
+            for kind, of_kind in groups.items()]
+
+
+@torch.no_grad()
+def clip(model, optimizers, limit):
+    """The norm of the whole gradient; above `limit` (0: never) it is scaled down to it."""
+    for p in model.parameters():
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+    grads = [p.grad.values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if limit:
+        scale = (norm / limit).clamp(min=1)
+        for o in optimizers:
+            if o.defaults.get("fused"):
+                o.grad_scale = scale  # the fused step divides by it
+            else:
+                for p in (p for g in o.param_groups for p in g["params"]):
+                    (p.grad.values() if p.grad.is_sparse else p.grad).div_(scale)
+    return norm
 
 
 def learning_rate(cfg, step, total):
@@ -266,29 +341,6 @@ def step_lbfgs(optimizer, model, micro_batches, cfg, machine, weights=None):
         return loss + penalty
     optimizer.step(closure)
     return first[0]
-
-
-class SparseGradient:
-    """The gradient of the embedding table. On the CPU, backward makes it of the batch's rows only, and it is put into a
-    buffer that is kept: with a fresh one of vocab_size rows per step, zeroing memory takes a third of a fine-tuning step."""
-
-    def __init__(self, model, device, wanted=True):
-        self.table = getattr(model, "embedding", None)
-        wanted = wanted and device.type == "cpu" and isinstance(self.table, torch.nn.Embedding)
-        if wanted and self.table.weight.requires_grad:
-            self.table.sparse, self.buffer = True, torch.zeros_like(self.table.weight)
-        else:
-            self.table = None
-
-    def collect(self):
-        if self.table:
-            gradient = self.table.weight.grad
-            self.rows, self.table.weight.grad = gradient._indices()[0], self.buffer
-            self.buffer.index_add_(0, self.rows, gradient._values())
-
-    def clear(self):
-        if self.table:
-            self.buffer.index_fill_(0, self.rows, 0.0)
 
 
 class EMA:
@@ -434,9 +486,9 @@ def tokens_per_example(cfg, meta):
     return meta["shape"][1] // cfg.patch * (meta["shape"][2] // cfg.patch) if cfg.model == "transformer" else 1
 
 
-def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch.nn.Module.state_dict):
-    """Runs `cfg`. make_model(cfg, meta) and make_groups(model, cfg) are where finetune.py differs; merged(model) is the
-    state dict that best.pt gets."""
+def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.state_dict):
+    """Runs `cfg`. make_model(cfg, meta) and lr_scale (see make_optimizers) are where finetune.py differs; merged(model) is
+    the state dict that best.pt gets."""
     started = time.time()
     for name in ("batch_size", "micro_batch_tokens", "log_interval", "n_head", "d_model", "patch", "max_len", "epochs"):
         if getattr(cfg, name) <= 0:
@@ -474,19 +526,16 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         if cfg.batch_size < len(train_set):
             raise UserError(f"--optimizer=lbfgs needs all {len(train_set)} examples in each step: "
                             f"--batch_size={len(train_set)}")
-        optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", tolerance_grad=1e-9)
-    elif cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(make_groups(model, cfg), lr=cfg.learning_rate, momentum=cfg.beta1,
-                                    nesterov=cfg.beta1 > 0, fused=True)
+        optimizers = [torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", tolerance_grad=1e-9)]
     else:
-        optimizer = torch.optim.AdamW(make_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                      fused=True)
+        optimizers = make_optimizers(model, cfg, machine.device, *[lr_scale] * (lr_scale is not None))
     weights = class_weights(cfg, meta["splits"]["train"].get("per_class"))
-    average, sparse = EMA(model, cfg.ema_decay), SparseGradient(model, machine.device, cfg.optimizer != "lbfgs")
+    average = EMA(model, cfg.ema_decay)
     step, best, bad_evals, elapsed, run_id = 0, None, 0, 0.0, f"{Path(cfg.out_dir).name}-{int(started)}"
     if checkpoint:
         load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for o, state in zip(optimizers, checkpoint["optimizers"]):
+            o.load_state_dict(state)
         average.values = [v.to(machine.device) for v in checkpoint["ema"]]
         step, best, bad_evals, elapsed, run_id = (checkpoint[k] for k in ("step", "best", "bad_evals", "elapsed", "run_id"))
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
@@ -532,21 +581,19 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         torch.manual_seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)  # dropout: a function of (seed, step)
         lr = learning_rate(cfg, step, total)
         if cfg.optimizer == "lbfgs":
-            loss, tokens = step_lbfgs(optimizer, trained, micro_batches, cfg, machine, weights)
+            loss, tokens = step_lbfgs(*optimizers, trained, micro_batches, cfg, machine, weights)
         else:
-            for group in optimizer.param_groups:
+            for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = lr * group["lr_scale"]
             loss, tokens = backward(trained, micro_batches, cfg, machine, weights)
-            sparse.collect()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        optimizer.grad_scale = (norm / (cfg.grad_clip or math.inf)).clamp(min=1)  # the fused step divides by it: clips
+        norm = clip(model, optimizers, cfg.grad_clip)
         if not norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
                             f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} is as it was before")
         if cfg.optimizer != "lbfgs":
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            sparse.clear()
+            for o in optimizers:
+                o.step()
+                o.zero_grad(set_to_none=True)
         average.update(step)
         step += 1
         tokens_seen += tokens
@@ -580,7 +627,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
                 save("best.pt", merged(model))
             average.swap()
             stop = step == total or cfg.patience is not None and bad_evals >= cfg.patience
-            save("last.pt", model.state_dict(), stop, optimizer=optimizer.state_dict(), ema=average.values,
+            save("last.pt", model.state_dict(), stop, optimizers=[o.state_dict() for o in optimizers], ema=average.values,
                  bad_evals=bad_evals, elapsed=elapsed, run_id=run_id)
             clock += time.time() - paused
             if stop:

@@ -65,7 +65,8 @@ def test_frozen_weights_do_not_move_by_one_bit(settings, bert, freeze, still):
 def test_a_layers_learning_rate_is_the_formulas(settings, bert):
     cfg = finetune.Config(**settings | dict(layer_lr_decay=0.5, weight_decay=0.1))
     model = Transformer.from_pretrained(bert, 3)
-    scale = {id(p): g["lr_scale"] for g in finetune.make_groups(model, cfg) for p in g["params"]}
+    scale = {id(p): g["lr_scale"] for o in train.make_optimizers(model, cfg, torch.device("cpu"), finetune.lr_scale)
+             for g in o.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         depth = 3 + 1 if name.startswith(("embedding", "position", "segment")) else \
             3 - int(name.split(".")[1]) if name.startswith("blocks") else 0

@@ -1,13 +1,16 @@
-"""Schedules are their formulas; every parameter is optimised once, with decay on matrices only."""
+"""Schedules are their formulas; every parameter is optimised once, by the optimizer it should be."""
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import train
 from configurator import UserError
-from model import dropout, load_checkpoint
-from tests.test_packed_equals_one_at_a_time import random_model
+from model import ModelConfig, build_model, dropout, load_checkpoint
+from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
 
 
 @pytest.mark.parametrize("schedule, formula", [
@@ -31,11 +34,90 @@ def test_the_rates_of_a_run_are_the_schedules(toy, tmp_path):
 def test_every_parameter_is_in_exactly_one_group():
     model = random_model(n_layer=2, mlp="swiglu")
     model.blocks[0].norm1.weight.requires_grad = False
-    groups = train.optimizer_groups(model, train.Config(weight_decay=0.3))
-    ids = [id(p) for g in groups for p in g["params"]]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
-    for g in groups:
-        assert {p.ndim >= 2 for p in g["params"]} == {g["weight_decay"] == 0.3}
+    for optimizer in ("adamw", "muon", "sgd"):
+        optimizers = train.make_optimizers(model, train.Config(weight_decay=0.3, optimizer=optimizer), torch.device("cpu"))
+        groups = [g for o in optimizers for g in o.param_groups]
+        ids = [id(p) for g in groups for p in g["params"]]
+        assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
+        decayed = {id(p) for g in groups for p in g["params"] if g.get("weight_decay")}
+        assert decayed == {id(p) for n, p in model.named_parameters() if p.ndim >= 2 and (
+            optimizer == "sgd" or n != "embedding.weight")}
+
+
+def test_muon_gets_the_hidden_matrices_and_nothing_else():
+    for model, hidden in ((random_model(n_layer=2, bias=True, position="learned"), "blocks"),
+                          (build_model(ModelConfig(model="mlp", n_features=5, n_classes=3)), "layers")):
+        optimizers = train.make_optimizers(model, train.Config(optimizer="muon"), torch.device("cpu"))
+        (muon,) = (o for o in optimizers if isinstance(o, train.Muon))
+        assert {id(p) for g in muon.param_groups for p in g["params"]} == {
+            id(p) for n, p in model.named_parameters() if n.startswith(hidden) and p.ndim == 2}
+        assert {p.shape for g in muon.param_groups for p in g["params"] if g["parts"] == 3} == {
+            p.shape for n, p in model.named_parameters() if "qkv.weight" in n}
+
+
+def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
+    torch.manual_seed(0)
+    shapes = [(24, 8), (24, 8), (8, 24), (16, 16)]
+    start = [torch.randn(s) for s in shapes]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    stacked = torch.nn.Parameter(torch.cat([w.detach() for w in ours[:2]] + [ours[0].detach()]))  # as q, k and v are
+    a = train.Muon([{"params": ours, "weight_decay": 0.1}, {"params": [stacked], "weight_decay": 0.1, "parts": 3}], 0.02)
+    b = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        before = ours[0].detach().clone()
+        for x, y in zip(ours, theirs):
+            x.grad = y.grad = torch.randn_like(x)
+        stacked.grad = torch.cat([ours[0].grad, ours[1].grad, ours[0].grad])
+        a.step(), b.step()
+        update = (before * (1 - 0.02 * 0.1) - ours[0].detach()) / (0.02 * 0.2 * 24**0.5)
+        values = torch.linalg.svdvals(update)
+        assert 0.6 < values.min() and values.max() < 1.3
+    for x, y, w in zip(ours, theirs, start):  # theirs iterates in bfloat16
+        assert (x - y).norm() < 0.02 * (x - w).norm()
+    for x, y in zip(stacked.detach().chunk(3), (ours[0], ours[1], ours[0])):
+        torch.testing.assert_close(x, y.detach(), atol=1e-5, rtol=0)
+
+
+def test_rows_of_an_embedding_that_a_batch_does_not_read_stay_and_the_others_move_as_adams():
+    cfg, read = train.Config(optimizer="adamw", weight_decay=0.0), torch.tensor([3, 5, 6])
+    model, dense = (build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8)) for _ in range(2))
+    dense.load_state_dict(before := copy.deepcopy(model.state_dict()))
+    ours, plain = train.make_optimizers(model, cfg, torch.device("cpu")), torch.optim.AdamW(
+        dense.parameters(), cfg.learning_rate, (cfg.beta1, cfg.beta2), weight_decay=0)
+    for m, optimizers in ((model, ours), (dense, [plain])):
+        torch.manual_seed(0)
+        for _ in range(3):
+            (m.embedding(read) * torch.randn(3, 8)).sum().backward()
+            assert m.embedding.weight.grad.is_sparse == (m is model)
+            for o in optimizers:
+                o.step()
+                o.zero_grad()
+    after = model.embedding.weight.detach()
+    torch.testing.assert_close(after, dense.embedding.weight.detach(), atol=1e-6, rtol=1e-5)
+    still = torch.ones(20, dtype=torch.bool).index_fill(0, read, False)
+    assert torch.equal(after[still], before["embedding.weight"][still])
+    assert not torch.isclose(after[read], before["embedding.weight"][read]).any()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_gradient_above_the_limit_is_scaled_down_to_it(optimizer):
+    """One step with clipping equals one with the gradient scaled by hand."""
+    results = []
+    for by_hand in (True, False):
+        model = random_model()
+        optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer, beta1=0.9), torch.device("cpu"))
+        model(*data.pack(random_documents(), np.zeros(len(LENGTHS)))[:2]).square().sum().backward()
+        norm = torch.stack([p.grad.to_dense().norm() if p.grad.is_sparse else p.grad.norm()
+                            for p in model.parameters()]).norm()
+        if by_hand:
+            for p in model.parameters():
+                p.grad = p.grad * (0.01 / norm)
+        got = train.clip(model, optimizers, 0.0 if by_hand else 0.01)
+        torch.testing.assert_close(got, torch.tensor(0.01) if by_hand else norm)
+        for o in optimizers:
+            o.step()
+        results.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
 
 
 def test_label_smoothing_and_ignored_targets():
@@ -62,22 +144,6 @@ def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
     torch.manual_seed(3)
     assert torch.equal(dropout(x, 0.3, training=True), y)
     assert dropout(x, 0.3, training=False) is x and dropout(x, 0.0, training=True) is x
-
-
-def test_clipping_inside_the_step_is_clipping_before_it(toy, monkeypatch):
-    step, weights = torch.optim.AdamW.step, []
-
-    def clipped(self):
-        torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], 0.05)
-        self.grad_scale = None
-        step(self)
-    for name in ("inside", "before"):
-        if name == "before":
-            monkeypatch.setattr(torch.optim.AdamW, "step", clipped)
-        train.train(train.Config(**toy | dict(grad_clip=0.05, out_dir=f"{toy['out_dir']}-{name}")))
-        weights.append(load_checkpoint(f"{toy['out_dir']}-{name}/last.pt")["model"])
-    for k, w in weights[0].items():
-        torch.testing.assert_close(w, weights[1][k], atol=1e-5, rtol=1e-4)
 
 
 def test_class_weights_and_focal_loss():

@@ -72,7 +72,7 @@ def test_attention_equals_its_formula():
     cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     q, k, v = torch.randn(3, int(cu[-1]), 2, 8, dtype=torch.float64).float()
     for causal in (False, True):
-        out = attend(q, k, v, Layout(cu, len(q), 64), causal)
+        out = attend(torch.stack((q, k, v), 1), Layout(cu, len(q), 64), causal)
         for a, b in zip(cu[:-1], cu[1:]):
             s = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / 8**0.5
             if causal:

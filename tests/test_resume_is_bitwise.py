@@ -18,7 +18,7 @@ from tests.test_evaluating_changes_nothing import records
 
 def state(folder):
     last, best = load_checkpoint(f"{folder}/last.pt"), load_checkpoint(f"{folder}/best.pt")
-    moments = [v for s in last["optimizer"]["state"].values() for v in s.values()]
+    moments = [v for o in last["optimizers"] for s in o["state"].values() for v in s.values() if isinstance(v, torch.Tensor)]
     return [*last["model"].values(), *moments, *best["model"].values()], last["best"], \
         [[r.get(k) for k in ("step", "loss", "lr", "grad_norm", "val_loss", "val_accuracy")] for r in records(folder)]
 
