@@ -209,15 +209,25 @@ def class_weights(cfg, per_class):
 
 
 def loss_sum(logits, targets, cfg, weights=None):
-    """Cross-entropy summed over the targets that are not -100 (or squared error, where the targets are one number each): the
-    caller divides by their number in the global batch (or, with class weights, by the sum of their weights)."""
+    """Cross-entropy summed over the targets that are not -100 (or squared error, where the targets are one number each, or
+    `binary_loss`, where they are multi-hot): the caller divides by their number in the global batch (or, with class weights,
+    by the sum of their weights)."""
     if targets.is_floating_point() and targets.ndim == 1:
         return (logits[:, 0] - targets).square().sum()
+    if targets.ndim == 2 and not targets.is_floating_point():
+        return binary_loss(logits, targets).sum()
     losses = F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=cfg.label_smoothing)
     if cfg.focal_gamma and targets.ndim == 1:
         p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
         losses = losses * (1 - p) ** cfg.focal_gamma
     return losses.sum()
+
+
+def binary_loss(logits, targets):
+    """(B,) losses of logits (B, C) and multi-hot targets (B, C): the mean over the labels; 0 where the target is -100."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast may have made them bfloat16
+    losses = F.binary_cross_entropy_with_logits(logits, targets.clamp(min=0).to(logits.dtype), reduction="none").mean(1)
+    return losses * (targets[:, 0] >= 0)
 
 
 def image_changes(cfg):
@@ -228,8 +238,8 @@ def backward(model, micro_batches, cfg, machine, weights=None):
     """Adds the gradient of the mean loss over the whole global batch; returns (that loss, tokens of all processes).
 
     DDP averages gradients over processes, so each scales its sum by world / (targets in the global batch)."""
-    counted = [targets.new_ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else targets >= 0
-               for *_, targets in micro_batches]
+    counted = [targets.new_ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else
+               (targets if targets.ndim == 1 else targets[:, 0]) >= 0 for *_, targets in micro_batches]
     n_local = sum(k.sum().item() if weights is None or t.ndim > 1 else weights[t[k]].sum().item()
                   for k, (*_, t) in zip(counted, micro_batches))
     tokens = sum(int(inputs[1][k.sum()]) if inputs[0].ndim == 1 else int(k.sum())  # by cu_seqlens, of text; else examples
@@ -313,9 +323,10 @@ class EMA:
 
 
 def evaluate(model, split, cfg, machine):
-    """{"val_loss", "val_accuracy"} (regression: "val_r2") over all of a split, on all processes; touches no generator."""
+    """{"val_loss", "val_accuracy"} (regression: "val_r2"; of several labels, accuracy is the share with all of them right,
+    and there is "val_micro_f1") over all of a split, on all processes; touches no generator."""
     batches = data.eval_batches(split.lengths, cfg.micro_batch_tokens, machine.rank, machine.world)
-    loss = correct = 0.0
+    loss = correct = hits = said = true = 0.0  # of labels: given rightly, given, and to be given
     model.eval()
     loader = (split.__getitems__([b])[0] for b in batches)
     regression, images = split.labels.dtype == "float32", isinstance(split, data.Arrays) and split.values.ndim == 4
@@ -323,15 +334,21 @@ def evaluate(model, split, cfg, machine):
         targets = torch.from_numpy(split.labels[indices])
         if regression:
             loss += (logits[:, 0].double() - targets).square().sum().item()
+        elif targets.ndim == 2:
+            loss += binary_loss(logits.double(), targets).sum().item()
+            given, targets = logits >= 0, targets == 1
+            correct += (given == targets).all(1).sum().item()
+            hits, said, true = (a + b.sum().item() for a, b in zip((hits, said, true), (given & targets, given, targets)))
         else:
             loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
             correct += (logits.argmax(1) == targets).sum().item()
     model.train()
-    loss, correct = machine.sum([loss, correct]).tolist()
+    loss, correct, hits, said, true = machine.sum([loss, correct, hits, said, true]).tolist()
     loss /= len(split)
     if regression:
         return {"val_loss": loss, "val_r2": 1 - loss / max(float(split.labels.astype("float64").var()), 1e-12)}
-    return {"val_loss": loss, "val_accuracy": correct / len(split)}
+    f1 = {"val_micro_f1": 2 * hits / max(said + true, 1)} if split.labels.ndim == 2 else {}
+    return {"val_loss": loss, "val_accuracy": correct / len(split), **f1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,6 +461,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     for name in ("dropout", "mask_prob", "ema_decay", "label_smoothing"):
         if not 0 <= (getattr(cfg, name) or 0) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
+    if cfg.target == "labels" and (cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing):
+        raise UserError("--class_weights, --focal_gamma and --label_smoothing are for --target=class; of several labels, "
+                        "rare ones are helped by the thresholds that eval.py fits on val")
     machine = Machine(cfg)
     checkpoint = open_run(cfg, machine)
     if checkpoint and checkpoint["finished"]:
@@ -598,12 +618,14 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
 
 
 def score(result):
-    return [result.get("val_accuracy", 0), -result["val_loss"]]  # ties go to the lower loss
+    # of several labels, accuracy is too coarse: it counts only what is right in all of them. Ties go to the lower loss
+    return [result.get("val_micro_f1", result.get("val_accuracy", 0)), -result["val_loss"]]
 
 
 def figures(result):
     return f"val loss {result['val_loss']:.4f}  " + (
-        f"accuracy {result['val_accuracy']:.2%}" if "val_accuracy" in result else f"R² {result['val_r2']:.4f}")
+        f"accuracy {result['val_accuracy']:.2%}" if "val_accuracy" in result else f"R² {result['val_r2']:.4f}") + (
+        f"  micro-F1 {result['val_micro_f1']:.4f}" if "val_micro_f1" in result else "")
 
 
 def summary(checkpoint):
