@@ -90,6 +90,7 @@ class Config(DataConfig):
     focal_gamma: float = 0.0  # 1-3: weigh easy examples down by (1 - p)^gamma (Lin et al. 2017); for rare classes
     ema_decay: float = 0.0  # 0.99-0.9999: evaluate and keep an exponential moving average of the weights
     patience: int | None = None  # stop after so many evaluations without a better one; None: never
+    lr_find: bool = False  # True: no run, but a learning-rate range test: lr_find.png, and a learning_rate to begin with
     # evaluation and logging
     eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an epoch
     log_interval: int = 10  # steps between lines
@@ -104,7 +105,7 @@ class Config(DataConfig):
 
 
 # settings that may differ between a run and its continuation
-FREE = {"overwrite", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval", "data_dir", "out_dir"}
+FREE = {"overwrite", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval", "data_dir", "out_dir"}
 PEAK_FLOPS = {  # bf16 dense, data sheets
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 
@@ -186,12 +187,51 @@ def optimizer_groups(model, cfg, lr_scale=lambda name: 1.0):
 
 def learning_rate(cfg, step, total):
     """The rate of step 0 ≤ step < total: linear warm-up to the peak, then the schedule down to min_lr."""
+    if cfg.lr_find:
+        return 1e-6 * 1e8 ** (step / total)
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
     x = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)  # 0 → 1
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * x)), "linear": 1 - x, "constant": 1.0,
             "trapezoid": min(1.0, (1 - x) / max(cfg.cooldown, 1e-9))}[cfg.schedule]
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * fall
+
+
+def range_test(losses):
+    """Of the losses of a learning-rate range test (Smith 2017): (smoothed, the index of the rate to suggest or None, whether
+    they diverge). Suggested is where a quarter of the fall is made: the steepest point and a tenth of the lowest one, which
+    others take, differ by a factor of up to 30 between seeds, this by 2 (NOTES.md)."""
+    smooth, mean = [], 0.0
+    for i, loss in enumerate(losses):
+        mean = 0.9 * mean + 0.1 * loss
+        smooth.append(mean / (1 - 0.9 ** (i + 1)))
+    start = sum(smooth[:20]) / 20  # at rates that do not matter yet
+    low = min(smooth[20:], default=start)
+    quarter = start - (start - low) / 4
+    found = next(i for i, s in enumerate(smooth) if i >= 20 and s <= quarter) if low < 0.98 * start else None
+    return smooth, found, len(smooth) > 20 and smooth[-1] > 1.5 * min(low, start)
+
+
+def report_range(cfg, tested):
+    """Writes lr_find.json and lr_find.png of [(rate, loss), ...], and prints the suggestion."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rates, losses = zip(*tested)
+    smooth, found, _ = range_test(losses)
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "lr_find.json", {"suggestion": found and rates[found], "rates": rates, "losses": losses})
+    figure, ax = plt.subplots(figsize=(6, 4))
+    ax.plot(rates, losses, color="lightgrey")
+    ax.plot(rates, smooth)
+    ax.set(xlabel="learning rate", ylabel="training loss, smoothed", xscale="log", ylim=(0.9 * min(smooth), 1.2 * smooth[0]))
+    if found:
+        ax.axvline(rates[found], color="black", linewidth=1)
+    figure.savefig(out / "lr_find.png", dpi=110, bbox_inches="tight")
+    print((f"suggested: --learning_rate={rates[found]:.1e}, where the loss has made a quarter of its fall; try a third and "
+           "three times as much too" if found else "no rate made the loss fall: there is nothing to suggest")
+          + f". Written to {out}: lr_find.png, lr_find.json")
 
 
 def class_weights(cfg, per_class):
@@ -464,8 +504,10 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     if cfg.target == "labels" and (cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing):
         raise UserError("--class_weights, --focal_gamma and --label_smoothing are for --target=class; of several labels, "
                         "rare ones are helped by the thresholds that eval.py fits on val")
+    if cfg.lr_find and cfg.optimizer == "lbfgs":
+        raise UserError("--optimizer=lbfgs searches for its rate in each step: there is nothing for --lr_find to find")
     machine = Machine(cfg)
-    checkpoint = open_run(cfg, machine)
+    checkpoint = None if cfg.lr_find else open_run(cfg, machine)
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint)}); "
                       f"evaluate it with: python eval.py {cfg.out_dir}   (or train anew: --overwrite=True)")
@@ -480,9 +522,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     if meta["kind"] == "image":
         changes = dict(draw=any(image_changes(cfg).values()), mixup=cfg.mixup)
     train_set = data.open_split(cfg, meta, "train", max_len, cfg.seed, **changes)
-    val_set = data.open_split(cfg, meta, "val", max_len)
+    val_set = None if cfg.lr_find else data.open_split(cfg, meta, "val", max_len)
     steps_per_epoch = -(-len(train_set) // cfg.batch_size)
-    total = max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
+    total = 160 if cfg.lr_find else max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
     eval_interval = cfg.eval_interval or steps_per_epoch
 
     # model and optimizer
@@ -510,9 +552,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         average.values = [v.to(machine.device) for v in checkpoint["ema"]]
         step, best, bad_evals, elapsed, run_id = (checkpoint[k] for k in ("step", "best", "bad_evals", "elapsed", "run_id"))
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
-    if machine.rank == 0:
+    if machine.rank == 0 and not cfg.lr_find:
         begin_run(cfg, checkpoint)
-    wandb_run = start_wandb(cfg, run_id) if machine.rank == 0 else None
+    wandb_run = start_wandb(cfg, run_id) if machine.rank == 0 and not cfg.lr_find else None
     trained = torch.compile(model) if machine.compile else model
     if machine.world > 1:
         trained = torch.nn.parallel.DistributedDataParallel(trained)
@@ -547,7 +589,7 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
                 "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
 
     # the loop; the clock stands still while evaluating
-    clock, tokens_seen, since = time.time(), 0, step
+    clock, tokens_seen, since, tested = time.time(), 0, step, []
     for micro_batches in loader:
         torch.manual_seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)  # dropout: a function of (seed, step)
         lr = learning_rate(cfg, step, total)
@@ -560,6 +602,10 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
             sparse.collect()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.grad_scale = (norm / (cfg.grad_clip or math.inf)).clamp(min=1)  # the fused step divides by it: clips
+        if cfg.lr_find and norm.isfinite():
+            tested.append((lr, machine.sum([float(loss)]).item()))
+        if tested and (not norm.isfinite() or range_test([x for _, x in tested])[2]):
+            break
         if not norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
                             f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} is as it was before")
@@ -570,6 +616,8 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         average.update(step)
         step += 1
         tokens_seen += tokens
+        if cfg.lr_find:
+            continue
 
         if step % cfg.log_interval == 0 or step == total:
             loss = machine.sum([float(loss)]).item()
@@ -606,6 +654,8 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
             if stop:
                 break
 
+    if cfg.lr_find and machine.rank == 0:
+        report_range(cfg, tested)
     if wandb_run:
         wandb_run.summary.update({f"best_{k}": v for k, v in best.items()})
         folder, offline = wandb_run.settings.sync_dir, wandb_run.offline
@@ -614,7 +664,8 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
             machine.print(f"W&B run kept offline; upload it with: wandb sync {os.path.relpath(folder)}")
     if machine.world > 1:
         dist.destroy_process_group()
-    machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}")
+    if not cfg.lr_find:
+        machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}")
 
 
 def score(result):
