@@ -962,12 +962,15 @@ class GlobalBatches(torch.utils.data.Sampler):
 
     A global batch is a function of (seed, step) alone. Its documents are sorted by length (attention then pads least)
     and dealt to the ranks like cards. `fixed_shapes` is for torch.compile: T is micro_batch_tokens / 2^k, B one number.
+    `among`: the indices of the examples to draw from (None: all).
     """
 
-    def __init__(self, data, batch_size, micro_batch_tokens, seed, start, stop, rank=0, world=1, fixed_shapes=False):
+    def __init__(self, data, batch_size, micro_batch_tokens, seed, start, stop, rank=0, world=1, fixed_shapes=False,
+                 among=None):
         self.data, self.batch_size, self.micro_batch_tokens, self.seed = data, batch_size, micro_batch_tokens, seed
         self.start, self.stop, self.rank, self.world, self.fixed_shapes = start, stop, rank, world, fixed_shapes
-        self.per_epoch = -(-len(data) // batch_size)
+        self.among = np.arange(len(data)) if among is None else among
+        self.per_epoch = -(-len(self.among) // batch_size)
 
     def __len__(self):
         return self.stop - self.start
@@ -977,7 +980,7 @@ class GlobalBatches(torch.utils.data.Sampler):
         for step in range(self.start, self.stop):
             if epoch != step // self.per_epoch:
                 epoch = step // self.per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.among)
             place = step % self.per_epoch * self.batch_size
             batch = order[place : place + self.batch_size]
             mine = batch[np.argsort(-lengths[batch], kind="stable")][self.rank :: self.world]
@@ -992,6 +995,17 @@ class GlobalBatches(torch.utils.data.Sampler):
             T //= 2
         max_len = self.data.max_len
         return T, -(-self.batch_size // self.world) + self.micro_batch_tokens // max_len + 1, max_len
+
+
+def share(labels, fraction, seed):
+    """Indices, sorted, of round(fraction · N) of N examples: the same share of each class, give or take one example, and a
+    smaller fraction's are among a larger one's. (Of several labels, or of numbers: at random.)"""
+    strata, place = labels if labels.dtype == np.int64 else np.zeros(len(labels)), np.empty(len(labels))
+    rng = np.random.default_rng(seed)
+    for c in np.unique(strata):
+        members = rng.permutation(np.flatnonzero(strata == c))
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)  # spread evenly over 0..1
+    return np.sort(np.argsort(place, kind="stable")[: max(1, round(fraction * len(labels)))])
 
 
 def eval_batches(lengths, micro_batch_tokens, rank=0, world=1):

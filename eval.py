@@ -380,7 +380,7 @@ def compare(paths, cfg):
 
     p-values: two-sided, of a paired bootstrap over the examples (of the mean over seeds); for single runs also McNemar's
     exact test (1947). Latency is that of one example at a time, throughput that of the whole split."""
-    rows, expected = {}, None
+    rows, expected, curve = {}, None, set()
     for path in paths:
         clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
         examples = open_data(clf, cfg.split, cfg.data_dir)
@@ -399,13 +399,15 @@ def compare(paths, cfg):
             started = time.perf_counter()
             next(predict(clf.model, [examples.batch(None, np.array([i]))], clf.device, clf.dtype))
             alone.append(1000 * (time.perf_counter() - started))
-        key = json.dumps({k: v for k, v in clf.config.items() if k not in ("seed", "out_dir", "overwrite")})
+        settings = {k: v for k, v in clf.config.items() if k not in ("seed", "out_dir", "overwrite")}
+        key, fraction = json.dumps(settings), settings.pop("train_fraction", 1.0)
+        curve.add(json.dumps(settings))
         metrics_file = clf.path.parent / "metrics.jsonl"
         elapsed = [r["elapsed_s"] for r in map(json.loads, open(metrics_file)) if "elapsed_s" in r] \
             if metrics_file.exists() else []
         length = float(np.mean(examples.lengths))
         rows.setdefault(key, []).append({
-            "name": str(path), "right": hits(clf, logits, examples.labels), "macro_f1": (
+            "name": str(path), "fraction": fraction, "right": hits(clf, logits, examples.labels), "macro_f1": (
                 label_scores(logits, examples.labels) if clf.multilabel else
                 scores(log_softmax(logits), examples.labels))["macro_f1"],
             "parameters": sum(p.numel() for p in clf.model.parameters()),
@@ -438,6 +440,35 @@ def compare(paths, cfg):
         sentences.append(f"{table[0][0]} is better than {name} by {gap:.1f} points, p = {p:.3f}" if p < 0.05 else
                          f"{name} cannot be told from {table[0][0]} (behind by {gap:.1f} points, p = {p:.2f}){speed}")
     print("\n" + ("; ".join(sentences) or "these are seeds of one config: there is nothing to compare") + ".")
+    if len(curve) == 1 < len(groups):
+        learning_curve(groups, len(open_data(clf, "train", cfg.data_dir)), clf.path.parent.parent, max(cfg.resamples, 100))
+
+
+def learning_curve(groups, n_train, folder, resamples):
+    """Of groups of runs that differ in train_fraction: writes folder/learning_curve.png, accuracy against the labels used,
+    and prints what the last step gained, and what it comes to for each doubling."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def mean(x):  # with its 95 % interval, in %
+        return [100 * x.mean(), *(100 * np.array(intervals(lambda a, b: {"m": a.mean()}, x, x, resamples)["m"]))]
+    groups = sorted(groups, key=lambda g: g[0]["fraction"])
+    labels = [round(g[0]["fraction"] * n_train) for g in groups]
+    right = [np.mean([r["right"] for r in g], 0) for g in groups]
+    accuracy, low, high = np.array([mean(x) for x in right]).T
+    figure, ax = plt.subplots(figsize=(6, 4))
+    ax.errorbar(labels, accuracy, [accuracy - low, high - accuracy], marker="o", capsize=4)
+    ax.set(xlabel="labels trained on", ylabel="accuracy, %", xscale="log")
+    ax.set_xticks(labels, [f"{n:,}" for n in labels])
+    ax.minorticks_off()
+    figure.savefig(folder / "learning_curve.png", dpi=110, bbox_inches="tight")
+    gain, low, high = mean(right[-1] - right[-2])
+    pace = gain / math.log2(labels[-1] / labels[-2])
+    print(f"From {labels[-2]:,} to {labels[-1]:,} labels, accuracy rose by {gain:.1f} points (95 % interval {low:.1f} to "
+          f"{high:.1f}), {pace:.1f} for each doubling: " + (
+              "more labels would help, if by less and less" if low > 0 else
+              "that more labels would help cannot be told from luck") + f". Written to {folder / 'learning_curve.png'}")
 
 
 def paired(a, b, resamples):

@@ -68,6 +68,7 @@ class Config(DataConfig):
     cutout: float = 0.0  # images: a black square of up to this share of the side
     mixup: float = 0.0  # images: blended with another by up to mixup / 2 (1: half and half); for long training
     mask_prob: float = 0.0  # text: share of input tokens masked in training; 0.1-0.3 is a strong regulariser for small data
+    train_fraction: float = 1.0  # train on so much of train, to see what more labels would bring; smaller ones are nested
     # optimisation
     batch_size: int = 32  # documents per step, over all processes and micro-batches
     micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when memory runs out
@@ -506,6 +507,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
                         "rare ones are helped by the thresholds that eval.py fits on val")
     if cfg.lr_find and cfg.optimizer == "lbfgs":
         raise UserError("--optimizer=lbfgs searches for its rate in each step: there is nothing for --lr_find to find")
+    if not 0 < cfg.train_fraction <= 1 or cfg.train_fraction < 1 and cfg.mixup:
+        raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and 1 with --mixup, which "
+                        "blends with any example of train")
     machine = Machine(cfg)
     checkpoint = None if cfg.lr_find else open_run(cfg, machine)
     if checkpoint and checkpoint["finished"]:
@@ -523,7 +527,9 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
         changes = dict(draw=any(image_changes(cfg).values()), mixup=cfg.mixup)
     train_set = data.open_split(cfg, meta, "train", max_len, cfg.seed, **changes)
     val_set = None if cfg.lr_find else data.open_split(cfg, meta, "val", max_len)
-    steps_per_epoch = -(-len(train_set) // cfg.batch_size)
+    among = data.share(train_set.labels, cfg.train_fraction, cfg.split_seed) if cfg.train_fraction < 1 else None
+    n_train = len(train_set) if among is None else len(among)
+    steps_per_epoch = -(-n_train // cfg.batch_size)
     total = 160 if cfg.lr_find else max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
     eval_interval = cfg.eval_interval or steps_per_epoch
 
@@ -533,9 +539,8 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     if cfg.optimizer == "lbfgs":
         if machine.world > 1:
             raise UserError("--optimizer=lbfgs runs in one process, without torchrun's --nproc_per_node")
-        if cfg.batch_size < len(train_set):
-            raise UserError(f"--optimizer=lbfgs needs all {len(train_set)} examples in each step: "
-                            f"--batch_size={len(train_set)}")
+        if cfg.batch_size < n_train:
+            raise UserError(f"--optimizer=lbfgs needs all {n_train} examples in each step: --batch_size={n_train}")
         optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", tolerance_grad=1e-9)
     elif cfg.optimizer == "sgd":
         optimizer = torch.optim.SGD(make_groups(model, cfg), lr=cfg.learning_rate, momentum=cfg.beta1,
@@ -563,11 +568,11 @@ def train(cfg, make_model=make_model, make_groups=optimizer_groups, merged=torch
     unit = "tok" if meta["kind"] == "text" else "ex"
     machine.print(
         f"{cfg.model}: {n_params:,} parameters, {flops / 1e6:.2g} MFLOP/token; {machine.device}, {machine.dtype}, "
-        f"{machine.world} process(es); {len(train_set):,} examples / {cfg.batch_size} = {steps_per_epoch} steps per epoch, "
+        f"{machine.world} process(es); {n_train:,} examples / {cfg.batch_size} = {steps_per_epoch} steps per epoch, "
         f"{total} in all; ready after {time.time() - started:.1f} s")
 
     sampler = data.GlobalBatches(train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed, step, total,
-                                 machine.rank, machine.world, fixed_shapes=machine.compile)
+                                 machine.rank, machine.world, fixed_shapes=machine.compile, among=among)
     loader = torch.utils.data.DataLoader(train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
                                          num_workers=2 if machine.device.type == "cuda" else 0)
 
