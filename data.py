@@ -4,7 +4,7 @@
 where the data set is not there yet. On disk, in data_dir/<dataset>/ (all little-endian, no headers):
     {train,val,test}.bin   token ids of all documents end to end, uint16 (uint32 for more than 65,536 tokens)
     {train,val,test}.idx   int64 (N+1,): where each document starts
-    {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number
+    {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number; uint8 (N, C): 1 for each label it has
     tokenizer.json         Hugging Face `tokenizers` format
 Images have .bin of uint8 (N, C, H, W), rows of numbers of float32 (N, F), standardised, and neither .idx nor tokenizer.
     meta.json              everything else, with the SHA-256 of every file; written last, so what has none is no data set
@@ -46,6 +46,8 @@ from configurator import UserError, configure, run
 
 FORMAT = 2
 SPLITS = "train", "val", "test"
+TASKS = {"class": "classification", "labels": "multilabel", "number": "regression"}
+LABEL_TYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
 OWN = "bpe", "bytes", "words"  # tokenizers that are made from train; others are given
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
          "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
@@ -81,12 +83,13 @@ class DataConfig:
     val_file: str | None = None  # None: val_fraction of train, stratified
     test_file: str | None = None  # None, and no val_file either: test_fraction of train, stratified
     kind: Literal["text", "image", "features"] = "text"  # what an example is; features: a row of numbers
-    target: Literal["class", "number"] = "class"  # what is predicted; number: regression
+    target: Literal["class", "labels", "number"] = "class"  # what is predicted: one of several, any of them, a number
     text_column: str | int | list[str | int] = "text"  # by name, or by number from 0; several are joined by a newline
     columns: list[str | int] | None = None  # of features; None: all but label_column
     image_size: list[int] | None = None  # channels, height, width; None: the first image's
     impute: bool = False  # True: an empty feature becomes train's mean, instead of stopping
     label_column: str | int = "label"  # likewise
+    label_separator: str = ","  # of --target=labels: between the labels of a text (in .jsonl they may also be a list)
     header: bool | None = None  # is the first row names? None: yes where a column is given by name
     encoding: str = "utf-8"  # comma-separated: each is tried in turn; "utf-8,cp1252" for files from Windows
     drop_bad_rows: bool = False  # True: leave out (and count) rows with no text or too few fields, instead of stopping
@@ -369,6 +372,8 @@ def table_rows(name, lines, cfg, delimiter):
             if len(row) <= max(at) and not cfg.drop_bad_rows:
                 raise UserError(f"{name}, line {table.line_num}: {len(row)} fields where {max(at) + 1} are needed; "
                                 "mend the row, or leave such rows out with --drop_bad_rows=True")
+            if len(row) <= max(at) and cfg.target == "labels":
+                row = []  # that its labels are missing does not mean that it has none
             row += [""] * (max(at) + 1 - len(row))
             yield f"{name}, line {table.line_num}", [row[i] for i in at[:-1]], row[at[-1]]
     except csv.Error as e:
@@ -389,7 +394,18 @@ def json_rows(name, lines, cfg):
                 raise UserError(f"{name}, line {number}: there is no key {missing[0]!r} among {list(row)}; "
                                 "give --text_column and --label_column")
             *values, label = ("" if row[c] is None else str(row[c]) for c in columns)
+            if cfg.target == "labels" and isinstance(row[cfg.label_column], list):
+                found = [str(n) for n in row[cfg.label_column]]
+                if bad := [n for n in found if cfg.label_separator in n]:
+                    raise UserError(f"{name}, line {number}: label {bad[0]!r} holds {cfg.label_separator!r}; give a "
+                                    "--label_separator that no label holds")
+                label = cfg.label_separator.join(found)
             yield f"{name}, line {number}", values, label
+
+
+def labels_in(label, cfg):
+    """The names in a row's label field: itself, or, with --target=labels, any number of them."""
+    return [label] if cfg.target == "class" else sorted({n for s in label.split(cfg.label_separator) if (n := s.strip())})
 
 
 def column_list(cfg):
@@ -458,7 +474,7 @@ def build_into(work, cfg):
     for split, file in files.items():
         p, y, digest = array("Q"), array("d" if source.target == "number" else "q"), hashlib.sha256()
         for where, value, label in tqdm(rows(file, source, digest), desc=f"reading {split}", unit=f" {unit}"):
-            if missing(value) or not label:
+            if missing(value) or not label and source.target != "labels":
                 if not cfg.drop_bad_rows:
                     raise UserError(f"{where}: the {'label' if not missing(value) else 'text'} is empty; mend the row, or "
                                     "leave such rows out with --drop_bad_rows=True")
@@ -468,30 +484,34 @@ def build_into(work, cfg):
             if source.target == "number":
                 y.append(number(label, where))
                 continue
-            if label not in label_ids:
-                if split != "train":
-                    raise UserError(f"{where}: label {label!r} does not occur in {files['train']}, whose labels are "
-                                    f"{sorted(label_ids)[:20]}")
-                label_ids[label] = len(label_ids)
-            y.append(label_ids[label])
+            for name in (found := labels_in(label, source)):
+                if name not in label_ids:
+                    if split != "train":
+                        raise UserError(f"{where}: label {name!r} does not occur in {files['train']}, whose labels are "
+                                        f"{sorted(label_ids)[:20]}")
+                    label_ids[name] = len(label_ids)
+            y.append(label_ids[label] if source.target == "class" else fingerprint(str(found)) >> 1)  # to find conflicts by
         if not p:
             raise UserError(f"{file}: holds no examples")
         prints[split], labels[split], digests[split] = np.array(p, np.uint64), np.array(y), digest.hexdigest()
     if len(label_ids) < 2 and source.target == "class":
         raise UserError(f"{files['train']}: every example has the label {list(label_ids)[0]!r}; "
                         "a classifier needs two labels or more (is --label_column the right one?)")
+    if not label_ids and source.target == "labels":
+        raise UserError(f"{files['train']}: no row has a label (is --label_column the right one?)")
     decimal = all(n.removeprefix("-").isdecimal() for n in label_ids)
     names = sorted(label_ids, key=lambda n: (int(n), n) if decimal else n)
     rank = np.array([names.index(n) for n in label_ids])  # order of first sight → order of names
     if source.target == "class":
         labels = {s: rank[y] for s, y in labels.items()}
-    strata = labels["train"] if source.target == "class" else np.zeros(len(labels["train"]), int)
+    alike = labels["train"] if source.target != "number" else np.zeros(len(labels["train"]), int)
+    strata = labels["train"] if source.target == "class" else np.zeros(len(alike), int)  # sets of labels: split at random
 
     # 2. duplicates, overlaps, split: `place[s][i]` is the split that row i of file s goes to, or -1
     place = {s: np.full(len(p), SPLITS.index(s)) for s, p in prints.items()}
     first = np.zeros(len(prints["train"]), bool)
     first[np.unique(prints["train"], return_index=True)[1]] = True
-    conflicts = len(np.unique(np.stack([prints["train"], strata.astype(np.uint64)]), axis=1).T) - int(first.sum())
+    conflicts = len(np.unique(np.stack([prints["train"], alike.astype(np.uint64)]), axis=1).T) - int(first.sum())
     overlaps = {f"{a}-{b}": int(np.isin(prints[a], prints[b]).sum())
                 for a, b in (("train", "val"), ("train", "test"), ("val", "test")) if a in prints and b in prints}
     removed |= {"duplicates_in_train": 0, "train_rows_also_in_val_or_test": 0}
@@ -506,12 +526,18 @@ def build_into(work, cfg):
     stratify(place["train"], strata, held_out, cfg.split_seed)
 
     # 3. tokenizer, or mean and standard deviation, from train only
+    def target(label, where):
+        if source.target == "labels":
+            found = labels_in(label, source)
+            return bytes(n in found for n in names)
+        return number(label, where) if source.target == "number" else names.index(label)
+
     def examples(file_split):
         """(value, label, split it goes to) of the rows that stay."""
         where_to = iter(place[file_split])
         for where, value, label in rows(files[file_split], source):
-            if not missing(value) and label and (to := next(where_to)) >= 0:
-                yield value, number(label, where) if source.target == "number" else names.index(label), SPLITS[to]
+            if not missing(value) and (label or source.target == "labels") and (to := next(where_to)) >= 0:
+                yield value, target(label, where), SPLITS[to]
 
     of_train = ((value, label) for value, label, to in examples("train") if to == "train")
     vocab_size, scaling, encode = 0, {}, Pixels()
@@ -525,7 +551,7 @@ def build_into(work, cfg):
 
     # 4. encode and write
     counts = {s: sum(int((p == i).sum()) for p in place.values()) for i, s in enumerate(SPLITS)}
-    writers = {s: Writer(work, s, encode, scaling) for s, n in counts.items() if n}
+    writers = {s: Writer(work, s, encode, scaling, source.target) for s, n in counts.items() if n}
     if empty := [s for s in {"train": 0, **files, **held_out} if s not in writers]:
         raise UserError(f"{files['train']}: too few examples: {empty[0]} would be empty")
     with tqdm(total=sum(counts.values()), desc="encoding", unit=f" {unit}") as bar:
@@ -535,8 +561,8 @@ def build_into(work, cfg):
                 bar.update()
     splits = {s: w.close(len(names)) for s, w in writers.items()}
     meta = {
-        "format": FORMAT, "kind": source.kind, "task": "regression" if source.target == "number" else "classification",
-        "dataset": cfg.dataset, "label_names": names, "dtype": encode.dtype, "vocab_size": vocab_size, **encode.meta(work),
+        "format": FORMAT, "kind": source.kind, "task": TASKS[source.target], "dataset": cfg.dataset,
+        "label_names": names, "dtype": encode.dtype, "vocab_size": vocab_size, **encode.meta(work),
         "shape": writers["train"].shape, "scaling": scaling,
         "build": build_settings(cfg), "source": files, "source_sha256": digests, "removed": removed,
         "conflicting_labels": conflicts, "overlaps": overlaps, "splits": splits,
@@ -671,15 +697,15 @@ def missing(value):
 class Writer:
     """Writes {split}.bin .idx .lbl, about a million characters or values at a time."""
 
-    def __init__(self, work, split, encode, scaling):
+    def __init__(self, work, split, encode, scaling, target):
         self.path, self.encode, self.scaling, self.shape = work / split, encode, scaling, []
         self.out, self.lengths = open(f"{self.path}.bin", "wb"), array("q")
-        self.labels = array("d" if "target_mean" in scaling else "q")
+        self.labels = array({"number": "d", "class": "q", "labels": "B"}[target])
         self.waiting, self.size = [], 0
 
     def add(self, value, label):
         self.waiting.append(value)
-        self.labels.append(label)
+        self.labels.extend(label if isinstance(label, bytes) else [label])
         self.size += len(value) if isinstance(value, str) else value.size
         if self.size > 1_000_000:
             self.flush()
@@ -697,7 +723,7 @@ class Writer:
             self.flush()
         self.out.close()
         lengths, labels = np.array(self.lengths), np.array(self.labels)
-        counts = {"examples": len(labels)}
+        counts = {"examples": len(lengths)}
         if isinstance(self.encode, Tokens):
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(f"{self.path}.idx")
             counts |= {"tokens": int(lengths.sum()),
@@ -706,6 +732,9 @@ class Writer:
             standard = (labels - self.scaling["target_mean"]) / self.scaling["target_std"]
             standard.astype(np.float32).tofile(f"{self.path}.lbl")
             return counts | {"target_quantiles": np.quantile(labels, [0, .25, .5, .75, 1]).round(4).tolist()}
+        if labels.dtype == np.uint8:
+            labels.tofile(f"{self.path}.lbl")
+            return counts | {"per_class": labels.reshape(-1, n_classes).sum(0, dtype=int).tolist()}
         labels.astype(np.int64).tofile(f"{self.path}.lbl")
         return counts | {"per_class": np.bincount(labels, minlength=n_classes).tolist()}
 
@@ -721,6 +750,8 @@ def resolve(cfg):
         raise UserError(f"data set '{cfg.dataset}' is not built in ({', '.join(BUILT_IN)} are), so it needs --train_file=…")
     if cfg.kind == "text" and cfg.target == "number":
         raise UserError("--target=number is for --kind=features and --kind=image: text is classified")
+    if cfg.target == "labels" and (cfg.kind != "text" or not cfg.label_separator):
+        raise UserError("--target=labels is for --kind=text, and needs a --label_separator")
     return DataConfig(**settings)
 
 
@@ -729,7 +760,8 @@ def build_settings(cfg):
     settings = {f.name: getattr(cfg, f.name) for f in fields(DataConfig)}
     if cfg.tokenizer not in OWN:
         settings |= dict.fromkeys(("tokenizer", "vocab_size", "lowercase"), "given")
-    return {k: v for k, v in settings.items() if k not in ("data_dir", "overwrite", "dataset")}
+    unused = "label_separator" if cfg.target != "labels" else None
+    return {k: v for k, v in settings.items() if k not in ("data_dir", "overwrite", "dataset", unused)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -790,7 +822,9 @@ def open_split(cfg, meta, split, max_len, seed=0, folder=None, **augmentation):
             raise UserError(f"{folder / name} is missing, truncated or altered (its SHA-256 is not the one in "
                             f"meta.json); rebuild the data set with: {rebuild_command(cfg)}")
     values = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
-    labels = np.fromfile(folder / f"{split}.lbl", np.int64 if meta["task"] == "classification" else np.float32)
+    labels = np.fromfile(folder / f"{split}.lbl", LABEL_TYPES[meta["task"]])
+    if meta["task"] == "multilabel":
+        labels = labels.reshape(-1, len(meta["label_names"]))
     if meta["kind"] == "text":
         starts = np.fromfile(folder / f"{split}.idx", np.int64)
         return PackedText(values, starts, labels, meta, max_len, seed, **augmentation)
@@ -893,7 +927,7 @@ def cut(ids, max_len, n_suffix):
 
 
 def pack(documents, labels, shape=None):
-    """Documents end to end: tokens (T,) int64, cu_seqlens (B+1,) int32, targets (B,) int64.
+    """Documents end to end: tokens (T,) int64, cu_seqlens (B+1,) int32, targets (B,) or, multi-hot, (B, C) int64.
 
     With `shape` = (T, B, max_len), filled up to just that (torch.compile then sees one shape): by documents of token 0,
     none longer than max_len, and empty ones, with targets -100, which the loss ignores."""
@@ -904,7 +938,8 @@ def pack(documents, labels, shape=None):
         filler = [max_len] * (fill // max_len) + [fill % max_len]
         filler += [0] * (B - len(documents) - len(filler))
         documents = [*documents, np.zeros(fill, np.int64)]
-        lengths, labels = lengths + filler, np.concatenate([labels, np.full(len(filler), -100)])
+        labels = np.concatenate([labels, np.full((len(filler), *np.shape(labels)[1:]), -100)])
+        lengths = lengths + filler
     return (torch.from_numpy(np.concatenate(documents)),
             torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
             torch.from_numpy(np.asarray(labels, np.int64)))
@@ -927,13 +962,15 @@ class GlobalBatches(torch.utils.data.Sampler):
 
     A global batch is a function of (seed, step) alone. Its documents are sorted by length (attention then pads least)
     and dealt to the ranks like cards. T is filled up to a multiple of 16, or with `fixed_shapes`, for torch.compile, to
-    micro_batch_tokens / 2^k, and B to one number.
+    micro_batch_tokens / 2^k, and B to one number. `among`: the indices of the examples to draw from (None: all).
     """
 
-    def __init__(self, data, batch_size, micro_batch_tokens, seed, start, stop, rank=0, world=1, fixed_shapes=False):
+    def __init__(self, data, batch_size, micro_batch_tokens, seed, start, stop, rank=0, world=1, fixed_shapes=False,
+                 among=None):
         self.data, self.batch_size, self.micro_batch_tokens, self.seed = data, batch_size, micro_batch_tokens, seed
         self.start, self.stop, self.rank, self.world, self.fixed_shapes = start, stop, rank, world, fixed_shapes
-        self.per_epoch = -(-len(data) // batch_size)
+        self.among = np.arange(len(data)) if among is None else among
+        self.per_epoch = -(-len(self.among) // batch_size)
 
     def __len__(self):
         return self.stop - self.start
@@ -943,7 +980,7 @@ class GlobalBatches(torch.utils.data.Sampler):
         for step in range(self.start, self.stop):
             if epoch != step // self.per_epoch:
                 epoch = step // self.per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.among)
             place = step % self.per_epoch * self.batch_size
             batch = order[place : place + self.batch_size]
             mine = batch[np.argsort(-lengths[batch], kind="stable")][self.rank :: self.world]
@@ -960,6 +997,17 @@ class GlobalBatches(torch.utils.data.Sampler):
         return T, -(-self.batch_size // self.world) + self.micro_batch_tokens // max_len + 1, max_len
 
 
+def share(labels, fraction, seed):
+    """Indices, sorted, of round(fraction · N) of N examples: the same share of each class, give or take one example, and a
+    smaller fraction's are among a larger one's. (Of several labels, or of numbers: at random.)"""
+    strata, place = labels if labels.dtype == np.int64 else np.zeros(len(labels)), np.empty(len(labels))
+    rng = np.random.default_rng(seed)
+    for c in np.unique(strata):
+        members = rng.permutation(np.flatnonzero(strata == c))
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)  # spread evenly over 0..1
+    return np.sort(np.argsort(place, kind="stable")[: max(1, round(fraction * len(labels)))])
+
+
 def eval_batches(lengths, micro_batch_tokens, rank=0, world=1):
     """All examples once, for evaluation: this rank's [(None, indices, None)] of like lengths, longest first."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
@@ -970,14 +1018,15 @@ def print_table(meta):
     """What a data set holds, for a person."""
     shape = f"vocabulary {meta['vocab_size']:,}" if meta["kind"] == "text" else \
         f"{'×'.join(map(str, meta['shape']))} {'pixels' if meta['kind'] == 'image' else 'features'}"
-    classes = f"{len(meta['label_names'])} classes" if meta["label_names"] else "a number to predict"
+    what = "labels" if meta["task"] == "multilabel" else "classes"
+    classes = f"{len(meta['label_names'])} {what}" if meta["label_names"] else "a number to predict"
     print(f"{meta['dataset']}: {classes}, {shape}; removed: "
           + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in meta["removed"].items())
           + f"; {meta['conflicting_labels']} examples with conflicting labels; overlaps found: "
           + (", ".join(f"{k} {v}" for k, v in meta["overlaps"].items()) or "none (split here)"))
     text = meta["kind"] == "text"
     print(f"{'split':6} {'examples':>9} " + (f"{'tokens':>12}   length min/25%/median/75%/95%/max " if text else "")
-          + ("  share of each class" if meta["label_names"] else "  target min/25%/median/75%/max"))
+          + (f"  share of each of the {what}" if meta["label_names"] else "  target min/25%/median/75%/max"))
     for split, s in meta["splits"].items():
         share = "  ".join(f"{n} {c / s['examples']:.1%}" for n, c in zip(meta["label_names"][:10], s["per_class"])) \
             if meta["label_names"] else "/".join(map(str, s["target_quantiles"]))

@@ -73,6 +73,11 @@ class Classifier:
         self.tokenizer = c["tokenizer"] and Tokenizer.from_str(c["tokenizer"])
         self.data_folder, self.max_len, self.kind, self.scaling, self.data_sha256 = (
             c[k] for k in ("data_folder", "max_len", "kind", "scaling", "data_sha256"))
+        self.multilabel, self.thresholds = self.config.get("target") == "labels", np.full(len(self.label_names), 0.5)
+        if self.multilabel and (report := self.path.parent / "eval.json").exists():  # what was fitted on val for this step
+            report = json.loads(report.read_text())
+            if report["step"] == self.step and report["label_names"] == self.label_names and "thresholds" in report:
+                self.thresholds = np.array(report["thresholds"]["fitted_on_val"])
 
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a Dataset's examples, in their order; independent of how they are batched."""
@@ -85,15 +90,23 @@ class Classifier:
         return out
 
     def __call__(self, texts):
-        """Texts → [{"label": str, "probabilities": {label: float}}, ...]."""
+        """Texts → [{"label": str, "probability": float, "probabilities": {label: float}}, ...]. With --target=labels, also
+        "labels": those that reach their `thresholds` (0.5, or what eval.py fitted); "label" is these joined by the data's
+        separator, "probability" that of just this set, labels taken as independent."""
         if self.kind != "text":
             raise UserError(f"{self.path} reads {self.kind}, not text")
         ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast([data.clean(t) for t in texts])]  # GPT-2 has no [CLS]
         documents = data.PackedText(np.concatenate([[], *ids]).astype(np.int64), np.cumsum([0, *map(len, ids)]),
                                     np.zeros(len(ids), np.int64), {"n_suffix": self.n_suffix, "mask_id": None}, self.max_len)
-        probabilities = self.logits(documents).double().softmax(1)
-        return [{"label": self.label_names[p.argmax()], "probabilities": dict(zip(self.label_names, p.tolist()))}
-                for p in probabilities]
+        logits = self.logits(documents).double()
+        if self.multilabel:
+            p = logits.sigmoid().numpy()
+            sets = [[n for n, k in zip(self.label_names, row) if k] for row in p >= self.thresholds]
+            sure = np.where(p >= self.thresholds, p, 1 - p).prod(1)
+            return [{"label": self.config["label_separator"].join(s), "labels": s, "probability": float(q),
+                     "probabilities": dict(zip(self.label_names, row.tolist()))} for s, q, row in zip(sets, sure, p)]
+        return [{"label": self.label_names[p.argmax()], "probability": float(p.max()),
+                 "probabilities": dict(zip(self.label_names, p.tolist()))} for p in logits.softmax(1)]
 
 
 load_classifier = Classifier
@@ -187,6 +200,68 @@ def metrics(logits, targets, n_classes):
             "confusion": confusion.tolist()}
 
 
+# Of several labels: from logits z (N, C) float64 and multi-hot y (N, C)
+
+
+def label_scores(z, y, thresholds=0.5):
+    """Every single-number metric of giving the labels whose probability is ≥ thresholds, a number or (C,). accuracy is the
+    share of examples with all labels right, hamming_loss that of wrong decisions among all N·C, log_loss the mean over them;
+    macro_f1 is over the labels that occur or are given, samples_f1 over the examples (1 where none is true and none given),
+    auroc over the labels for which it is defined."""
+    p, true = sigmoid(z), y.astype(bool)
+    said = p >= thresholds
+    both = said & true
+    size = said.sum(1) + true.sum(1)  # of each example; below, of each label
+    samples = np.where(size, 2 * both.sum(1) / np.maximum(size, 1), 1.0)
+    size, hit = said.sum(0) + true.sum(0), both.sum(0)
+    f1 = 2 * hit / np.maximum(size, 1)
+    areas = [a for c in range(p.shape[1]) if (a := auroc(p[:, c], true[:, c])) is not None]
+    return {"accuracy": (said == true).all(1).mean(), "hamming_loss": (said != true).mean(),
+            "micro_f1": 2 * hit.sum() / max(size.sum(), 1), "macro_f1": f1[size > 0].mean() if size.any() else 0.0,
+            "weighted_f1": (f1 * true.sum(0)).sum() / max(true.sum(), 1), "samples_f1": samples.mean(),
+            "log_loss": (np.logaddexp(0, z) - true * z).mean(), "auroc": np.mean(areas) if areas else None}
+
+
+def sigmoid(z):
+    return np.exp(-np.logaddexp(0, -z))
+
+
+def label_metrics(z, y, thresholds=0.5):
+    """What eval.json says of logits (N, C) and multi-hot y (N, C): `label_scores`, loss (nats), and of each label precision,
+    recall, F1 (0 where undefined), support and AUROC (None where undefined)."""
+    z, true = np.asarray(z, np.float64), np.asarray(y).astype(bool)
+    said, figures = sigmoid(z) >= thresholds, label_scores(z, true, thresholds)
+    hit, support, called = (said & true).sum(0), true.sum(0), said.sum(0)
+    areas = [auroc(z[:, c], true[:, c]) for c in range(z.shape[1])]
+    return {"n": len(z), "loss": float(figures["log_loss"]), **{k: v if v is None else float(v) for k, v in figures.items()},
+            "per_class": {"precision": (hit / np.maximum(called, 1)).tolist(),
+                          "recall": (hit / np.maximum(support, 1)).tolist(),
+                          "f1": (2 * hit / np.maximum(support + called, 1)).tolist(), "support": support.tolist(),
+                          "auroc": [a if a is None else float(a) for a in areas]}}
+
+
+def f1_thresholds(z, y):
+    """The threshold of each label's probability, (C,), with the highest F1 on logits z and multi-hot y (N, C): half-way
+    between the two probabilities that it parts; 0.5 of a label that does not occur. One per label, as the best is half the
+    F1 that it reaches (Lipton et al. 2014), in which labels differ."""
+    thresholds = []
+    for p, true in zip(sigmoid(np.asarray(z, np.float64)).T, np.asarray(y).T):
+        order = np.argsort(-p)
+        p, n = np.append(p[order], 0), len(p)
+        f1 = 2 * np.cumsum(true[order], dtype=float) / (np.arange(1, n + 1) + true.sum())
+        f1[p[:-1] == p[1:]] = -1  # equal probabilities are not parted
+        k = f1.argmax()
+        thresholds.append((p[k] + p[k + 1]) / 2 if true.any() else 0.5)
+    return np.array(thresholds)
+
+
+def fit_thresholds(z, y, resamples=50):
+    """The mean of `f1_thresholds` over bootstrap resamples of (z, y): those of the sample itself follow its chance peaks,
+    and did worse on other examples in 8 comparisons of 8 (NOTES.md)."""
+    z, y, rng = np.asarray(z, np.float64), np.asarray(y), np.random.default_rng(0)
+    return np.mean([f1_thresholds(z[i], y[i]) for i in rng.integers(len(z), size=(resamples, len(z)))], 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A checkpoint on a split
 
@@ -210,6 +285,18 @@ def open_data(clf, split, data_dir=None):
     return data.open_split(cfg, meta, split, clf.max_len, folder=folder)
 
 
+def truth(clf, y):
+    """The label of a class, or of a row of a multi-hot matrix: all its labels, joined."""
+    if not clf.multilabel:
+        return clf.label_names[y]
+    return clf.config["label_separator"].join(n for n, k in zip(clf.label_names, y) if k)
+
+
+def hits(clf, z, y):
+    """(N,) bool: which of logits z (N, C) say the class that y has, or all its labels and no other."""
+    return ((z >= 0) == y).all(1) if clf.multilabel else z.argmax(1) == y
+
+
 def numbers(clf, values):
     """Standardised targets or outputs in the target's own unit."""
     return np.asarray(values, np.float64) * clf.scaling["target_std"] + clf.scaling["target_mean"]
@@ -218,6 +305,8 @@ def numbers(clf, values):
 def evaluate(clf, examples):
     """(the metrics of a Classifier on a split, its logits)."""
     logits = clf.logits(examples)
+    if clf.multilabel:
+        return label_metrics(logits, examples.labels), logits
     if clf.label_names:
         return metrics(logits, examples.labels, len(clf.label_names)), logits
     figures = regression_scores(numbers(clf, logits[:, 0]), numbers(clf, examples.labels))
@@ -236,6 +325,26 @@ def full_report(clf, cfg):
         report["interval"] = intervals(regression_scores, predicted, true, resamples)
         return report, examples, logits
     y, z = examples.labels, logits.double().numpy()
+    if cfg.split == "test":
+        train = open_data(clf, "train", cfg.data_dir)
+        seen = {content(train, i) for i in range(len(train))}
+        new = np.array([content(examples, i) not in seen for i in range(len(examples))])
+        report["in_train"] = {"share": float(1 - new.mean()),
+                              "accuracy_without": float(hits(clf, z, y)[new].mean()) if new.any() else None}
+    if clf.multilabel:
+        resamples = min(resamples, max(100, 20_000_000 // z.size))
+        report["interval"] = intervals(label_scores, z, y, resamples)
+        wrong = np.abs(sigmoid(z) - y)
+        if cfg.split != "val":
+            val = open_data(clf, "val", cfg.data_dir)
+            t = fit_thresholds(clf.logits(val), val.labels)
+            report["thresholds"] = {"fitted_on_val": t.tolist(), **label_metrics(z, y, t),
+                                    "interval": intervals(lambda z, y: label_scores(z, y, t), z, y, resamples)}
+        report["mistakes"] = [{"true": truth(clf, y[i]), "predicted": truth(clf, z[i] >= 0),
+                               "probability": float(wrong[i].max()), "example": int(i),
+                               "text": clf.tokenizer.decode(examples.document(i, None).tolist())}
+                              for i in wrong.max(1).argsort()[::-1][:20] if wrong[i].max() >= 0.5]
+        return report, examples, logits
     logp = log_softmax(z)
     p = np.exp(logp)
     report["interval"] = intervals(scores, logp, y, resamples)
@@ -247,12 +356,6 @@ def full_report(clf, cfg):
         warmed = scores(cooled, y)
         report["temperature"] = {"fitted_on_val": T, "log_loss": warmed["log_loss"], "ece": warmed["ece"],
                                  "calibration": calibration(np.exp(cooled), y)}
-    if cfg.split == "test":
-        train = open_data(clf, "train", cfg.data_dir)
-        seen = {content(train, i) for i in range(len(train))}
-        new = np.array([content(examples, i) not in seen for i in range(len(examples))])
-        report["in_train"] = {"share": float(1 - new.mean()), "accuracy_without":
-                              float((z.argmax(1) == y)[new].mean()) if new.any() else None}
     worst = np.where(z.argmax(1) != y, p.max(1), 0).argsort()[::-1][:20]
     report["mistakes"] = [{"true": clf.label_names[y[i]], "predicted": clf.label_names[z[i].argmax()],
                            "probability": float(p[i].max()), "example": int(i)}
@@ -277,17 +380,17 @@ def compare(paths, cfg):
 
     p-values: two-sided, of a paired bootstrap over the examples (of the mean over seeds); for single runs also McNemar's
     exact test (1947). Latency is that of one example at a time, throughput that of the whole split."""
-    rows, truth = {}, None
+    rows, expected, curve = {}, None, set()
     for path in paths:
         clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
         examples = open_data(clf, cfg.split, cfg.data_dir)
         if not clf.label_names:
             raise UserError(f"{path}: predicts a number; only classifiers can be compared")
-        names = [clf.label_names[y] for y in examples.labels]
-        if truth is not None and names != truth:
+        names = [truth(clf, y) for y in examples.labels]
+        if expected is not None and names != expected:
             raise UserError(f"{path}: its {cfg.split} split has other examples or labels than that of {paths[0]}: "
                             "only runs on the same split of the same data can be compared")
-        truth = names
+        expected = names
         started = time.perf_counter()
         logits = clf.logits(examples).double().numpy()
         seconds = time.perf_counter() - started
@@ -296,14 +399,18 @@ def compare(paths, cfg):
             started = time.perf_counter()
             next(predict(clf.model, [examples.batch(None, np.array([i]))], clf.device, clf.dtype))
             alone.append(1000 * (time.perf_counter() - started))
-        key = json.dumps({k: v for k, v in clf.config.items() if k not in ("seed", "out_dir", "overwrite")})
+        settings = {k: v for k, v in clf.config.items() if k not in ("seed", "out_dir", "overwrite")}
+        key, fraction = json.dumps(settings), settings.pop("train_fraction", 1.0)
+        curve.add(json.dumps(settings))
         metrics_file = clf.path.parent / "metrics.jsonl"
         elapsed = [r["elapsed_s"] for r in map(json.loads, open(metrics_file)) if "elapsed_s" in r] \
             if metrics_file.exists() else []
         length = float(np.mean(examples.lengths))
         rows.setdefault(key, []).append({
-            "name": str(path), "right": logits.argmax(1) == examples.labels, "y": examples.labels,
-            "logp": log_softmax(logits), "parameters": sum(p.numel() for p in clf.model.parameters()),
+            "name": str(path), "fraction": fraction, "right": hits(clf, logits, examples.labels), "macro_f1": (
+                label_scores(logits, examples.labels) if clf.multilabel else
+                scores(log_softmax(logits), examples.labels))["macro_f1"],
+            "parameters": sum(p.numel() for p in clf.model.parameters()),
             "mflop": flops_per_token(clf.model, length) * (length if clf.kind != "features" else 1) / 3e6,
             "train_s": elapsed[-1] if elapsed else math.nan, "per_s": len(examples) / seconds,
             "p50": np.quantile(alone, 0.5), "p95": np.quantile(alone, 0.95), "mb": clf.path.stat().st_size / 1e6})
@@ -319,7 +426,7 @@ def compare(paths, cfg):
         p, mcnemar = paired(best, right, resamples)
         first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95")}
         name = first["name"] + (f" (×{len(g)})" if len(g) > 1 else "")
-        f1 = np.mean([scores(r["logp"], r["y"])["macro_f1"] for r in g])
+        f1 = np.mean([r["macro_f1"] for r in g])
         note = "" if g is groups[0] else f"{p:.3f}" + (f", McNemar {mcnemar:.3f}" if len(g) == len(groups[0]) == 1 else "")
         print(f"{name:{wide}}  {right.mean():7.2%} [{low:7.2%}, {high:7.2%}]  {f1:9.4f}  {first['parameters']:10,}  "
               f"{first['mflop']:8.2f}  {mean['train_s']:7.1f}  {mean['per_s']:7.0f}  {mean['p50']:7.2f}  "
@@ -333,6 +440,35 @@ def compare(paths, cfg):
         sentences.append(f"{table[0][0]} is better than {name} by {gap:.1f} points, p = {p:.3f}" if p < 0.05 else
                          f"{name} cannot be told from {table[0][0]} (behind by {gap:.1f} points, p = {p:.2f}){speed}")
     print("\n" + ("; ".join(sentences) or "these are seeds of one config: there is nothing to compare") + ".")
+    if len(curve) == 1 < len(groups):
+        learning_curve(groups, len(open_data(clf, "train", cfg.data_dir)), clf.path.parent.parent, max(cfg.resamples, 100))
+
+
+def learning_curve(groups, n_train, folder, resamples):
+    """Of groups of runs that differ in train_fraction: writes folder/learning_curve.png, accuracy against the labels used,
+    and prints what the last step gained, and what it comes to for each doubling."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def mean(x):  # with its 95 % interval, in %
+        return [100 * x.mean(), *(100 * np.array(intervals(lambda a, b: {"m": a.mean()}, x, x, resamples)["m"]))]
+    groups = sorted(groups, key=lambda g: g[0]["fraction"])
+    labels = [round(g[0]["fraction"] * n_train) for g in groups]
+    right = [np.mean([r["right"] for r in g], 0) for g in groups]
+    accuracy, low, high = np.array([mean(x) for x in right]).T
+    figure, ax = plt.subplots(figsize=(6, 4))
+    ax.errorbar(labels, accuracy, [accuracy - low, high - accuracy], marker="o", capsize=4)
+    ax.set(xlabel="labels trained on", ylabel="accuracy, %", xscale="log")
+    ax.set_xticks(labels, [f"{n:,}" for n in labels])
+    ax.minorticks_off()
+    figure.savefig(folder / "learning_curve.png", dpi=110, bbox_inches="tight")
+    gain, low, high = mean(right[-1] - right[-2])
+    pace = gain / math.log2(labels[-1] / labels[-2])
+    print(f"From {labels[-2]:,} to {labels[-1]:,} labels, accuracy rose by {gain:.1f} points (95 % interval {low:.1f} to "
+          f"{high:.1f}), {pace:.1f} for each doubling: " + (
+              "more labels would help, if by less and less" if low > 0 else
+              "that more labels would help cannot be told from luck") + f". Written to {folder / 'learning_curve.png'}")
 
 
 def paired(a, b, resamples):
@@ -352,8 +488,12 @@ def print_report(r):
     interval = {k: f" [{low:.4f}, {high:.4f}]" for k, (low, high) in r["interval"].items()}
     print(f"{r['checkpoint']} on {r['dataset']} {r['split']}: n {r['n']}, with 95 % intervals")
     print("  " + "  ".join(f"{k} {r[k]:.4f}{interval.get(k, '')}" for k in (
-        ("r2", "rmse", "mae") if "r2" in r else ("accuracy", "macro_f1", "mcc"))))
+        ("r2", "rmse", "mae") if "r2" in r else ("micro_f1", "macro_f1", "samples_f1", "accuracy", "hamming_loss")
+        if "hamming_loss" in r else ("accuracy", "macro_f1", "mcc"))))
     if "r2" in r:
+        return
+    if "hamming_loss" in r:
+        print_labels(r)
         return
     print("  " + "  ".join(f"{k} {r[k]:.4f}{interval.get(k, '')}" for k in ("log_loss", "auroc", "ece") if r[k] is not None))
     if "temperature" in r:
@@ -369,6 +509,21 @@ def print_report(r):
         print(f"{name:{wide}}  {p:9.4f}  {rec:6.4f}  {f1:6.4f}  {n:7}   " + " ".join(f"{c:5}" for c in row[:20]))
 
 
+def print_labels(r):
+    """Of several labels: one row each, at probability 0.5 and at the thresholds fitted on val."""
+    if t := r.get("thresholds"):
+        print("  at thresholds fitted on val, which --text and --input now use too:\n  " + "  ".join(
+            f"{k} {t[k]:.4f} [{low:.4f}, {high:.4f}]" for k, (low, high) in t["interval"].items() if k in (
+                "micro_f1", "macro_f1", "samples_f1", "accuracy", "hamming_loss")))
+    names, rows = [n[:20] for n in r["label_names"]], r["per_class"]
+    wide = max(map(len, names + ["label"]))
+    print(f"\n{'label':{wide}}  precision  recall      F1   AUROC  support" + "   threshold      F1 there" * (t is not None))
+    for i, name in enumerate(names):
+        area = math.nan if rows["auroc"][i] is None else rows["auroc"][i]
+        print(f"{name:{wide}}  {rows['precision'][i]:9.4f}  {rows['recall'][i]:6.4f}  {rows['f1'][i]:6.4f}  {area:6.4f}  "
+              f"{rows['support'][i]:7}" + (f"   {t['fitted_on_val'][i]:9.4f}  {t['per_class']['f1'][i]:12.4f}" if t else ""))
+
+
 def plot(clf, report, examples, logits, folder):
     """Writes the .png files that say most about this kind of model, and report.html with them in it; returns their names."""
     import matplotlib
@@ -382,7 +537,17 @@ def plot(clf, report, examples, logits, folder):
         plt.close(figure)
         written.append(f"{name}.png")
     names = report["label_names"]
-    if names:
+    if clf.multilabel:
+        figure, ax = plt.subplots(figsize=(6, min(1 + len(names) * 0.35, 30)))
+        bars = [("at 0.5", report)] + [("at the thresholds fitted on val", report["thresholds"])] * ("thresholds" in report)
+        for i, (at, r) in enumerate(bars):
+            ax.barh(np.arange(len(names)) + 0.35 * i, r["per_class"]["f1"], 0.35, label=f"{at}: macro {r['macro_f1']:.3f}")
+        ax.set_yticks(np.arange(len(names)) + 0.17, [f"{n} ({k})" for n, k in zip(names, report["per_class"]["support"])])
+        ax.invert_yaxis()
+        ax.set(xlabel="F1", xlim=(0, 1))
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+        save(figure, "labels")
+    elif names:
         p, right = logits.double().softmax(1).numpy(), logits.argmax(1).numpy() == examples.labels
         confusion = np.array(report["confusion"])
         figure, ax = plt.subplots(figsize=(min(2 + len(names) * 0.6, 20),) * 2)
@@ -459,6 +624,11 @@ def write_page(r, folder, pictures):
         t = r["temperature"]
         parts.append(f"<p>With temperature {t['fitted_on_val']:.2f}, fitted on val: log-loss {t['log_loss']:.4f}, ECE "
                      f"{t['ece']:.4f}.</p>")
+    if "thresholds" in r:
+        t = r["thresholds"]
+        parts.append("<p>With thresholds fitted on val:</p>" + table(("metric", "value", "95 % interval"), [
+            (k, t[k], f"{low:.4f} – {high:.4f}") for k, (low, high) in t["interval"].items()]) + table(
+            ("label", "threshold", "F1"), zip(r["label_names"], t["fitted_on_val"], t["per_class"]["f1"])))
     if "in_train" in r:
         without = r["in_train"]["accuracy_without"]
         parts.append(f"<p>{r['in_train']['share']:.2%} of the examples also stand in train; accuracy without them: "
@@ -496,7 +666,8 @@ def label(clf, texts):
             if text != "-" or line.strip():
                 (result,) = clf([line])
                 ranked = sorted(result["probabilities"].items(), key=lambda x: -x[1])
-                print("  ".join(f"{name} {p:.4f}" for name, p in ranked) + f"   {line.strip()[:60]}", flush=True)
+                print(f"{result['label'] or 'none'}: " * clf.multilabel + "  ".join(f"{name} {p:.4f}" for name, p in ranked)
+                      + f"   {line.strip()[:60]}", flush=True)
 
 
 def label_file(clf, cfg):
@@ -519,7 +690,7 @@ def label_file(clf, cfg):
             table.writerow(["label", "probability"])
             while chunk := list(itertools.islice(texts, 4096)):
                 for r in clf(chunk):
-                    table.writerow([r["label"], f"{r['probabilities'][r['label']]:.6f}"])
+                    table.writerow([r["label"], f"{r['probability']:.6f}"])
                 n += len(chunk)
                 bar.update(len(chunk))
         if not n:

@@ -111,7 +111,7 @@ def merged(model):
 
 
 def make_model(cfg, meta, path):
-    if meta["task"] != "classification" or meta["kind"] == "features":
+    if meta["task"] == "regression" or meta["kind"] == "features":
         raise UserError("finetune.py classifies text and images; train.py does the rest")
     size = meta["shape"] if meta["kind"] == "image" else None
     loaded = Transformer.from_pretrained(path, len(meta["label_names"]), cfg.new_head, cfg.max_len, size)

@@ -68,6 +68,7 @@ class Config(DataConfig):
     cutout: float = 0.0  # images: a black square of up to this share of the side
     mixup: float = 0.0  # images: blended with another by up to mixup / 2 (1: half and half); for long training
     mask_prob: float = 0.0  # text: share of input tokens masked in training; 0.1-0.3 is a strong regulariser for small data
+    train_fraction: float = 1.0  # train on so much of train, to see what more labels would bring; smaller ones are nested
     # optimisation
     batch_size: int = 32  # documents per step, over all processes and micro-batches
     micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when memory runs out
@@ -91,6 +92,7 @@ class Config(DataConfig):
     focal_gamma: float = 0.0  # 1-3: weigh easy examples down by (1 - p)^gamma (Lin et al. 2017); for rare classes
     ema_decay: float = 0.0  # 0.99-0.9999: evaluate and keep an exponential moving average of the weights
     patience: int | None = None  # stop after so many evaluations without a better one; None: never
+    lr_find: bool = False  # True: no run, but a learning-rate range test: lr_find.png, and a learning_rate to begin with
     # evaluation and logging
     eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an epoch
     log_interval: int = 10  # steps between lines
@@ -105,7 +107,7 @@ class Config(DataConfig):
 
 
 # settings that may differ between a run and its continuation
-FREE = {"overwrite", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval", "data_dir", "out_dir"}
+FREE = {"overwrite", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval", "data_dir", "out_dir"}
 PEAK_FLOPS = {  # bf16 dense, data sheets
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 
@@ -261,12 +263,51 @@ def clip(model, optimizers, limit):
 
 def learning_rate(cfg, step, total):
     """The rate of step 0 ≤ step < total: linear warm-up to the peak, then the schedule down to min_lr."""
+    if cfg.lr_find:
+        return 1e-6 * 1e8 ** (step / total)
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
     x = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)  # 0 → 1
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * x)), "linear": 1 - x, "constant": 1.0,
             "trapezoid": min(1.0, (1 - x) / max(cfg.cooldown, 1e-9))}[cfg.schedule]
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * fall
+
+
+def range_test(losses):
+    """Of the losses of a learning-rate range test (Smith 2017): (smoothed, the index of the rate to suggest or None, whether
+    they diverge). Suggested is where a quarter of the fall is made: the steepest point and a tenth of the lowest one, which
+    others take, differ by a factor of up to 30 between seeds, this by 2 (NOTES.md)."""
+    smooth, mean = [], 0.0
+    for i, loss in enumerate(losses):
+        mean = 0.9 * mean + 0.1 * loss
+        smooth.append(mean / (1 - 0.9 ** (i + 1)))
+    start = sum(smooth[:20]) / 20  # at rates that do not matter yet
+    low = min(smooth[20:], default=start)
+    quarter = start - (start - low) / 4
+    found = next(i for i, s in enumerate(smooth) if i >= 20 and s <= quarter) if low < 0.98 * start else None
+    return smooth, found, len(smooth) > 20 and smooth[-1] > 1.5 * min(low, start)
+
+
+def report_range(cfg, tested):
+    """Writes lr_find.json and lr_find.png of [(rate, loss), ...], and prints the suggestion."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rates, losses = zip(*tested)
+    smooth, found, _ = range_test(losses)
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "lr_find.json", {"suggestion": found and rates[found], "rates": rates, "losses": losses})
+    figure, ax = plt.subplots(figsize=(6, 4))
+    ax.plot(rates, losses, color="lightgrey")
+    ax.plot(rates, smooth)
+    ax.set(xlabel="learning rate", ylabel="training loss, smoothed", xscale="log", ylim=(0.9 * min(smooth), 1.2 * smooth[0]))
+    if found:
+        ax.axvline(rates[found], color="black", linewidth=1)
+    figure.savefig(out / "lr_find.png", dpi=110, bbox_inches="tight")
+    print((f"suggested: --learning_rate={rates[found]:.1e}, where the loss has made a quarter of its fall; try a third and "
+           "three times as much too" if found else "no rate made the loss fall: there is nothing to suggest")
+          + f". Written to {out}: lr_find.png, lr_find.json")
 
 
 def class_weights(cfg, per_class):
@@ -284,15 +325,25 @@ def class_weights(cfg, per_class):
 
 
 def loss_sum(logits, targets, cfg, weights=None):
-    """Cross-entropy summed over the targets that are not -100 (or squared error, where the targets are one number each): the
-    caller divides by their number in the global batch (or, with class weights, by the sum of their weights)."""
+    """Cross-entropy summed over the targets that are not -100 (or squared error, where the targets are one number each, or
+    `binary_loss`, where they are multi-hot): the caller divides by their number in the global batch (or, with class weights,
+    by the sum of their weights)."""
     if targets.is_floating_point() and targets.ndim == 1:
         return (logits[:, 0] - targets).square().sum()
+    if targets.ndim == 2 and not targets.is_floating_point():
+        return binary_loss(logits, targets).sum()
     losses = F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=cfg.label_smoothing)
     if cfg.focal_gamma and targets.ndim == 1:
         p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
         losses = losses * (1 - p) ** cfg.focal_gamma
     return losses.sum()
+
+
+def binary_loss(logits, targets):
+    """(B,) losses of logits (B, C) and multi-hot targets (B, C): the mean over the labels; 0 where the target is -100."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast may have made them bfloat16
+    losses = F.binary_cross_entropy_with_logits(logits, targets.clamp(min=0).to(logits.dtype), reduction="none").mean(1)
+    return losses * (targets[:, 0] >= 0)
 
 
 def image_changes(cfg):
@@ -303,8 +354,8 @@ def backward(model, micro_batches, cfg, machine, weights=None):
     """Adds the gradient of the mean loss over the whole global batch; returns (that loss, tokens of all processes).
 
     DDP averages gradients over processes, so each scales its sum by world / (targets in the global batch)."""
-    counted = [targets.new_ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else targets >= 0
-               for *_, targets in micro_batches]
+    counted = [targets.new_ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else
+               (targets if targets.ndim == 1 else targets[:, 0]) >= 0 for *_, targets in micro_batches]
     n_local = sum(k.sum().item() if weights is None or t.ndim > 1 else weights[t[k]].sum().item()
                   for k, (*_, t) in zip(counted, micro_batches))
     tokens = sum(int(inputs[1][k.sum()]) if inputs[0].ndim == 1 else int(k.sum())  # by cu_seqlens, of text; else examples
@@ -365,9 +416,10 @@ class EMA:
 
 
 def evaluate(model, split, cfg, machine):
-    """{"val_loss", "val_accuracy"} (regression: "val_r2") over all of a split, on all processes; touches no generator."""
+    """{"val_loss", "val_accuracy"} (regression: "val_r2"; of several labels, accuracy is the share with all of them right,
+    and there is "val_micro_f1") over all of a split, on all processes; touches no generator."""
     batches = data.eval_batches(split.lengths, cfg.micro_batch_tokens, machine.rank, machine.world)
-    loss = correct = 0.0
+    loss = correct = hits = said = true = 0.0  # of labels: given rightly, given, and to be given
     model.eval()
     loader = (split.__getitems__([b])[0] for b in batches)
     regression, images = split.labels.dtype == "float32", isinstance(split, data.Arrays) and split.values.ndim == 4
@@ -375,15 +427,21 @@ def evaluate(model, split, cfg, machine):
         targets = torch.from_numpy(split.labels[indices])
         if regression:
             loss += (logits[:, 0].double() - targets).square().sum().item()
+        elif targets.ndim == 2:
+            loss += binary_loss(logits.double(), targets).sum().item()
+            given, targets = logits >= 0, targets == 1
+            correct += (given == targets).all(1).sum().item()
+            hits, said, true = (a + b.sum().item() for a, b in zip((hits, said, true), (given & targets, given, targets)))
         else:
             loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
             correct += (logits.argmax(1) == targets).sum().item()
     model.train()
-    loss, correct = machine.sum([loss, correct]).tolist()
+    loss, correct, hits, said, true = machine.sum([loss, correct, hits, said, true]).tolist()
     loss /= len(split)
     if regression:
         return {"val_loss": loss, "val_r2": 1 - loss / max(float(split.labels.astype("float64").var()), 1e-12)}
-    return {"val_loss": loss, "val_accuracy": correct / len(split)}
+    f1 = {"val_micro_f1": 2 * hits / max(said + true, 1)} if split.labels.ndim == 2 else {}
+    return {"val_loss": loss, "val_accuracy": correct / len(split), **f1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,8 +554,16 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     for name in ("dropout", "mask_prob", "ema_decay", "label_smoothing"):
         if not 0 <= (getattr(cfg, name) or 0) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
+    if cfg.target == "labels" and (cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing):
+        raise UserError("--class_weights, --focal_gamma and --label_smoothing are for --target=class; of several labels, "
+                        "rare ones are helped by the thresholds that eval.py fits on val")
+    if cfg.lr_find and cfg.optimizer == "lbfgs":
+        raise UserError("--optimizer=lbfgs searches for its rate in each step: there is nothing for --lr_find to find")
+    if not 0 < cfg.train_fraction <= 1 or cfg.train_fraction < 1 and cfg.mixup:
+        raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and 1 with --mixup, which "
+                        "blends with any example of train")
     machine = Machine(cfg)
-    checkpoint = open_run(cfg, machine)
+    checkpoint = None if cfg.lr_find else open_run(cfg, machine)
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint)}); "
                       f"evaluate it with: python eval.py {cfg.out_dir}   (or train anew: --overwrite=True)")
@@ -512,9 +578,11 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     if meta["kind"] == "image":
         changes = dict(draw=any(image_changes(cfg).values()), mixup=cfg.mixup)
     train_set = data.open_split(cfg, meta, "train", max_len, cfg.seed, **changes)
-    val_set = data.open_split(cfg, meta, "val", max_len)
-    steps_per_epoch = -(-len(train_set) // cfg.batch_size)
-    total = max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
+    val_set = None if cfg.lr_find else data.open_split(cfg, meta, "val", max_len)
+    among = data.share(train_set.labels, cfg.train_fraction, cfg.split_seed) if cfg.train_fraction < 1 else None
+    n_train = len(train_set) if among is None else len(among)
+    steps_per_epoch = -(-n_train // cfg.batch_size)
+    total = 160 if cfg.lr_find else max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
     eval_interval = cfg.eval_interval or steps_per_epoch
 
     # model and optimizer
@@ -523,9 +591,8 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     if cfg.optimizer == "lbfgs":
         if machine.world > 1:
             raise UserError("--optimizer=lbfgs runs in one process, without torchrun's --nproc_per_node")
-        if cfg.batch_size < len(train_set):
-            raise UserError(f"--optimizer=lbfgs needs all {len(train_set)} examples in each step: "
-                            f"--batch_size={len(train_set)}")
+        if cfg.batch_size < n_train:
+            raise UserError(f"--optimizer=lbfgs needs all {n_train} examples in each step: --batch_size={n_train}")
         optimizers = [torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", tolerance_grad=1e-9)]
     else:
         optimizers = make_optimizers(model, cfg, machine.device, *[lr_scale] * (lr_scale is not None))
@@ -539,9 +606,9 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
         average.values = [v.to(machine.device) for v in checkpoint["ema"]]
         step, best, bad_evals, elapsed, run_id = (checkpoint[k] for k in ("step", "best", "bad_evals", "elapsed", "run_id"))
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
-    if machine.rank == 0:
+    if machine.rank == 0 and not cfg.lr_find:
         begin_run(cfg, checkpoint)
-    wandb_run = start_wandb(cfg, run_id) if machine.rank == 0 else None
+    wandb_run = start_wandb(cfg, run_id) if machine.rank == 0 and not cfg.lr_find else None
     trained = torch.compile(model) if machine.compile else model
     if machine.world > 1:
         trained = torch.nn.parallel.DistributedDataParallel(trained)
@@ -550,11 +617,11 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     unit = "tok" if meta["kind"] == "text" else "ex"
     machine.print(
         f"{cfg.model}: {n_params:,} parameters, {flops / 1e6:.2g} MFLOP/token; {machine.device}, {machine.dtype}, "
-        f"{machine.world} process(es); {len(train_set):,} examples / {cfg.batch_size} = {steps_per_epoch} steps per epoch, "
+        f"{machine.world} process(es); {n_train:,} examples / {cfg.batch_size} = {steps_per_epoch} steps per epoch, "
         f"{total} in all; ready after {time.time() - started:.1f} s")
 
     sampler = data.GlobalBatches(train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed, step, total,
-                                 machine.rank, machine.world, fixed_shapes=machine.compile)
+                                 machine.rank, machine.world, fixed_shapes=machine.compile, among=among)
     loader = torch.utils.data.DataLoader(train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
                                          num_workers=2 if machine.device.type == "cuda" else 0)
 
@@ -576,7 +643,7 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
                 "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
 
     # the loop; the clock stands still while evaluating
-    clock, tokens_seen, since = time.time(), 0, step
+    clock, tokens_seen, since, tested = time.time(), 0, step, []
     for micro_batches in loader:
         torch.manual_seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)  # dropout: a function of (seed, step)
         lr = learning_rate(cfg, step, total)
@@ -587,6 +654,10 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
                 group["lr"] = lr * group["lr_scale"]
             loss, tokens = backward(trained, micro_batches, cfg, machine, weights)
         norm = clip(model, optimizers, cfg.grad_clip)
+        if cfg.lr_find and norm.isfinite():
+            tested.append((lr, machine.sum([float(loss)]).item()))
+        if tested and (not norm.isfinite() or range_test([x for _, x in tested])[2]):
+            break
         if not norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate={cfg.learning_rate}, raise "
                             f"--warmup_steps={cfg.warmup_steps}, or try --dtype=float32; {cfg.out_dir} is as it was before")
@@ -597,6 +668,8 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
         average.update(step)
         step += 1
         tokens_seen += tokens
+        if cfg.lr_find:
+            continue
 
         if step % cfg.log_interval == 0 or step == total:
             loss = machine.sum([float(loss)]).item()
@@ -633,6 +706,8 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
             if stop:
                 break
 
+    if cfg.lr_find and machine.rank == 0:
+        report_range(cfg, tested)
     if wandb_run:
         wandb_run.summary.update({f"best_{k}": v for k, v in best.items()})
         folder, offline = wandb_run.settings.sync_dir, wandb_run.offline
@@ -641,16 +716,19 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
             machine.print(f"W&B run kept offline; upload it with: wandb sync {os.path.relpath(folder)}")
     if machine.world > 1:
         dist.destroy_process_group()
-    machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}")
+    if not cfg.lr_find:
+        machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}")
 
 
 def score(result):
-    return [result.get("val_accuracy", 0), -result["val_loss"]]  # ties go to the lower loss
+    # of several labels, accuracy is too coarse: it counts only what is right in all of them. Ties go to the lower loss
+    return [result.get("val_micro_f1", result.get("val_accuracy", 0)), -result["val_loss"]]
 
 
 def figures(result):
     return f"val loss {result['val_loss']:.4f}  " + (
-        f"accuracy {result['val_accuracy']:.2%}" if "val_accuracy" in result else f"R² {result['val_r2']:.4f}")
+        f"accuracy {result['val_accuracy']:.2%}" if "val_accuracy" in result else f"R² {result['val_r2']:.4f}") + (
+        f"  micro-F1 {result['val_micro_f1']:.4f}" if "val_micro_f1" in result else "")
 
 
 def summary(checkpoint):

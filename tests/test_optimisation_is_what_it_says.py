@@ -1,6 +1,8 @@
 """Schedules are their formulas; every parameter is optimised once, by the optimizer it should be."""
 import copy
+import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -175,3 +177,32 @@ def test_the_average_is_the_formulas_and_leaves_training_alone(toy):
     assert ema.values[0].item() == pytest.approx(expected, rel=1e-5)
     ema.swap()
     assert p.weight.item() == pytest.approx(expected, rel=1e-5) and ema.values[0].item() == 199
+
+
+def test_the_range_test_finds_a_rate_that_trains_and_leaves_no_run(toy):
+    settings = toy | dict(batch_size=8, lr_find=True)
+    found = []
+    for out in ("a", "b"):
+        train.train(train.Config(**settings | dict(out_dir=f"{toy['out_dir']}/{out}")))
+        found.append(json.load(open(f"{toy['out_dir']}/{out}/lr_find.json")))
+    assert found[0] == found[1]  # the same seed, the same suggestion
+    assert sorted(os.listdir(f"{toy['out_dir']}/a")) == ["lr_find.json", "lr_find.png"]
+    rates, losses = np.array(found[0]["rates"]), found[0]["losses"]
+    assert rates[0] == 1e-6 and np.diff(np.log10(rates)) == pytest.approx(1 / 20)  # 20 steps for each factor of 10
+    trained = toy | dict(learning_rate=found[0]["suggestion"], warmup_steps=0, epochs=10.0, out_dir=f"{toy['out_dir']}/a")
+    train.train(train.Config(**trained))  # the folder is free for a run
+    run = [f"{toy['out_dir']}/a/{name}" for name in ("metrics.jsonl", "config.json", "last.pt", "best.pt")]
+    assert json.loads(open(run[0]).readlines()[-1])["val_loss"] < losses[0] / 2
+    before = [open(f, "rb").read() for f in run]
+    train.train(train.Config(**trained | dict(lr_find=True)))
+    assert before == [open(f, "rb").read() for f in run]  # a range test beside a run touches nothing of it
+
+
+def test_what_the_range_test_suggests():
+    flat, fall = [2.0] * 60, [2.0 - 0.02 * i for i in range(50)]  # 1.0 is the lowest
+    smooth, found, diverged = train.range_test(flat + fall)
+    assert smooth[found] <= 2 - (2 - min(smooth)) / 4 < smooth[found - 1] and not diverged
+    smooth, found, diverged = train.range_test(flat)
+    assert smooth == pytest.approx(flat) and found is None and not diverged
+    rises = [next(n for n in range(1, 40) if train.range_test(losses + [9.0] * n)[2]) for losses in (flat, flat + fall)]
+    assert rises == [2, 1]  # a tenth of 9 at a time: above 3.0, above 1.5 times the lowest

@@ -1,4 +1,7 @@
 """A setting of an unknown name or the wrong type is an error that names the way out, wherever it comes from."""
+import json
+import os
+import subprocess
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +10,7 @@ import pytest
 import eval as eval_script
 import train
 from configurator import UserError, configure
+from tests.conftest import ROOT
 
 
 @dataclass
@@ -66,3 +70,23 @@ def test_help_shows_every_field_with_its_comment(capsys, cls, comment):
     shown = capsys.readouterr().out
     assert e.value.code == 0 and comment in shown
     assert all(f"--{name}=" in shown for name in cls.__dataclass_fields__)
+
+
+def test_a_sweep_runs_as_wandbs_agent_calls_it(toy, tmp_path):
+    agent = pytest.importorskip("wandb.sdk.launch.sweeps.utils")  # what fills in the command
+    sweep = pytest.importorskip("yaml").safe_load(open(ROOT / "config/sweep.yaml"))
+    assert set(sweep["parameters"]) <= set(train.Config.__dataclass_fields__)
+    for name in ("train.py", "config"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for trial in ("first", "second"):
+        chosen = {k: v["values"][-1] if "values" in v else v["min"] for k, v in sweep["parameters"].items()}
+        settings = {k: v for k, v in toy.items() if k not in chosen and k != "out_dir"}
+        filled = agent.create_sweep_command_args({"args": {k: {"value": v} for k, v in (chosen | settings).items()}})
+        filled["program"] = [sweep["program"]]
+        command = [part for c in agent.create_sweep_command(sweep["command"])
+                   for part in (filled[c[2:-1]] if c.startswith("${") else [c])]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"WANDB_RUN_ID": trial, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        config = json.load(open(tmp_path / f"out/sweep-{trial}/config.json"))
+        assert {k: config[k] for k in chosen} == chosen and config["crop"] == 128  # and config/textcls.py's own
