@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, run
 
-FORMAT = 2
+FORMAT = 3
 SPLITS = "train", "val", "test"
 TASKS = {"class": "classification", "labels": "multilabel", "number": "regression"}
 LABEL_TYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
@@ -542,7 +542,7 @@ def build_into(work, cfg):
     of_train = ((value, label) for value, label, to in examples("train") if to == "train")
     vocab_size, scaling, encode = 0, {}, Pixels()
     if source.kind == "text":
-        encode = Tokens(make_tokenizer(cfg, (text for text, _ in of_train)))
+        encode = Tokens(make_tokenizer(cfg, (text for text, _ in of_train)), cfg.tokenizer == "bytes")
         (work / "tokenizer.json").write_text(encode.tokenizer.to_str(), encoding="utf-8")
         vocab_size = encode.tokenizer.get_vocab_size()
     elif source.kind == "features" or source.target == "number":
@@ -628,8 +628,9 @@ def make_tokenizer(cfg, texts):
 class Tokens:
     """Texts → token ids."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, single_bytes):
         self.tokenizer, self.dtype = tokenizer, "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
+        self.single_bytes = single_bytes
 
     def __call__(self, texts):
         return (e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts))  # no document is without a token
@@ -637,8 +638,14 @@ class Tokens:
     def meta(self, work):
         specials = self.tokenizer.encode("a").special_tokens_mask[::-1] + [0]
         mask_id = next((i for t in ("[MASK]", "<mask>") if (i := self.tokenizer.token_to_id(t)) is not None), None)
-        return {"tokenizer_sha256": sha256(work / "tokenizer.json"), "mask_id": mask_id,
-                "n_suffix": specials.index(0)}  # special tokens at the end of each document: kept when it is cut to max_len
+        found = {"tokenizer_sha256": sha256(work / "tokenizer.json"), "mask_id": mask_id,
+                 "n_suffix": specials.index(0)}  # special tokens at the end of each document: kept when it is cut to max_len
+        if self.single_bytes:  # how bytes make words, for LinearModel; a blank's token is chr(256 + byte)
+            ids = self.tokenizer.get_vocab()
+            blanks = [0, 1, *(ids[chr(256 + b)] for b in range(33))]
+            found |= {"blanks": blanks, "letters": sorted(i for token, i in ids.items() if i not in blanks
+                                                          and (token.isalnum() or not token.isascii()))}
+        return found
 
 
 class Pixels:

@@ -50,7 +50,10 @@ class ModelConfig:
     pooling: str = "mean"  # mean, max, cls (first token), last
     dropout: float = 0.0  # after the embedding, attention and MLP
     rope_theta: float = 10000.0
-    ngrams: int = 3  # linear model of text: runs of up to so many tokens are features
+    ngrams: int = 3  # linear model of text: runs of up to so many words are features
+    char_ngrams: int = 0  # and of so many bytes, with
+    letters: tuple = ()  # the bytes that make words, and
+    blanks: tuple = ()  # those that stand between
     buckets: int = 2**18  # linear model of text: rows that the runs are hashed to
     # what the published trunks need
     family: str = "ours"  # ours, or one of FAMILIES below: how weights are named in a Hugging Face folder
@@ -398,8 +401,10 @@ def pool(x, layout, kind):
 class LinearModel(nn.Module):
     """Softmax (or, with one output, least-squares) regression. On rows of numbers: x (B, F) → x·Wᵀ + b, (B, n_classes).
 
-    On text: a bag of hashed token n-grams (fastText's features, Joulin et al. 2017, without its factorisation): each run of
-    1 … ngrams tokens has a row of n_classes weights; the rows of a document are added up and divided by √(their number)."""
+    On text: a bag of hashed n-grams of words (fastText's features, Joulin et al. 2017, without its factorisation): each run
+    of 1 … ngrams tokens has a row of n_classes weights; the rows of a document are added up and divided by √(their number).
+    With `letters`, tokens are bytes: runs of 1 … char_ngrams bytes are one bag, runs of words (letters without a break, or
+    one other byte that is no blank) a second one."""
 
     def __init__(self, config):
         super().__init__()
@@ -408,31 +413,55 @@ class LinearModel(nn.Module):
             self.embedding = nn.Embedding(c.buckets, c.n_classes)
             nn.init.zeros_(self.embedding.weight)
             self.bias = nn.Parameter(torch.zeros(c.n_classes))
+            kind = torch.ones(c.vocab_size, dtype=torch.int64)  # 0: blank, 1: a word by itself, 2: part of one
+            kind[list(c.blanks)], kind[list(c.letters)] = 0, 2
+            self.register_buffer("kind", kind, persistent=False)
         else:
             self.head = nn.Linear(c.n_features or math.prod(c.image_size), c.n_classes)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def features(self, tokens, cu_seqlens):
-        """(bucket (T, ngrams) of the runs that begin at each token, bool of those that end in its document, doc (T,))."""
-        doc = torch.bucketize(torch.arange(len(tokens), device=tokens.device), cu_seqlens[1:], right=True)
-        hashes, inside, h = [], [], torch.zeros_like(tokens)
-        for n in range(self.config.ngrams):
-            follow = F.pad(tokens[n:], (0, min(n, len(tokens))))
-            h = (h + follow + 1) * 0x9E3779B97F4A7C15 % 2**61  # Fibonacci hashing (Knuth, vol. 3, 6.4), wrapping int64
-            hashes.append((h >> 20) % self.config.buckets)
-            inside.append(F.pad(doc[n:], (0, min(n, len(doc))), value=-1) == doc)
-        return torch.stack(hashes, 1), torch.stack(inside, 1), doc
+    def words(self, tokens, doc):
+        """Bytes (T,) and their documents (T,) as words: (hash (W,) of each, its document (W,))."""
+        kind, T = self.kind[tokens], len(tokens)
+        same = F.pad((kind[1:] == 2) & (kind[:-1] == 2) & (doc[1:] == doc[:-1]), (1, 0))  # goes on with the word before it
+        start = ((kind > 0) & ~same).nonzero()[:, 0]
+        word = torch.bucketize(torch.arange(T, device=tokens.device), start, right=True) - 1
+        inside = kind > 0
+        place = (torch.arange(T, device=tokens.device) - start[word.clamp(min=0)] if len(start) else word)[inside]
+        mixed = (tokens[inside] + 1) * (place + 1) * 0x9E3779B97F4A7C15 ^ (tokens[inside] << 40)
+        return start.new_zeros(len(start)).index_add(0, word[inside], (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9), doc[start]
+
+    def bag(self, tokens, doc, n, n_documents):
+        """The sum of the rows of all runs of 1 … n tokens that lie in one document, divided by √(their number)."""
+        bucket, inside = ngram_buckets(tokens, doc, n, self.config.buckets)
+        count = torch.bincount(doc, inside.sum(1), n_documents)
+        offsets = F.pad(count.cumsum(0)[:-1], (1, 0)).long()
+        total = F.embedding_bag(bucket[inside], self.embedding.weight, offsets, mode="sum", sparse=self.embedding.sparse)
+        return total / count.clamp(min=1).sqrt()[:, None].to(total.dtype)
 
     def forward(self, x, cu_seqlens=None):
-        if not self.config.vocab_size:
+        c, B = self.config, len(cu_seqlens) - 1 if cu_seqlens is not None else 0
+        if not c.vocab_size:
             with torch.autocast(x.device.type, enabled=False):
                 return self.head(flat(x))
-        bucket, inside, doc = self.features(x, cu_seqlens)
-        rows = self.embedding(bucket) * inside[..., None]  # (T, ngrams, C)
-        total, n = (v.new_zeros(len(cu_seqlens) - 1, v.shape[1]).index_add(0, doc, v)
-                    for v in (rows.sum(1), inside.sum(1, keepdim=True).to(rows.dtype)))
-        return total / n.clamp(min=1).sqrt() + self.bias
+        doc = torch.bucketize(torch.arange(len(x), device=x.device), cu_seqlens[1:], right=True)
+        if not c.letters:
+            return self.bag(x, doc, c.ngrams, B) + self.bias
+        return self.bag(x, doc, c.char_ngrams, B) + self.bag(*self.words(x, doc), c.ngrams, B) + self.bias
+
+
+def ngram_buckets(tokens, doc, n, buckets):
+    """Of tokens (T,) and their documents (T,), ascending: (bucket (T, n) of the runs of 1 … n tokens that end at each token,
+    bool (T, n) of those that begin in its document). Of equal runs the buckets are equal; others seldom are."""
+    hashes, inside, h = [], [], torch.zeros_like(tokens)
+    for k in range(n):
+        before = F.pad(tokens, (k, 0))[: len(tokens)]
+        h = (h + before + 1) * 0x9E3779B97F4A7C15  # Fibonacci hashing (Knuth, vol. 3, 6.4), wrapping int64
+        h = h ^ (h >> 31)
+        hashes.append(((h * 0xBF58476D1CE4E5B9) >> 20) % buckets)
+        inside.append(F.pad(doc, (k, 0), value=-1)[: len(doc)] == doc)
+    return torch.stack(hashes, 1), torch.stack(inside, 1)
 
 
 class MLP(nn.Module):

@@ -56,7 +56,8 @@ class Config(DataConfig):
     pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how a document's tokens become one vector
     position: Literal["rope", "learned"] = "rope"  # rope: relative, of images in two dimensions; learned: a vector for each
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where late words matter
-    ngrams: int = 3  # of a linear model of text: runs of up to so many tokens are its features
+    ngrams: int = 3  # of a linear model of text: runs of up to so many words are its features
+    char_ngrams: int = 5  # of a linear model of text with tokenizer = "bytes": and runs of up to so many bytes
     buckets: int = 2**18  # of a linear model of text: hashed to so many; more for much text
     patch: int = 4  # of images: the side of a token
     crop: int | None = None  # text: train on a random window of so many tokens of each document; evaluation reads max_len
@@ -522,6 +523,8 @@ def make_model(cfg, meta):
         qk_norm=cfg.qk_norm, pooling=cfg.pooling, position=cfg.position, dropout=cfg.dropout)
     if meta["kind"] == "text":
         c.vocab_size, c.max_len, c.ngrams, c.buckets = meta["vocab_size"], cfg.max_len, cfg.ngrams, cfg.buckets
+        if cfg.model == "linear" and "letters" in meta:
+            c.char_ngrams, c.letters, c.blanks = cfg.char_ngrams, tuple(meta["letters"]), tuple(meta["blanks"])
     elif meta["kind"] == "image":
         c.image_size, c.patch = tuple(meta["shape"]), cfg.patch
     else:

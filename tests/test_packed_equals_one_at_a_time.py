@@ -1,10 +1,12 @@
 """Documents packed in one row get the outputs they get alone, whatever stands beside them."""
+import re
+
 import numpy as np
 import pytest
 import torch
 
 import data
-from model import Layout, ModelConfig, Transformer, attend, build_model
+from model import Layout, ModelConfig, Transformer, attend, build_model, ngram_buckets
 
 LENGTHS = [7, 1, 40, 40, 3, 64, 1, 22, 63, 12, 40]
 
@@ -56,15 +58,35 @@ def test_the_baselines_too(kind):
     assert torch.allclose(swapped, alone, atol=1e-5) == (kind == "mlp")  # only n-grams know about order
 
 
-def test_a_linear_text_model_counts_its_ngrams():
-    model = build_model(ModelConfig(model="linear", vocab_size=50, n_classes=1, buckets=2**16, ngrams=2))
-    torch.nn.init.normal_(model.embedding.weight)
-    (bucket, inside, doc) = model.features(*packed([np.array([3, 4, 3, 4]), np.array([4])]))
-    assert doc.tolist() == [0, 0, 0, 0, 1] and inside.tolist() == [[True, True]] * 3 + [[True, False]] * 2
-    a, b, ab, ba = (model.embedding.weight[i, 0] for i in (*bucket[:2, 0], *bucket[:2, 1]))
-    assert len({a.item(), b.item(), ab.item(), ba.item()}) == 4 and torch.equal(bucket[0], bucket[2])
-    expected = torch.stack(((2 * a + 2 * b + 2 * ab + ba) / 7**0.5, b))
-    torch.testing.assert_close(model(*packed([np.array([3, 4, 3, 4]), np.array([4])]))[:, 0], expected)
+def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
+    torch.manual_seed(0)
+    texts = ["the cat, the cats", "a", "x1 the-cat  sat", "é ünder the"]
+    spelt = sorted({c for t in texts for c in t.encode()})
+    ids = {b: i + 2 for i, b in enumerate(spelt)}
+    documents = [np.array([0, *(ids[b] for b in t.encode())]) for t in texts]
+    letters = tuple(ids[b] for b in spelt if b > 127 or chr(b).isalnum())
+    for kw in ({}, {"letters": letters, "blanks": (0, 1, ids[32]), "char_ngrams": 3}):
+        model = build_model(ModelConfig(model="linear", vocab_size=40, n_classes=2, buckets=2**20, ngrams=2, **kw))
+        torch.nn.init.normal_(model.embedding.weight)
+        tokens, cu_seqlens = packed(documents)
+        doc = torch.repeat_interleave(torch.arange(4), cu_seqlens.diff())
+        hashes, word_doc = model.words(tokens, doc) if kw else (tokens, doc)
+        words = [d.tolist() for d in documents] if not kw else \
+            [re.findall(rb"[0-9a-z\x80-\xff]+|[^ ]", t.encode()) for t in texts]
+        flat = [(i, w) for i, d in enumerate(words) for w in d]
+        assert word_doc.tolist() == [i for i, _ in flat]
+        assert all((a == b) == (v == w) for a, (_, v) in zip(hashes, flat) for b, (_, w) in zip(hashes, flat))
+        expected = 0
+        for units, n, values in ((words, 2, hashes), (documents, 3, tokens))[: 1 + bool(kw)]:
+            where = torch.repeat_interleave(torch.arange(4), torch.tensor([len(d) for d in units]))
+            bucket, inside = ngram_buckets(values, where, n, 2**20)
+            runs = [(i, *d[e - k : e + 1]) for i, d in enumerate(units) for e in range(len(d)) for k in range(n) if k <= e]
+            assert len(runs) == inside.sum()
+            assert len({r[1:] for r in runs}) == len(bucket[inside].unique())  # equal runs and no others share a row
+            rows = [model.embedding(bucket[where == i][inside[where == i]]).sum(0) / inside[where == i].sum() ** 0.5
+                    for i in range(4)]
+            expected = expected + torch.stack(rows)
+        torch.testing.assert_close(model(tokens, cu_seqlens), expected)
 
 
 def test_attention_equals_its_formula():
