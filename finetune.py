@@ -113,11 +113,15 @@ def merged(model):
 def make_model(cfg, meta, path):
     if meta["task"] == "regression" or meta["kind"] == "features":
         raise UserError("finetune.py classifies text and images; train.py does the rest")
-    size = meta["shape"] if meta["kind"] == "image" else None
-    loaded = Transformer.from_pretrained(path, len(meta["label_names"]), cfg.new_head, cfg.max_len, size)
+    size, language = meta["shape"] if meta["kind"] == "image" else None, cfg.objective != "classify"
+    loaded = Transformer.from_pretrained(path, 0 if language else len(meta["label_names"]), cfg.new_head, cfg.max_len, size)
+    if language and loaded.config.causal != (cfg.objective == "clm"):
+        raise UserError(f"{path}: reads " + ("left to right: continue with --objective=clm" if loaded.config.causal else
+                                             "both ways: continue with --objective=mlm --mask_prob=0.3"))
     if loaded.config.vocab_size < meta["vocab_size"]:
         raise UserError(f"{path}: the weights know {loaded.config.vocab_size} tokens, their tokenizer {meta['vocab_size']}")
-    c = dataclasses.replace(loaded.config, pooling=cfg.pooling or loaded.config.pooling)
+    c = dataclasses.replace(loaded.config, pooling=cfg.pooling or loaded.config.pooling,
+                            checkpoint_activations=cfg.checkpoint_activations)
     if cfg.dropout is not None:
         c.dropout = c.head_dropout = cfg.dropout
     model = Transformer(c)

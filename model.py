@@ -6,6 +6,7 @@
     model = Transformer.from_pretrained("out/textcls")  # or a Hugging Face folder of one of the families below
     logits = Transformer(ModelConfig(image_size=(1, 28, 28), patch=4, n_classes=10))(pixels)  # (B, C, H, W) uint8 or float
     logits = MLP(ModelConfig(n_features=7, n_classes=3))(x)  # (B, F) float32; a regression has n_classes = 1
+    logits = Transformer(ModelConfig(vocab_size=258, lm_head="own", causal=True))(tokens, cu_seqlens)  # (T, vocab_size)
 
 The default trunk is the modern one: pre-norm RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), QK-norm
 (Dehghani et al. 2023), no biases, and zero-initialised output projections and head, so that each block starts as the
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CHECKPOINT_FORMAT = 2
 
@@ -39,6 +41,7 @@ class ModelConfig:
     image_size: tuple = ()  # (channels, height, width) of images
     patch: int = 4  # images: side of the squares that are its tokens
     n_classes: int = 0  # outputs; 0: no head
+    lm_head: str = ""  # instead of a classifier, a language model's head: own, or tied to the embedding
     max_len: int = 512  # tokens of the longest document
     n_layer: int = 2
     n_head: int = 4
@@ -47,6 +50,7 @@ class ModelConfig:
     mlp: str = "relu2"  # relu2 (squared ReLU, So et al. 2021), gelu, gelu_tanh, swiglu or geglu (gated, Shazeer 2020)
     qk_norm: bool = True
     causal: bool = False
+    checkpoint_activations: bool = False  # keep no block's inside for the backward pass: less memory, a third more time
     pooling: str = "mean"  # mean, max, cls (first token), last
     dropout: float = 0.0  # after the embedding, attention and MLP
     rope_theta: float = 10000.0
@@ -286,6 +290,7 @@ class Transformer(nn.Module):
         self.dense = nn.Linear(c.d_model, c.d_model, bias=c.head_dense_bias) if c.n_classes and c.head_dense else None
         self.dense_norm = make_norm(c) if c.head_norm and c.n_classes else nn.Identity()
         self.head = nn.Linear(c.d_model, c.n_classes, bias=c.head_bias) if c.n_classes else None
+        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False) if c.lm_head == "own" else None
         if c.position == "rope":
             for name, theta in (("rope", c.rope_theta), ("window_rope", c.window_rope_theta)):
                 angle = rope_angles(c, theta)
@@ -321,8 +326,10 @@ class Transformer(nn.Module):
         if self.segment is not None:
             x = x + self.segment.weight[0]
         x = dropout(self.embedding_norm(x), c.dropout, self.training)
+        run = functools.partial(checkpoint, use_reentrant=False) if c.checkpoint_activations and self.training else \
+            lambda block, *inputs: block(*inputs)
         for i, block in enumerate(self.blocks):
-            x = block(x, layout, keep if i == len(self.blocks) - 1 else None)
+            x = run(block, x, layout, keep if i == len(self.blocks) - 1 else None)
         return self.norm(x if keep is None or self.blocks else x[keep])
 
     def hidden(self, inputs, cu_seqlens=None):
@@ -330,10 +337,14 @@ class Transformer(nn.Module):
         x, cu_seqlens = self.embed(inputs, cu_seqlens)
         return self.trunk(x, self.layout(cu_seqlens, len(x)))
 
-    def forward(self, inputs, cu_seqlens=None):
-        """Logits (B, n_classes), float32, of packed text (inputs (T,), cu_seqlens (B+1,)) or images (B, C, H, W)."""
+    def forward(self, inputs, cu_seqlens=None, where=None):
+        """Logits (B, n_classes), float32, of packed text (inputs (T,), cu_seqlens (B+1,)) or images (B, C, H, W). Of a
+        language model (T, vocab_size) for each token, or (M, vocab_size) for those of the indices `where` (M,)."""
         x, cu_seqlens = self.embed(inputs, cu_seqlens)
         layout, c = self.layout(cu_seqlens, len(x)), self.config
+        if c.lm_head:
+            x = self.trunk(x, layout, where)
+            return F.linear(x, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
         keep = {"cls": cu_seqlens[:-1], "last": cu_seqlens[1:] - 1}.get(c.pooling)
         keep = None if keep is None else keep.clamp(0, len(x) - 1)  # of an empty document: any token
         x = self.trunk(x, layout, keep)
@@ -347,15 +358,22 @@ class Transformer(nn.Module):
     def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):
         """The model of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in eval mode.
 
-        With n_classes it gets a head: the weights' own, or a fresh one where they have none or with new_head. For images of
+        With n_classes it gets a head: the weights' own, or a fresh one where they have none or with new_head; with
+        n_classes = 0 a language model's, the weights' own or tied to the embedding, as published ones are. For images of
         another size, learned positions are interpolated (bicubic; Dosovitskiy et al. 2021, section 3.2). Raises
         WeightsError for what is not supported, missing, left over, of the wrong shape, or not finite."""
         path = Path(path)
         if (path / "config.json").exists() and not (path / "best.pt").exists():
             config, weights = read_hf(path)
         else:
-            checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
-            config, weights = ModelConfig(**checkpoint["model_config"]), checkpoint["model"]
+            saved = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+            config, weights = ModelConfig(**saved["model_config"]), saved["model"]
+        if n_classes == 0:
+            config.n_classes, config.lm_head = 0, config.lm_head or "tied"
+            weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+        elif n_classes:
+            config.lm_head = ""
+            weights = {k: v for k, v in weights.items() if not k.startswith("lm_head.")}
         if n_classes and config.n_classes != n_classes:
             if config.n_classes and not new_head:
                 raise WeightsError(f"{path}: its head tells {config.n_classes} classes apart, the data has {n_classes}; "
@@ -505,7 +523,8 @@ def flops_per_token(model, length):
     `length` tokens: 6 for each weight of a matrix, and 12·length·d_model a layer for attention (Chowdhery et al. 2022,
     appendix B)."""
     c = model.config
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not (c.vocab_size and "embedding" in n))
+    weights = sum(p.numel() for n, p in model.named_parameters()
+                  if p.ndim == 2 and not (c.vocab_size and "embedding" in n and c.lm_head != "tied"))
     attention = 12 * c.n_layer * length * c.d_model / (2 if c.causal else 1) if c.model == "transformer" else 0
     return 6 * weights + attention
 
@@ -528,6 +547,18 @@ def predict(model, batches, device, dtype, flip=False):
             if flip:
                 logits = (logits + model(inputs[0].flip(-1))) / 2
         yield logits.float().cpu()
+
+
+@torch.no_grad()
+def lm_losses(model, batches, device, dtype):
+    """Of a language model in eval mode, yields of each batch (*inputs, targets) the loss (M,) in nats, float64, of each
+    target that counts, and whether it was the likeliest token (M,)."""
+    for *inputs, targets in batches:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(*(t.to(device) for t in inputs))
+        counts = targets >= 0
+        logits, targets = logits.float()[counts.to(device)], targets[counts].to(device)
+        yield F.cross_entropy(logits, targets, reduction="none").double().cpu(), (logits.argmax(1) == targets).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

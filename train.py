@@ -33,6 +33,8 @@ from model import (
     build_model,
     find_device,
     flops_per_token,
+    full,
+    lm_losses,
     load_checkpoint,
     load_weights,
     predict,
@@ -47,6 +49,8 @@ class Config(DataConfig):
     seed: int = 1  # of weights, batches, masks, dropout; report several
     # model
     model: Literal["transformer", "mlp", "linear"] = "transformer"  # the other two are the baselines to beat, and fast
+    objective: Literal["classify", "mlm", "clm"] = "classify"  # mlm: pretrain by filling in masked tokens (a share of
+    # mask_prob); clm: by predicting the next token. Then classify with finetune.py --init_from=<its out_dir>
     n_layer: int = 2  # deeper for more data (mlp: hidden layers)
     n_head: int = 4  # d_model / n_head of 32-64 for small models, 64-128 for large ones
     d_model: int = 128  # wider for more data
@@ -69,6 +73,7 @@ class Config(DataConfig):
     cutout: float = 0.0  # images: a black square of up to this share of the side
     mixup: float = 0.0  # images: blended with another by up to mixup / 2 (1: half and half); for long training
     mask_prob: float = 0.0  # text: share of input tokens masked in training; 0.1-0.3 is a strong regulariser for small data
+    checkpoint_activations: bool = False  # True where memory runs out at micro_batch_tokens=max_len: a third slower
     train_fraction: float = 1.0  # train on so much of train, to see what more labels would bring; smaller ones are nested
     # optimisation
     batch_size: int = 32  # documents per step, over all processes and micro-batches
@@ -221,8 +226,8 @@ def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
     table = getattr(model, "embedding", None)
     table = table if isinstance(table, torch.nn.Embedding) and table.weight.requires_grad else None
     if table:
-        table.sparse = device.type == "cpu" and (cfg.optimizer in ("adamw", "muon") or
-                                                 cfg.optimizer == "sgd" and not cfg.beta1 and not cfg.weight_decay)
+        table.sparse = device.type == "cpu" and model.config.lm_head != "tied" and (
+            cfg.optimizer in ("adamw", "muon") or cfg.optimizer == "sgd" and not cfg.beta1 and not cfg.weight_decay)
     groups = {}
     for name, p in params.items():
         kind, decay, parts = cfg.optimizer, cfg.weight_decay if p.ndim >= 2 else 0.0, 1
@@ -333,7 +338,7 @@ def loss_sum(logits, targets, cfg, weights=None):
         return (logits[:, 0] - targets).square().sum()
     if targets.ndim == 2 and not targets.is_floating_point():
         return binary_loss(logits, targets).sum()
-    losses = F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=cfg.label_smoothing)
+    losses = F.cross_entropy(full(logits), targets, weights, reduction="none", label_smoothing=cfg.label_smoothing)
     if cfg.focal_gamma and targets.ndim == 1:
         p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
         losses = losses * (1 - p) ** cfg.focal_gamma
@@ -359,7 +364,8 @@ def backward(model, micro_batches, cfg, machine, weights=None):
                (targets if targets.ndim == 1 else targets[:, 0]) >= 0 for *_, targets in micro_batches]
     n_local = sum(k.sum().item() if weights is None or t.ndim > 1 else weights[t[k]].sum().item()
                   for k, (*_, t) in zip(counted, micro_batches))
-    tokens = sum(int(inputs[1][k.sum()]) if inputs[0].ndim == 1 else int(k.sum())  # by cu_seqlens, of text; else examples
+    tokens = sum(int(k.sum()) if inputs[0].ndim > 1 or len(inputs[0]) == len(k) else  # examples that are no text; clm
+                 int(inputs[1][-1 if len(inputs) > 2 else k.sum()])  # by cu_seqlens: mlm (filled up); the real documents
                  for k, (*inputs, _) in zip(counted, micro_batches))
     n, tokens = machine.sum([n_local, tokens]).tolist()
     weights = weights if weights is None else weights.to(machine.device)
@@ -418,11 +424,19 @@ class EMA:
 
 def evaluate(model, split, cfg, machine):
     """{"val_loss", "val_accuracy"} (regression: "val_r2"; of several labels, accuracy is the share with all of them right,
-    and there is "val_micro_f1") over all of a split, on all processes; touches no generator."""
+    and there is "val_micro_f1"; of a language model, the loss is per target, and clm has "val_bits_per_byte") over all of a
+    split, on all processes; touches no generator."""
     batches = data.eval_batches(split.lengths, cfg.micro_batch_tokens, machine.rank, machine.world)
     loss = correct = hits = said = true = 0.0  # of labels: given rightly, given, and to be given
     model.eval()
     loader = (split.__getitems__([b])[0] for b in batches)
+    if isinstance(split, data.Blocks):
+        totals = [(nats.sum().item(), right.sum().item(), len(nats))
+                  for nats, right in lm_losses(model, loader, machine.device, machine.dtype)]
+        model.train()
+        nats, right, n = machine.sum([sum(t) for t in zip(*totals)] or [0, 0, 0]).tolist()
+        return {"val_loss": nats / n, "val_token_accuracy": right / n} | (
+            {"val_bits_per_byte": nats / math.log(2) / split.n_bytes} if split.objective == "clm" else {})
     regression, images = split.labels.dtype == "float32", isinstance(split, data.Arrays) and split.values.ndim == 4
     for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype, cfg.flip and images)):
         targets = torch.from_numpy(split.labels[indices])
@@ -521,6 +535,9 @@ def make_model(cfg, meta):
         model=cfg.model, n_classes=len(meta["label_names"]) or 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
         d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp,
         qk_norm=cfg.qk_norm, pooling=cfg.pooling, position=cfg.position, dropout=cfg.dropout)
+    c.checkpoint_activations = cfg.checkpoint_activations
+    if cfg.objective != "classify":
+        c.n_classes, c.lm_head, c.causal = 0, "own", cfg.objective == "clm"
     if meta["kind"] == "text":
         c.vocab_size, c.max_len, c.ngrams, c.buckets = meta["vocab_size"], cfg.max_len, cfg.ngrams, cfg.buckets
         if cfg.model == "linear" and "letters" in meta:
@@ -557,6 +574,9 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     for name in ("dropout", "mask_prob", "ema_decay", "label_smoothing"):
         if not 0 <= (getattr(cfg, name) or 0) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
+    if cfg.objective != "classify" and (cfg.model != "transformer" or (cfg.mask_prob > 0) != (cfg.objective == "mlm")):
+        raise UserError(f"--objective={cfg.objective} is for --model=transformer, with --mask_prob "
+                        + ("above 0, as 0.3" if cfg.objective == "mlm" else "of 0"))
     if cfg.target == "labels" and (cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing):
         raise UserError("--class_weights, --focal_gamma and --label_smoothing are for --target=class; of several labels, "
                         "rare ones are helped by the thresholds that eval.py fits on val")
@@ -577,11 +597,13 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     max_len = tokens_per_example(cfg, meta)
     if max_len > cfg.micro_batch_tokens:
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, of up to {max_len} tokens")
-    changes = dict(crop=cfg.crop and min(cfg.crop, max_len), mask_prob=cfg.mask_prob) if meta["kind"] == "text" else {}
+    language = {} if cfg.objective == "classify" else dict(objective=cfg.objective, mask_prob=cfg.mask_prob)
+    changes = language or dict(crop=cfg.crop and min(cfg.crop, max_len), mask_prob=cfg.mask_prob) \
+        if meta["kind"] == "text" else {}
     if meta["kind"] == "image":
         changes = dict(draw=any(image_changes(cfg).values()), mixup=cfg.mixup)
     train_set = data.open_split(cfg, meta, "train", max_len, cfg.seed, **changes)
-    val_set = None if cfg.lr_find else data.open_split(cfg, meta, "val", max_len)
+    val_set = None if cfg.lr_find else data.open_split(cfg, meta, "val", max_len, **language)
     among = data.share(train_set.labels, cfg.train_fraction, cfg.split_seed) if cfg.train_fraction < 1 else None
     n_train = len(train_set) if among is None else len(among)
     steps_per_epoch = -(-n_train // cfg.batch_size)
@@ -730,7 +752,9 @@ def score(result):
 
 def figures(result):
     return f"val loss {result['val_loss']:.4f}  " + (
-        f"accuracy {result['val_accuracy']:.2%}" if "val_accuracy" in result else f"R² {result['val_r2']:.4f}") + (
+        f"accuracy {result['val_accuracy']:.2%}" if "val_accuracy" in result else f"R² {result['val_r2']:.4f}"
+        if "val_r2" in result else f"token accuracy {result['val_token_accuracy']:.2%}") + (
+        f"  bits/byte {result['val_bits_per_byte']:.4f}" if "val_bits_per_byte" in result else "") + (
         f"  micro-F1 {result['val_micro_f1']:.4f}" if "val_micro_f1" in result else "")
 
 
