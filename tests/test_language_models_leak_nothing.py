@@ -1,0 +1,241 @@
+"""Language models see what they may see, are measured over every token, and lose nothing on the way to a classifier."""
+import collections
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import finetune
+import train
+from configurator import UserError
+from model import ModelConfig, Transformer, load_checkpoint
+from tests.conftest import write_toy
+from tests.test_evaluating_changes_nothing import records
+from tests.test_packed_equals_one_at_a_time import packed, random_documents
+
+
+def language_model(causal, **kw):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=50, max_len=64, d_model=32, n_head=2, d_ff=64, lm_head="own", causal=causal, **kw)
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def unlabelled(toy, tmp_path):
+    text = (tmp_path / "toy.csv").read_text()
+    (tmp_path / "toy.txt").write_text(text)
+    return toy | dict(train_file=str(tmp_path / "toy.txt"), target="none", test_fraction=0.0, objective="clm", max_len=16)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_a_causal_models_outputs_do_not_depend_on_later_tokens_nor_on_other_documents(position):
+    model, documents = language_model(True, position=position), random_documents()
+    before = model(*packed(documents))
+    for d, i in ((2, 20), (5, 63), (6, 0), (9, 3)):
+        changed = [x.copy() for x in documents]
+        changed[d][i] = (changed[d][i] + 1) % 50
+        start = sum(map(len, documents[:d]))
+        different = ((model(*packed(changed)) - before).abs() > 1e-6).any(1).nonzero()[:, 0]
+        assert different.min() == start + i and different.max() < start + len(documents[d])
+
+
+def test_a_masked_model_never_reads_what_is_masked(tmp_path, toy):
+    cfg = train.Config(**toy)
+    meta = data.open_or_build(cfg)
+    split = data.open_split(cfg, meta, "train", 512, 7, objective="mlm", mask_prob=0.4)
+    tokens, cu_seqlens, where, targets = split.batch(0, range(8))
+    assert (tokens[where] == meta["mask_id"]).all() and (tokens == meta["mask_id"]).sum() == len(where) > 10
+    assert not set(where.tolist()) & set(cu_seqlens.tolist())  # a document's first token, [CLS], stays
+    split.tokens = split.tokens.copy()  # other words under the masks: the model gets the same input
+    for i in range(8):
+        ids, aim = split.block(i, 0)
+        split.tokens[split.at[i] : split.at[i] + len(ids)][aim >= 0] = 5
+    again, _, _, changed = split.batch(0, range(8))
+    assert torch.equal(tokens, again) and not torch.equal(targets, changed)
+
+
+def test_logits_at_some_places_are_those_of_all_places():
+    model, batch = language_model(False, n_layer=2), packed(random_documents())
+    where = torch.tensor([3, 0, 99, 41])
+    torch.testing.assert_close(model(*batch, where), model(*batch)[where])
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_the_loss_of_a_batch_is_a_plain_implementations(toy, objective):
+    """Document by document, attention as its formula, in float64."""
+    cfg = train.Config(**toy | dict(objective=objective, mask_prob=0.3 * (objective == "mlm")))
+    meta = data.open_or_build(cfg)
+    split = data.open_split(cfg, meta, "train", 12, objective=objective, mask_prob=cfg.mask_prob)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=meta["vocab_size"], max_len=12, n_layer=1, d_model=32, n_head=2, d_ff=64,
+                                    lm_head="own", causal=objective == "clm", position="learned", qk_norm=False)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+    w, total, n = model.state_dict(), 0.0, 0
+    for i in range(20):
+        ids, targets = map(torch.from_numpy, split.block(i, 3))
+        x = w["embedding.weight"][ids] + w["position.weight"][: len(ids)]
+        q, k, v = (w["blocks.0.attention.qkv.weight"] @ (norm(x) * w["blocks.0.norm1.weight"]).T).view(3, 2, 16, -1)
+        scores = q.mT @ k / 4
+        if objective == "clm":
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -math.inf)
+        x = x + (v @ scores.softmax(-1).mT).reshape(32, -1).T @ w["blocks.0.attention.out.weight"].T
+        h = (norm(x) * w["blocks.0.norm2.weight"]) @ w["blocks.0.mlp.up.weight"].T
+        x = x + h.relu().square() @ w["blocks.0.mlp.out.weight"].T
+        logp = ((norm(x) * w["norm.weight"]) @ w["lm_head.weight"].T).log_softmax(-1)
+        here = targets >= 0
+        total, n = total - logp[here, targets[here]].sum(), n + int(here.sum())
+    cfg.device, cfg.dtype = "cpu", "float32"
+    loss, tokens = train.backward(model, [split.batch(3, range(20))], cfg, train.Machine(cfg))
+    torch.testing.assert_close(loss, total / n, atol=1e-9, rtol=1e-9)
+    assert tokens == (n if objective == "clm" else split.lengths[:20].sum())
+
+
+def test_evaluation_covers_every_token_once_and_training_cuts_elsewhere_each_epoch(unlabelled):
+    cfg = train.Config(**unlabelled)
+    meta = data.open_or_build(cfg)
+    assert [meta["splits"][s]["examples"] for s in ("train", "val")] == [1, 1] and "test" not in meta["splits"]
+    for split in ("train", "val"):
+        blocks = data.open_split(cfg, meta, split, 16, objective="clm")
+        ids, targets = (np.concatenate(x) for x in zip(*(blocks.block(i, None) for i in range(len(blocks)))))
+        assert (ids == blocks.tokens[:-1]).all() and (targets == blocks.tokens[1:]).all()
+        seen = [[blocks.block(i, epoch)[0].tolist() for i in range(len(blocks))] for epoch in (0, 0, 1)]
+        assert seen[0] == seen[1] != seen[2]
+    text = data.clean(open(cfg.train_file).read())
+    assert meta["splits"]["val"]["bytes"] == len(text[int(len(text) * 0.9) :].encode())
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lines):
+    """A model that knows nothing needs log2(vocabulary) bits a token; one that does is added up token by token."""
+    for tokenizer in ("bytes", "bpe"):
+        cfg = train.Config(**unlabelled | dict(tokenizer=tokenizer, lines=lines, dataset=f"lines{lines}", lowercase=False))
+        meta = data.open_or_build(cfg)
+        val = data.open_split(cfg, meta, "val", 16, objective="clm")
+        decode = data.Tokenizer.from_file(str(data.folder_of(cfg) / "tokenizer.json")).decode
+        texts = [decode(val.tokens[a:b]).removeprefix(" ") for a, b in zip(val.starts, val.starts[1:])]  # bpe puts one there
+        assert val.n_bytes == len("".join(texts).encode())
+        machine = train.Machine(cfg)
+        model = train.make_model(cfg, meta).eval()
+        got = train.evaluate(model, val, cfg, machine)
+        n = sum(len(val.tokens[a:b]) - 1 for a, b in zip(val.starts, val.starts[1:]))
+        assert got["val_bits_per_byte"] == pytest.approx(n * math.log2(meta["vocab_size"]) / val.n_bytes, rel=1e-6)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+        nats = 0.0
+        for i in range(len(val)):
+            ids, targets = map(torch.from_numpy, val.block(i, None))
+            logp = model.eval()(*packed([ids.numpy()])).log_softmax(-1)
+            nats -= logp[torch.arange(len(ids)), targets].sum().item()
+        got = train.evaluate(model, val, cfg, machine)
+        assert got["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / val.n_bytes, rel=1e-5)
+        assert got["val_loss"] == pytest.approx(nats / n, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["classify", "clm", "mlm"])
+def test_overfits_eight_examples_to_zero_loss(toy, tmp_path, objective, monkeypatch):
+    """But for what nobody can know: with which of the 8 texts a text that begins alike will go on."""
+    small = write_toy(tmp_path / "small.csv", 8)
+    cfg = train.Config(**toy | dict(objective=objective, train_file=str(small), val_file=toy["train_file"],
+                                    dataset="eight", mask_prob=0.3 * (objective == "mlm"), dedup=False, epochs=300.0,
+                                    batch_size=8, d_model=64,
+                                    learning_rate=0.01, eval_interval=300, log_interval=1, weight_decay=0.0, n_layer=2,
+                                    max_len=64))
+    block = data.Blocks.block  # with masks that stay, or there would be new ones to fill in for ever
+    monkeypatch.setattr(data.Blocks, "block", lambda self, i, epoch: block(self, i, None))
+    train.train(cfg)
+    known = 0.0
+    if objective == "clm":
+        split = data.open_split(cfg, data.open_meta(cfg), "train", 64, objective="clm")
+        begun = collections.Counter(tuple(t[:k]) for i in range(8) for t in [split.block(i, None)[0].tolist()]
+                                    for k in range(1, len(t) + 1))
+        blocks = [[tuple(x) for x in split.block(i, None)] for i in range(8)]
+        chances = [begun[(*ids[: k + 1], target)] / begun[ids[: k + 1]] if k + 1 < len(ids) else 1 / begun[ids]
+                   for ids, targets in blocks for k, target in enumerate(targets)]
+        known = -np.log(chances).mean()
+    assert min(r["loss"] for r in records(toy["out_dir"]) if "loss" in r) - known < 1e-3
+
+
+def test_activation_checkpointing_changes_memory_not_gradients():
+    batch, kept, gradients = packed(random_documents()), [], []
+    for checkpointing in (False, True):
+        model = language_model(False, n_layer=3, dropout=0.2, checkpoint_activations=checkpointing).train()
+        kept.append(0)
+
+        def keep(t):
+            kept[-1] += t.numel()
+            return t
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(*batch).square().mean()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 3
+
+
+def test_pretraining_then_classifying_begins_from_those_weights(toy):
+    pretrained = toy | dict(objective="mlm", mask_prob=0.3, epochs=1.0, out_dir=f"{toy['out_dir']}-mlm")
+    train.train(train.Config(**pretrained))
+    before = load_checkpoint(f"{pretrained['out_dir']}/best.pt")["model"]
+    assert "lm_head.weight" in before and not any(k.startswith("head.") for k in before)
+    settings = {k: v for k, v in toy.items() if k not in ("n_layer", "d_model", "n_head", "vocab_size")}
+    finetune.finetune(finetune.Config(**settings | dict(init_from=pretrained["out_dir"], epochs=1.0, freeze="body")))
+    after = load_checkpoint(f"{toy['out_dir']}/last.pt")["model"]
+    assert all(torch.equal(after[k], w) for k, w in before.items() if k.startswith(("embedding", "blocks")))
+    assert not any(k.startswith("lm_head") for k in after) and "head.weight" in after
+    # and pretraining goes on from either, with the head that there is
+    for objective, good in (("mlm", True), ("clm", False)):
+        cfg = finetune.Config(**settings | dict(init_from=pretrained["out_dir"], objective=objective, max_steps=2,
+                                                out_dir=f"{toy['out_dir']}-{objective}2",
+                                                mask_prob=0.3 * (objective == "mlm")))
+        if good:
+            finetune.finetune(cfg)
+            assert "lm_head.weight" in load_checkpoint(f"{cfg.out_dir}/last.pt")["model"]
+        else:
+            with pytest.raises(UserError, match="reads both ways"):
+                finetune.finetune(cfg)
+
+
+def test_gpt2s_language_model_is_transformers(tmp_path):
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path, 0).eval()
+    assert ours.config.lm_head == "tied" and ours.lm_head is None
+    for d in random_documents():
+        with torch.no_grad():
+            expected = theirs(torch.from_numpy(d)[None]).logits[0]
+            torch.testing.assert_close(ours(*packed([d])), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_two_processes_pretrain_as_one(toy):
+    from tests.conftest import script
+    losses = []
+    for torchrun, objective in ((0, "mlm"), (2, "mlm"), (0, "clm"), (2, "clm")):
+        out = f"{toy['out_dir']}-{objective}-{torchrun}"
+        done = script("train.py", torchrun=torchrun, **toy | dict(objective=objective, mask_prob=0.3 * (objective == "mlm"),
+                                                                  out_dir=out, optimizer="muon", max_steps=8))
+        assert done.returncode == 0, done.stderr
+        losses.append(torch.tensor([[r["loss"], r["grad_norm"]] for r in map(json.loads, open(f"{out}/metrics.jsonl"))
+                                    if "loss" in r]))
+    for a, b in (losses[:2], losses[2:]):
+        assert len(a) == 8
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+def test_what_cannot_be_is_refused(toy, unlabelled):
+    for settings, message in ((toy | dict(objective="mlm"), "mask_prob above 0"), (unlabelled | dict(mask_prob=0.1), "of 0"),
+                              (unlabelled | dict(objective="classify"), "needs labels"),
+                              (unlabelled | dict(model="mlp"), "for --model=transformer")):
+        with pytest.raises(UserError, match=message):
+            train.train(train.Config(**settings))
