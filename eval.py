@@ -465,8 +465,8 @@ def learning_curve(groups, n_train, folder, resamples):
     figure.savefig(folder / "learning_curve.png", dpi=110, bbox_inches="tight")
     gain, low, high = mean(right[-1] - right[-2])
     pace = gain / math.log2(labels[-1] / labels[-2])
-    print(f"From {labels[-2]:,} to {labels[-1]:,} labels, accuracy rose by {gain:.1f} points (95 % interval {low:.1f} to "
-          f"{high:.1f}), {pace:.1f} for each doubling: " + (
+    print(f"From {labels[-2]:,} to {labels[-1]:,} labels, accuracy changed by {gain:+.1f} points (95 % interval {low:+.1f} "
+          f"to {high:+.1f}), {pace:+.1f} for each doubling: " + (
               "more labels would help, if by less and less" if low > 0 else
               "that more labels would help cannot be told from luck") + f". Written to {folder / 'learning_curve.png'}")
 
