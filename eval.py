@@ -74,10 +74,10 @@ class Classifier:
         self.data_folder, self.max_len, self.kind, self.scaling, self.data_sha256 = (
             c[k] for k in ("data_folder", "max_len", "kind", "scaling", "data_sha256"))
         self.multilabel, self.thresholds = self.config.get("target") == "labels", np.full(len(self.label_names), 0.5)
-        if self.multilabel and (report := self.path.parent / "eval.json").exists():  # what was fitted on val for this step
+        if self.multilabel and (report := self.path.parent / "eval.json").exists():
             report = json.loads(report.read_text())
-            if report["step"] == self.step and report["label_names"] == self.label_names and "thresholds" in report:
-                self.thresholds = np.array(report["thresholds"]["fitted_on_val"])
+            if report["step"] == self.step and report["label_names"] == self.label_names:
+                self.thresholds = np.array(report["thresholds"])  # fitted on val, for this very checkpoint
 
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a Dataset's examples, in their order; independent of how they are batched."""
@@ -208,14 +208,13 @@ def label_scores(z, y, thresholds=0.5):
     share of examples with all labels right, hamming_loss that of wrong decisions among all N·C, log_loss the mean over them;
     macro_f1 is over the labels that occur or are given, samples_f1 over the examples (1 where none is true and none given),
     auroc over the labels for which it is defined."""
-    p, true = sigmoid(z), y.astype(bool)
-    said = p >= thresholds
+    said, true = sigmoid(z) >= thresholds, y.astype(bool)
     both = said & true
     size = said.sum(1) + true.sum(1)  # of each example; below, of each label
     samples = np.where(size, 2 * both.sum(1) / np.maximum(size, 1), 1.0)
     size, hit = said.sum(0) + true.sum(0), both.sum(0)
     f1 = 2 * hit / np.maximum(size, 1)
-    areas = [a for c in range(p.shape[1]) if (a := auroc(p[:, c], true[:, c])) is not None]
+    areas = [a for c in range(z.shape[1]) if (a := auroc(z[:, c], true[:, c])) is not None]
     return {"accuracy": (said == true).all(1).mean(), "hamming_loss": (said != true).mean(),
             "micro_f1": 2 * hit.sum() / max(size.sum(), 1), "macro_f1": f1[size > 0].mean() if size.any() else 0.0,
             "weighted_f1": (f1 * true.sum(0)).sum() / max(true.sum(), 1), "samples_f1": samples.mean(),
@@ -335,11 +334,12 @@ def full_report(clf, cfg):
         resamples = min(resamples, max(100, 20_000_000 // z.size))
         report["interval"] = intervals(label_scores, z, y, resamples)
         wrong = np.abs(sigmoid(z) - y)
+        val = open_data(clf, "val", cfg.data_dir)
+        t = fit_thresholds(clf.logits(val), val.labels)
+        report["thresholds"] = t.tolist()
         if cfg.split != "val":
-            val = open_data(clf, "val", cfg.data_dir)
-            t = fit_thresholds(clf.logits(val), val.labels)
-            report["thresholds"] = {"fitted_on_val": t.tolist(), **label_metrics(z, y, t),
-                                    "interval": intervals(lambda z, y: label_scores(z, y, t), z, y, resamples)}
+            report["at_thresholds"] = label_metrics(z, y, t) | {
+                "interval": intervals(lambda z, y: label_scores(z, y, t), z, y, resamples)}
         report["mistakes"] = [{"true": truth(clf, y[i]), "predicted": truth(clf, z[i] >= 0),
                                "probability": float(wrong[i].max()), "example": int(i),
                                "text": clf.tokenizer.decode(examples.document(i, None).tolist())}
@@ -465,8 +465,8 @@ def learning_curve(groups, n_train, folder, resamples):
     figure.savefig(folder / "learning_curve.png", dpi=110, bbox_inches="tight")
     gain, low, high = mean(right[-1] - right[-2])
     pace = gain / math.log2(labels[-1] / labels[-2])
-    print(f"From {labels[-2]:,} to {labels[-1]:,} labels, accuracy rose by {gain:.1f} points (95 % interval {low:.1f} to "
-          f"{high:.1f}), {pace:.1f} for each doubling: " + (
+    print(f"From {labels[-2]:,} to {labels[-1]:,} labels, accuracy changed by {gain:+.1f} points (95 % interval {low:+.1f} "
+          f"to {high:+.1f}), {pace:+.1f} for each doubling: " + (
               "more labels would help, if by less and less" if low > 0 else
               "that more labels would help cannot be told from luck") + f". Written to {folder / 'learning_curve.png'}")
 
@@ -511,7 +511,7 @@ def print_report(r):
 
 def print_labels(r):
     """Of several labels: one row each, at probability 0.5 and at the thresholds fitted on val."""
-    if t := r.get("thresholds"):
+    if t := r.get("at_thresholds"):
         print("  at thresholds fitted on val, which --text and --input now use too:\n  " + "  ".join(
             f"{k} {t[k]:.4f} [{low:.4f}, {high:.4f}]" for k, (low, high) in t["interval"].items() if k in (
                 "micro_f1", "macro_f1", "samples_f1", "accuracy", "hamming_loss")))
@@ -521,7 +521,7 @@ def print_labels(r):
     for i, name in enumerate(names):
         area = math.nan if rows["auroc"][i] is None else rows["auroc"][i]
         print(f"{name:{wide}}  {rows['precision'][i]:9.4f}  {rows['recall'][i]:6.4f}  {rows['f1'][i]:6.4f}  {area:6.4f}  "
-              f"{rows['support'][i]:7}" + (f"   {t['fitted_on_val'][i]:9.4f}  {t['per_class']['f1'][i]:12.4f}" if t else ""))
+              f"{rows['support'][i]:7}" + (f"   {r['thresholds'][i]:9.4f}  {t['per_class']['f1'][i]:12.4f}" if t else ""))
 
 
 def plot(clf, report, examples, logits, folder):
@@ -539,9 +539,10 @@ def plot(clf, report, examples, logits, folder):
     names = report["label_names"]
     if clf.multilabel:
         figure, ax = plt.subplots(figsize=(6, min(1 + len(names) * 0.35, 30)))
-        bars = [("at 0.5", report)] + [("at the thresholds fitted on val", report["thresholds"])] * ("thresholds" in report)
-        for i, (at, r) in enumerate(bars):
-            ax.barh(np.arange(len(names)) + 0.35 * i, r["per_class"]["f1"], 0.35, label=f"{at}: macro {r['macro_f1']:.3f}")
+        for i, (at, r) in enumerate((("0.5", report), ("the thresholds fitted on val", report.get("at_thresholds")))):
+            if r:
+                ax.barh(np.arange(len(names)) + 0.35 * i, r["per_class"]["f1"], 0.35,
+                        label=f"at {at}: macro {r['macro_f1']:.3f}")
         ax.set_yticks(np.arange(len(names)) + 0.17, [f"{n} ({k})" for n, k in zip(names, report["per_class"]["support"])])
         ax.invert_yaxis()
         ax.set(xlabel="F1", xlim=(0, 1))
@@ -624,11 +625,10 @@ def write_page(r, folder, pictures):
         t = r["temperature"]
         parts.append(f"<p>With temperature {t['fitted_on_val']:.2f}, fitted on val: log-loss {t['log_loss']:.4f}, ECE "
                      f"{t['ece']:.4f}.</p>")
-    if "thresholds" in r:
-        t = r["thresholds"]
+    if t := r.get("at_thresholds"):
         parts.append("<p>With thresholds fitted on val:</p>" + table(("metric", "value", "95 % interval"), [
             (k, t[k], f"{low:.4f} – {high:.4f}") for k, (low, high) in t["interval"].items()]) + table(
-            ("label", "threshold", "F1"), zip(r["label_names"], t["fitted_on_val"], t["per_class"]["f1"])))
+            ("label", "threshold", "F1"), zip(r["label_names"], r["thresholds"], t["per_class"]["f1"])))
     if "in_train" in r:
         without = r["in_train"]["accuracy_without"]
         parts.append(f"<p>{r['in_train']['share']:.2%} of the examples also stand in train; accuracy without them: "

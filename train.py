@@ -302,7 +302,6 @@ def report_range(cfg, tested):
     rates, losses = zip(*tested)
     smooth, found, _ = range_test(losses)
     out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "lr_find.json", {"suggestion": found and rates[found], "rates": rates, "losses": losses})
     figure, ax = plt.subplots(figsize=(6, 4))
     ax.plot(rates, losses, color="lightgrey")
@@ -485,10 +484,12 @@ def open_run(cfg, machine):
 
 
 def begin_run(cfg, checkpoint):
-    """Makes out_dir ready: empty of a former run's files, or cut back to the checkpoint's step."""
+    """Makes out_dir ready: empty of a former run's files, or cut back to the checkpoint's step (lr_find: as it is)."""
     out = Path(cfg.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if cfg.lr_find:
+            return
         if checkpoint is None:
             for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
                 (out / name).unlink(missing_ok=True)
@@ -631,7 +632,7 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
         average.values = [v.to(machine.device) for v in checkpoint["ema"]]
         step, best, bad_evals, elapsed, run_id = (checkpoint[k] for k in ("step", "best", "bad_evals", "elapsed", "run_id"))
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
-    if machine.rank == 0 and not cfg.lr_find:
+    if machine.rank == 0:
         begin_run(cfg, checkpoint)
     wandb_run = start_wandb(cfg, run_id) if machine.rank == 0 and not cfg.lr_find else None
     trained = torch.compile(model) if machine.compile else model

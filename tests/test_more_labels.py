@@ -47,6 +47,6 @@ def test_eval_draws_the_curve(toy, tmp_path):
     table = {line.split()[0].split("/")[-1]: float(line.split("%")[0].split()[-1]) for line in done.stdout.splitlines()
              if "% [" in line}
     gain = table["1.0-1"] - table["0.2-1"]
-    assert f"From 19 to 96 labels, accuracy rose by {gain:.1f} points (95 % interval " in done.stdout
-    assert f"{gain / np.log2(96 / 19):.1f} for each doubling" in done.stdout
+    assert f"From 19 to 96 labels, accuracy changed by {gain:+.1f} points (95 % interval " in done.stdout
+    assert f"{gain / np.log2(96 / 19):+.1f} for each doubling" in done.stdout
     assert (tmp_path / "runs/learning_curve.png").stat().st_size > 5000

@@ -178,7 +178,7 @@ def test_a_run_learns_and_eval_fits_on_val_alone(several):
     assert report["interval"]["micro_f1"][0] <= report["micro_f1"] <= report["interval"]["micro_f1"][1]
     val = eval_script.open_data(clf, "val")
     expected = eval_script.fit_thresholds(clf.logits(val), val.labels)
-    assert report["thresholds"]["fitted_on_val"] == pytest.approx(expected.tolist())
+    assert report["thresholds"] == pytest.approx(expected.tolist())
     page = open(f"{out}/report.html").read()
     assert 'alt="labels"' in page and 'alt="curves"' in page
 
@@ -187,7 +187,10 @@ def test_a_run_learns_and_eval_fits_on_val_alone(several):
     texts = [clf.tokenizer.decode(test.document(i, None).tolist()) for i in range(len(test))]
     said = [[n in r["labels"] for n in NAMES] for r in clf(texts)]
     expected = sk.f1_score(test.labels, said, average="samples", zero_division=1)
-    assert report["thresholds"]["samples_f1"] == pytest.approx(expected)
+    assert report["at_thresholds"]["samples_f1"] == pytest.approx(expected)
+    assert script("eval.py", out, "--split=val").returncode == 0  # fits the same, and measures nothing with it
+    on_val = json.load(open(f"{out}/eval.json"))
+    assert on_val["thresholds"] == report["thresholds"] and "at_thresholds" not in on_val
     (r,) = clf(["goal coach shares"])
     p, given = np.array(list(r["probabilities"].values())), np.array([n in r["labels"] for n in NAMES])
     assert r["probability"] == pytest.approx(np.where(given, p, 1 - p).prod()) and r["label"] == ",".join(r["labels"])
