@@ -59,6 +59,8 @@ class ModelConfig:
     letters: tuple = ()  # the bytes that make words, and
     blanks: tuple = ()  # those that stand between
     buckets: int = 2**18  # linear model of text: rows that the runs are hashed to
+    stem: str = "tokens"  # words: the transformer reads words made of bytes, by such runs
+    bag_head: bool = False  # and a linear model's logits are added to its own
     # what the published trunks need
     family: str = "ours"  # ours, or one of FAMILIES below: how weights are named in a Hugging Face folder
     position: str = "rope"  # rope, learned
@@ -280,7 +282,10 @@ class Transformer(nn.Module):
             c.max_len = H // c.patch * (W // c.patch) + c.cls_token
             self.embedding = nn.Linear(C * c.patch**2, c.d_model)
         else:
-            self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+            self.embedding = nn.Embedding(c.buckets if c.stem == "words" else c.vocab_size, c.d_model)
+        if c.stem == "words":
+            self.register_buffer("kind", byte_kinds(c), persistent=False)
+        self.bag = LinearModel(c) if c.bag_head else None
         self.cls = nn.Parameter(torch.zeros(c.d_model)) if c.cls_token else None
         self.position = nn.Embedding(c.max_len, c.d_model) if c.position == "learned" else None
         self.segment = nn.Embedding(c.n_segments, c.d_model) if c.n_segments else None
@@ -311,6 +316,8 @@ class Transformer(nn.Module):
     def embed(self, inputs, cu_seqlens):
         """Text: (T,) tokens → (T, D), cu_seqlens. Images: (B, C, H, W) pixels of 0..255 → (B·N, D), cu_seqlens of N each."""
         c = self.config
+        if c.stem == "words":
+            return self.embed_words(inputs, cu_seqlens)
         if not c.image_size:
             return self.embedding(inputs), cu_seqlens
         x = self.embedding(patchify((full(inputs) / 255 - c.pixel_mean) / c.pixel_std, c.patch))  # (B, N, D)
@@ -318,6 +325,20 @@ class Transformer(nn.Module):
             x = torch.cat((self.cls.expand(len(x), 1, -1).to(x.dtype), x), 1)
         B, N, D = x.shape
         return x.reshape(B * N, D), torch.arange(B + 1, dtype=torch.int32, device=x.device) * N
+
+    def embed_words(self, tokens, cu_seqlens):
+        """Bytes (T,) → a vector for each word (W, D), of its runs of bytes and of the runs of words that end with it; and the
+        documents' cu_seqlens in words."""
+        c, B = self.config, len(cu_seqlens) - 1
+        doc = torch.bucketize(torch.arange(len(tokens), device=tokens.device), cu_seqlens[1:], right=True)
+        word, place, start = words_of(self.kind, tokens, doc)
+        W, inside = len(start), word >= 0
+        hashed = hash_words(tokens, word, place, W)
+        bucket, there = ngram_buckets(hashed, doc[start], c.ngrams, c.buckets)
+        runs = F.embedding_bag(bucket[there], self.embedding.weight, F.pad(there.sum(1).cumsum(0)[:-1], (1, 0)), mode="sum",
+                               sparse=self.embedding.sparse)
+        x = runs + bag(self.embedding, tokens[inside], word[inside], c.char_ngrams, W)
+        return x, F.pad(torch.bincount(doc[start], minlength=B).cumsum(0), (1, 0)).int()
 
     def trunk(self, x, layout, keep=None):
         c = self.config
@@ -340,6 +361,7 @@ class Transformer(nn.Module):
     def forward(self, inputs, cu_seqlens=None, where=None):
         """Logits (B, n_classes), float32, of packed text (inputs (T,), cu_seqlens (B+1,)) or images (B, C, H, W). Of a
         language model (T, vocab_size) for each token, or (M, vocab_size) for those of the indices `where` (M,)."""
+        given = inputs, cu_seqlens
         x, cu_seqlens = self.embed(inputs, cu_seqlens)
         layout, c = self.layout(cu_seqlens, len(x)), self.config
         if c.lm_head:
@@ -352,7 +374,8 @@ class Transformer(nn.Module):
             x = full(x) if keep is not None else pool(full(x), layout, c.pooling)
             if self.dense is not None:
                 x = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense](self.dense(x))
-            return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
+            logits = self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
+        return logits if self.bag is None else logits + self.bag(*given)
 
     @staticmethod
     def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):
@@ -412,7 +435,8 @@ def pool(x, layout, kind):
     B, D = len(layout.lengths), x.shape[-1]
     if kind == "max":
         index = layout.doc[:, None].expand_as(x)
-        return x.new_full((B, D), -math.inf).scatter_reduce(0, index, x, "amax").clamp(min=torch.finfo(x.dtype).min)
+        most = x.new_full((B, D), -math.inf).scatter_reduce(0, index, x, "amax")
+        return most.where(layout.lengths[:, None] > 0, 0)  # what stands for no document must not make NaN of its gradient
     return x.new_zeros(B, D).index_add(0, layout.doc, x) / layout.lengths.clamp(min=1)[:, None]
 
 
@@ -431,32 +455,11 @@ class LinearModel(nn.Module):
             self.embedding = nn.Embedding(c.buckets, c.n_classes)
             nn.init.zeros_(self.embedding.weight)
             self.bias = nn.Parameter(torch.zeros(c.n_classes))
-            kind = torch.ones(c.vocab_size, dtype=torch.int64)  # 0: blank, 1: a word by itself, 2: part of one
-            kind[list(c.blanks)], kind[list(c.letters)] = 0, 2
-            self.register_buffer("kind", kind, persistent=False)
+            self.register_buffer("kind", byte_kinds(c), persistent=False)
         else:
             self.head = nn.Linear(c.n_features or math.prod(c.image_size), c.n_classes)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-
-    def words(self, tokens, doc):
-        """Bytes (T,) and their documents (T,) as words: (hash (W,) of each, its document (W,))."""
-        kind, T = self.kind[tokens], len(tokens)
-        same = F.pad((kind[1:] == 2) & (kind[:-1] == 2) & (doc[1:] == doc[:-1]), (1, 0))  # goes on with the word before it
-        start = ((kind > 0) & ~same).nonzero()[:, 0]
-        word = torch.bucketize(torch.arange(T, device=tokens.device), start, right=True) - 1
-        inside = kind > 0
-        place = (torch.arange(T, device=tokens.device) - start[word.clamp(min=0)] if len(start) else word)[inside]
-        mixed = (tokens[inside] + 1) * (place + 1) * 0x9E3779B97F4A7C15 ^ (tokens[inside] << 40)
-        return start.new_zeros(len(start)).index_add(0, word[inside], (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9), doc[start]
-
-    def bag(self, tokens, doc, n, n_documents):
-        """The sum of the rows of all runs of 1 … n tokens that lie in one document, divided by √(their number)."""
-        bucket, inside = ngram_buckets(tokens, doc, n, self.config.buckets)
-        count = torch.bincount(doc, inside.sum(1), n_documents)
-        offsets = F.pad(count.cumsum(0)[:-1], (1, 0)).long()
-        total = F.embedding_bag(bucket[inside], self.embedding.weight, offsets, mode="sum", sparse=self.embedding.sparse)
-        return total / count.clamp(min=1).sqrt()[:, None].to(total.dtype)
 
     def forward(self, x, cu_seqlens=None):
         c, B = self.config, len(cu_seqlens) - 1 if cu_seqlens is not None else 0
@@ -465,8 +468,46 @@ class LinearModel(nn.Module):
                 return self.head(flat(x))
         doc = torch.bucketize(torch.arange(len(x), device=x.device), cu_seqlens[1:], right=True)
         if not c.letters:
-            return self.bag(x, doc, c.ngrams, B) + self.bias
-        return self.bag(x, doc, c.char_ngrams, B) + self.bag(*self.words(x, doc), c.ngrams, B) + self.bias
+            return bag(self.embedding, x, doc, c.ngrams, B) + self.bias
+        word, place, start = words_of(self.kind, x, doc)
+        hashed = hash_words(x, word, place, len(start))
+        return bag(self.embedding, x, doc, c.char_ngrams, B) + bag(self.embedding, hashed, doc[start], c.ngrams, B) + self.bias
+
+
+def byte_kinds(c):
+    """(vocab_size,) int64 of each byte's token: 0 for a blank, 1 for a word by itself, 2 for a part of one."""
+    kind = torch.ones(c.vocab_size, dtype=torch.int64)
+    kind[list(c.blanks)], kind[list(c.letters)] = 0, 2
+    return kind
+
+
+def words_of(kind, tokens, doc):
+    """Bytes (T,) of documents doc (T,) as W words: (word (T,) of each byte, -1 of a blank; place (T,) in it; start (W,))."""
+    kinds = kind[tokens]
+    same = F.pad((kinds[1:] == 2) & (kinds[:-1] == 2) & (doc[1:] == doc[:-1]), (1, 0))  # goes on with the word before it
+    start = ((kinds > 0) & ~same).nonzero()[:, 0]
+    at = torch.arange(len(tokens), device=tokens.device)
+    word = torch.bucketize(at, start, right=True) - 1
+    place = at - F.pad(start, (0, 1))[word]
+    return word.where(kinds > 0, -1), place, start
+
+
+def hash_words(tokens, word, place, n_words):
+    """A hash (W,) int64 of each word's bytes."""
+    mixed = (tokens + 1) * (place + 1) * 0x9E3779B97F4A7C15 ^ tokens << 40
+    mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9
+    inside = word >= 0
+    return tokens.new_zeros(n_words).index_add(0, word[inside], mixed[inside])
+
+
+def bag(table, tokens, segment, n, n_segments):
+    """Of each segment the sum of the table's rows of all runs of 1 … n tokens that lie in it, divided by √(their number):
+    tokens (T,), segment (T,), ascending → (n_segments, width)."""
+    bucket, inside = ngram_buckets(tokens, segment, n, table.num_embeddings)
+    count = torch.bincount(segment, inside.sum(1), n_segments)
+    offsets = F.pad(count.cumsum(0)[:-1], (1, 0)).long()
+    total = F.embedding_bag(bucket[inside], table.weight, offsets, mode="sum", sparse=table.sparse)
+    return total / count.clamp(min=1).sqrt()[:, None].to(total.dtype)
 
 
 def ngram_buckets(tokens, doc, n, buckets):

@@ -62,6 +62,9 @@ class Config(DataConfig):
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where late words matter
     ngrams: int = 3  # of a linear model of text: runs of up to so many words are its features
     char_ngrams: int = 5  # of a linear model of text with tokenizer = "bytes": and runs of up to so many bytes
+    stem: Literal["tokens", "words"] = "tokens"  # words: of tokenizer = "bytes", hashed by their letters
+    bag_head: bool = False  # add a linear model's logits to the transformer's
+    bag_lr: float = 20.0
     buckets: int = 2**18  # of a linear model of text: hashed to so many; more for much text
     patch: int = 4  # of images: the side of a token
     crop: int | None = None  # text: train on a random window of so many tokens of each document; evaluation reads max_len
@@ -223,9 +226,9 @@ def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
     On the CPU the rows of a text embedding that a batch does not read have no gradient, and are left as they are (lazy Adam;
     plain SGD leaves them anyway): to decay their moments would take a sixth of a fine-tuning step."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    table = getattr(model, "embedding", None)
-    table = table if isinstance(table, torch.nn.Embedding) and table.weight.requires_grad else None
-    if table:
+    tables = [m for n, m in model.named_modules() if n in ("embedding", "bag.embedding") and isinstance(m, torch.nn.Embedding)
+              and m.weight.requires_grad]
+    for table in tables:
         table.sparse = device.type == "cpu" and model.config.lm_head != "tied" and (
             cfg.optimizer in ("adamw", "muon") or cfg.optimizer == "sgd" and not cfg.beta1 and not cfg.weight_decay)
     groups = {}
@@ -234,15 +237,16 @@ def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
         if kind == "muon":
             parts = 3 if name.endswith("qkv.weight") else 1
             kind = "muon" if p.ndim == 2 and name.startswith(("blocks", "layers")) else "adamw"
-        if table and p is table.weight and kind == "adamw":
-            kind, decay = "sparse" if table.sparse else kind, 0.0
-        groups.setdefault(kind, {}).setdefault((lr_scale(name, model, cfg), decay, parts), []).append(p)
+        if kind == "adamw" and any(p is t.weight for t in tables):
+            kind, decay = "sparse" if tables[0].sparse else kind, 0.0
+        scale = lr_scale(name, model, cfg) * (cfg.bag_lr if name.startswith("bag.") else 1)
+        groups.setdefault(kind, {}).setdefault((scale, decay, parts), []).append(p)
     assert sorted(id(p) for k in groups.values() for ps in k.values() for p in ps) == sorted(id(p) for p in params.values())
     betas, lr = (cfg.beta1, cfg.beta2), cfg.learning_rate or 1.0  # which each step sets
     make = {"adamw": lambda g: torch.optim.AdamW(g, lr, betas, fused=True),
             "sparse": lambda g: torch.optim.SparseAdam(g, lr, betas),
             "muon": lambda g: Muon(g, lr),
-            "sgd": lambda g: torch.optim.SGD(g, lr, cfg.beta1, nesterov=cfg.beta1 > 0, fused=not (table and table.sparse))}
+            "sgd": lambda g: torch.optim.SGD(g, lr, cfg.beta1, nesterov=cfg.beta1 > 0, fused=not (tables and tables[0].sparse))}
     return [make[kind]([{"params": ps, "lr_scale": scale} | ({"weight_decay": decay} if kind != "sparse" else {})
                         | ({"parts": parts} if kind == "muon" else {}) for (scale, decay, parts), ps in of_kind.items()])
             for kind, of_kind in groups.items()]
@@ -541,7 +545,8 @@ def make_model(cfg, meta):
         c.n_classes, c.lm_head, c.causal = 0, "own", cfg.objective == "clm"
     if meta["kind"] == "text":
         c.vocab_size, c.max_len, c.ngrams, c.buckets = meta["vocab_size"], cfg.max_len, cfg.ngrams, cfg.buckets
-        if cfg.model == "linear" and "letters" in meta:
+        c.stem, c.bag_head = cfg.stem, cfg.bag_head
+        if "letters" in meta and (cfg.model == "linear" or cfg.stem == "words"):
             c.char_ngrams, c.letters, c.blanks = cfg.char_ngrams, tuple(meta["letters"]), tuple(meta["blanks"])
     elif meta["kind"] == "image":
         c.image_size, c.patch = tuple(meta["shape"]), cfg.patch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import data
-from model import Layout, ModelConfig, Transformer, attend, build_model, ngram_buckets
+from model import Layout, ModelConfig, Transformer, attend, build_model, hash_words, ngram_buckets, words_of
 
 LENGTHS = [7, 1, 40, 40, 3, 64, 1, 22, 63, 12, 40]
 
@@ -70,7 +70,8 @@ def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
         torch.nn.init.normal_(model.embedding.weight)
         tokens, cu_seqlens = packed(documents)
         doc = torch.repeat_interleave(torch.arange(4), cu_seqlens.diff())
-        hashes, word_doc = model.words(tokens, doc) if kw else (tokens, doc)
+        word, place, start = words_of(model.kind, tokens, doc)
+        hashes, word_doc = (hash_words(tokens, word, place, len(start)), doc[start]) if kw else (tokens, doc)
         words = [d.tolist() for d in documents] if not kw else \
             [re.findall(rb"[0-9a-z\x80-\xff]+|[^ ]", t.encode()) for t in texts]
         flat = [(i, w) for i, d in enumerate(words) for w in d]
