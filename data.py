@@ -803,6 +803,8 @@ def build_settings(cfg):
     settings = {f.name: getattr(cfg, f.name) for f in fields(DataConfig)}
     if cfg.tokenizer not in OWN:
         settings |= dict.fromkeys(("tokenizer", "vocab_size", "lowercase"), "given")
+    if cfg.tokenizer == "bytes":
+        settings["vocab_size"] = "of bytes"
     unused = "label_separator" if cfg.target != "labels" else None
     return {k: v for k, v in settings.items() if k not in ("data_dir", "overwrite", "dataset", unused)}
 

@@ -31,6 +31,7 @@ from model import (
     build_model,
     find_device,
     flops_per_token,
+    lm_losses,
     load_checkpoint,
     load_weights,
     predict,
@@ -73,6 +74,7 @@ class Classifier:
         self.tokenizer = c["tokenizer"] and Tokenizer.from_str(c["tokenizer"])
         self.data_folder, self.max_len, self.kind, self.scaling, self.data_sha256 = (
             c[k] for k in ("data_folder", "max_len", "kind", "scaling", "data_sha256"))
+        self.objective = self.config.get("objective", "classify")
         self.multilabel, self.thresholds = self.config.get("target") == "labels", np.full(len(self.label_names), 0.5)
         if self.multilabel and (report := self.path.parent / "eval.json").exists():
             report = json.loads(report.read_text())
@@ -93,8 +95,9 @@ class Classifier:
         """Texts → [{"label": str, "probability": float, "probabilities": {label: float}}, ...]. With --target=labels, also
         "labels": those that reach their `thresholds` (0.5, or what eval.py fitted); "label" is these joined by the data's
         separator, "probability" that of just this set, labels taken as independent."""
-        if self.kind != "text":
-            raise UserError(f"{self.path} reads {self.kind}, not text")
+        if self.kind != "text" or self.objective != "classify":
+            raise UserError(f"{self.path} " + (f"reads {self.kind}, not text" if self.kind != "text" else
+                                               "is a language model; make a classifier of it with finetune.py --init_from"))
         ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast([data.clean(t) for t in texts])]  # GPT-2 has no [CLS]
         documents = data.PackedText(np.concatenate([[], *ids]).astype(np.int64), np.cumsum([0, *map(len, ids)]),
                                     np.zeros(len(ids), np.int64), {"n_suffix": self.n_suffix, "mask_id": None}, self.max_len)
@@ -281,7 +284,8 @@ def open_data(clf, split, data_dir=None):
                                (clf.data_sha256, meta["sha256"], "files differ: what is test now may have been train")):
         if ours != theirs:
             raise UserError(f"{clf.path} was trained on other data than {folder} is now: its {what.format(ours, theirs)}")
-    return data.open_split(cfg, meta, split, clf.max_len, folder=folder)
+    language = {k: clf.config[k] for k in ("objective", "mask_prob")} if clf.objective != "classify" else {}
+    return data.open_split(cfg, meta, split, clf.max_len, folder=folder, **language)
 
 
 def truth(clf, y):
@@ -301,6 +305,35 @@ def numbers(clf, values):
     return np.asarray(values, np.float64) * clf.scaling["target_std"] + clf.scaling["target_mean"]
 
 
+def language_scores(sums, n, n_bytes):
+    """Of blocks: sums (N, 2) of their losses in nats and of their right guesses, and their numbers of targets (N,).
+    bits_per_byte is clm's: per byte of text, however that was made tokens."""
+    nats, right = sums.sum(0) / n.sum()
+    return {"loss": nats, "perplexity": np.exp(nats), "token_accuracy": right} | (
+        {"bits_per_byte": sums[:, 0].sum() / np.log(2) / n_bytes} if n_bytes else {})
+
+
+def language_report(clf, cfg):
+    """What eval.json says of a language model: `language_scores` over a whole split, intervals over its blocks."""
+    examples = open_data(clf, cfg.split, cfg.data_dir)
+    batches = data.eval_batches(examples.lengths, max(4096, clf.max_len))
+    sums, n = np.zeros((len(examples), 2)), np.zeros(len(examples))
+    for _, indices, _ in tqdm(batches, unit=" batches"):
+        tokens, cu_seqlens, *where, targets = batch = examples.batch(None, indices)
+        ((nats, right),) = lm_losses(clf.model, [batch], clf.device, clf.dtype)
+        place = where[0] if where else torch.arange(len(tokens))
+        block = np.array(indices)[torch.bucketize(place, cu_seqlens[1:], right=True)[targets >= 0]]
+        for column, values in ((sums[:, 0], nats), (sums[:, 1], right), (n, torch.ones_like(nats))):
+            np.add.at(column, block, values.numpy())
+
+    def score(sums, n):
+        return language_scores(sums, n, examples.n_bytes * n.sum() / total if examples.objective == "clm" else 0)
+    total = n.sum()
+    return {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": cfg.split, "step": clf.step,
+            "n": int(total), **{k: float(v) for k, v in score(sums, n).items()}, "label_names": [],
+            "interval": intervals(score, sums, n, min(cfg.resamples, max(100, 20_000_000 // len(examples))))}
+
+
 def evaluate(clf, examples):
     """(the metrics of a Classifier on a split, its logits)."""
     logits = clf.logits(examples)
@@ -314,6 +347,8 @@ def evaluate(clf, examples):
 
 def full_report(clf, cfg):
     """(everything that is known of a checkpoint on cfg.split, for eval.json; the examples; their logits)."""
+    if clf.objective != "classify":
+        return language_report(clf, cfg), None, None
     examples = open_data(clf, cfg.split, cfg.data_dir)
     figures, logits = evaluate(clf, examples)
     report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": cfg.split, "step": clf.step, **figures,
@@ -487,11 +522,12 @@ def paired(a, b, resamples):
 def print_report(r):
     interval = {k: f" [{low:.4f}, {high:.4f}]" for k, (low, high) in r["interval"].items()}
     print(f"{r['checkpoint']} on {r['dataset']} {r['split']}: n {r['n']}, with 95 % intervals")
-    print("  " + "  ".join(f"{k} {r[k]:.4f}{interval.get(k, '')}" for k in (
-        ("r2", "rmse", "mae") if "r2" in r else ("micro_f1", "macro_f1", "samples_f1", "accuracy", "hamming_loss")
-        if "hamming_loss" in r else ("accuracy", "macro_f1", "mcc"))))
-    if "r2" in r:
+    if not r["label_names"]:
+        print("  " + "  ".join(f"{k} {r[k]:.4f}{v}" for k, v in interval.items()))
         return
+    print("  " + "  ".join(f"{k} {r[k]:.4f}{interval.get(k, '')}" for k in (
+        ("micro_f1", "macro_f1", "samples_f1", "accuracy", "hamming_loss")
+        if "hamming_loss" in r else ("accuracy", "macro_f1", "mcc"))))
     if "hamming_loss" in r:
         print_labels(r)
         return
@@ -592,7 +628,7 @@ def plot(clf, report, examples, logits, folder):
                     ax.imshow(examples.values[i].transpose(1, 2, 0).squeeze(), cmap="gray")
                     ax.set_title(f"{names[examples.labels[i]]}, said {names[p[i].argmax()]} {p[i].max():.0%}", fontsize=8)
             save(figure, "mistakes")
-    else:
+    elif "r2" in report:
         true, got = numbers(clf, examples.labels), numbers(clf, logits[:, 0])
         figure, ax = plt.subplots(figsize=(5, 5))
         ax.plot([true.min(), true.max()], [true.min(), true.max()], color="grey", linewidth=1)

@@ -327,8 +327,8 @@ class Transformer(nn.Module):
         return x.reshape(B * N, D), torch.arange(B + 1, dtype=torch.int32, device=x.device) * N
 
     def embed_words(self, tokens, cu_seqlens):
-        """Bytes (T,) → a vector for each word (W, D), of its runs of bytes and of the runs of words that end with it; and the
-        documents' cu_seqlens in words."""
+        """Bytes (T,) → (W, D), a vector for each word: of its runs of bytes and of the runs of words that end with it; and
+        the documents' cu_seqlens in words."""
         c, B = self.config, len(cu_seqlens) - 1
         doc = torch.bucketize(torch.arange(len(tokens), device=tokens.device), cu_seqlens[1:], right=True)
         word, place, start = words_of(self.kind, tokens, doc)
@@ -470,8 +470,8 @@ class LinearModel(nn.Module):
         if not c.letters:
             return bag(self.embedding, x, doc, c.ngrams, B) + self.bias
         word, place, start = words_of(self.kind, x, doc)
-        hashed = hash_words(x, word, place, len(start))
-        return bag(self.embedding, x, doc, c.char_ngrams, B) + bag(self.embedding, hashed, doc[start], c.ngrams, B) + self.bias
+        words = bag(self.embedding, hash_words(x, word, place, len(start)), doc[start], c.ngrams, B)
+        return bag(self.embedding, x, doc, c.char_ngrams, B) + words + self.bias
 
 
 def byte_kinds(c):

@@ -226,8 +226,8 @@ def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
     On the CPU the rows of a text embedding that a batch does not read have no gradient, and are left as they are (lazy Adam;
     plain SGD leaves them anyway): to decay their moments would take a sixth of a fine-tuning step."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    tables = [m for n, m in model.named_modules() if n in ("embedding", "bag.embedding") and isinstance(m, torch.nn.Embedding)
-              and m.weight.requires_grad]
+    tables = [m for n, m in model.named_modules() if n in ("embedding", "bag.embedding")
+              and isinstance(m, torch.nn.Embedding) and m.weight.requires_grad]
     for table in tables:
         table.sparse = device.type == "cpu" and model.config.lm_head != "tied" and (
             cfg.optimizer in ("adamw", "muon") or cfg.optimizer == "sgd" and not cfg.beta1 and not cfg.weight_decay)
@@ -246,7 +246,8 @@ def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
     make = {"adamw": lambda g: torch.optim.AdamW(g, lr, betas, fused=True),
             "sparse": lambda g: torch.optim.SparseAdam(g, lr, betas),
             "muon": lambda g: Muon(g, lr),
-            "sgd": lambda g: torch.optim.SGD(g, lr, cfg.beta1, nesterov=cfg.beta1 > 0, fused=not (tables and tables[0].sparse))}
+            "sgd": lambda g: torch.optim.SGD(g, lr, cfg.beta1, nesterov=cfg.beta1 > 0,
+                                             fused=not any(t.sparse for t in tables))}
     return [make[kind]([{"params": ps, "lr_scale": scale} | ({"weight_decay": decay} if kind != "sparse" else {})
                         | ({"parts": parts} if kind == "muon" else {}) for (scale, decay, parts), ps in of_kind.items()])
             for kind, of_kind in groups.items()]

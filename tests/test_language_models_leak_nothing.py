@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import eval as eval_script
 import finetune
 import train
 from configurator import UserError
@@ -138,6 +139,22 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lin
         got = train.evaluate(model, val, cfg, machine)
         assert got["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / val.n_bytes, rel=1e-5)
         assert got["val_loss"] == pytest.approx(nats / n, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_eval_says_of_a_language_model_what_training_said(unlabelled, objective, capsys):
+    settings = unlabelled | dict(objective=objective, mask_prob=0.3 * (objective == "mlm"), lines=True, max_steps=10)
+    train.train(train.Config(**settings))
+    last = [r for r in records(settings["out_dir"]) if "val_loss" in r][-1]
+    report, *_ = eval_script.full_report(eval_script.Classifier(settings["out_dir"]), eval_script.Config(split="val"))
+    eval_script.print_report(report)
+    for k in ("loss", "token_accuracy", *["bits_per_byte"] * (objective == "clm")):
+        low, high = report["interval"][k]
+        assert report[k] == pytest.approx(last[f"val_{k}"], rel=1e-5) and low <= report[k] <= high
+        assert f"{k} {report[k]:.4f}" in capsys.readouterr().out or k != "loss"
+    assert report["perplexity"] == pytest.approx(math.exp(report["loss"]))
+    with pytest.raises(UserError, match="is a language model"):
+        eval_script.Classifier(settings["out_dir"])(["goal"])
 
 
 @pytest.mark.parametrize("objective", ["classify", "clm", "mlm"])
