@@ -672,7 +672,7 @@ class Tokens:
                  "n_suffix": specials.index(0)}  # special tokens at the end of each document: kept when it is cut to max_len
         if self.single_bytes:  # how bytes make words, for LinearModel; a blank's token is chr(256 + byte)
             ids = self.tokenizer.get_vocab()
-            blanks = [0, 1, *(ids[chr(256 + b)] for b in range(33))]
+            blanks = [1, *(ids[chr(256 + b)] for b in range(33))]  # [CLS] is a word: that a word is the first one tells much
             found |= {"blanks": blanks, "letters": sorted(i for token, i in ids.items() if i not in blanks
                                                           and (token.isalnum() or not token.isascii()))}
         return found

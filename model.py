@@ -54,13 +54,12 @@ class ModelConfig:
     pooling: str = "mean"  # mean, max, cls (first token), last
     dropout: float = 0.0  # after the embedding, attention and MLP
     rope_theta: float = 10000.0
-    ngrams: int = 3  # linear model of text: runs of up to so many words are features
+    stem: str = "tokens"  # words: the transformer reads words, as hashed runs of their bytes and of words
+    ngrams: int = 3  # that stem, linear model of text: runs of up to so many words are features
     char_ngrams: int = 0  # and of so many bytes, with
     letters: tuple = ()  # the bytes that make words, and
     blanks: tuple = ()  # those that stand between
-    buckets: int = 2**18  # linear model of text: rows that the runs are hashed to
-    stem: str = "tokens"  # words: the transformer reads words made of bytes, by such runs
-    bag_head: bool = False  # and a linear model's logits are added to its own
+    buckets: int = 2**18  # rows that the runs are hashed to
     # what the published trunks need
     family: str = "ours"  # ours, or one of FAMILIES below: how weights are named in a Hugging Face folder
     position: str = "rope"  # rope, learned
@@ -285,7 +284,6 @@ class Transformer(nn.Module):
             self.embedding = nn.Embedding(c.buckets if c.stem == "words" else c.vocab_size, c.d_model)
         if c.stem == "words":
             self.register_buffer("kind", byte_kinds(c), persistent=False)
-        self.bag = LinearModel(c) if c.bag_head else None
         self.cls = nn.Parameter(torch.zeros(c.d_model)) if c.cls_token else None
         self.position = nn.Embedding(c.max_len, c.d_model) if c.position == "learned" else None
         self.segment = nn.Embedding(c.n_segments, c.d_model) if c.n_segments else None
@@ -361,7 +359,6 @@ class Transformer(nn.Module):
     def forward(self, inputs, cu_seqlens=None, where=None):
         """Logits (B, n_classes), float32, of packed text (inputs (T,), cu_seqlens (B+1,)) or images (B, C, H, W). Of a
         language model (T, vocab_size) for each token, or (M, vocab_size) for those of the indices `where` (M,)."""
-        given = inputs, cu_seqlens
         x, cu_seqlens = self.embed(inputs, cu_seqlens)
         layout, c = self.layout(cu_seqlens, len(x)), self.config
         if c.lm_head:
@@ -374,8 +371,7 @@ class Transformer(nn.Module):
             x = full(x) if keep is not None else pool(full(x), layout, c.pooling)
             if self.dense is not None:
                 x = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense](self.dense(x))
-            logits = self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
-        return logits if self.bag is None else logits + self.bag(*given)
+            return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
 
     @staticmethod
     def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):

@@ -60,12 +60,11 @@ class Config(DataConfig):
     pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how a document's tokens become one vector
     position: Literal["rope", "learned"] = "rope"  # rope: relative, of images in two dimensions; learned: a vector for each
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where late words matter
-    ngrams: int = 3  # of a linear model of text: runs of up to so many words are its features
-    char_ngrams: int = 5  # of a linear model of text with tokenizer = "bytes": and runs of up to so many bytes
-    stem: Literal["tokens", "words"] = "tokens"  # words: of tokenizer = "bytes", hashed by their letters
-    bag_head: bool = False  # add a linear model's logits to the transformer's
-    bag_lr: float = 20.0
-    buckets: int = 2**18  # of a linear model of text: hashed to so many; more for much text
+    stem: Literal["tokens", "words"] = "tokens"  # words, with tokenizer = "bytes": the transformer reads whole words, as
+    # hashed runs of bytes and of words; much better than tokens for small data, without pretraining
+    ngrams: int = 3  # of that stem and of a linear model of text: runs of up to so many words are features
+    char_ngrams: int = 5  # of both, with tokenizer = "bytes": and runs of up to so many bytes
+    buckets: int = 2**18  # of both: hashed to so many; more for much text
     patch: int = 4  # of images: the side of a token
     crop: int | None = None  # text: train on a random window of so many tokens of each document; evaluation reads max_len
     dropout: float = 0.0  # 0.1-0.3 for small data and many epochs
@@ -226,9 +225,9 @@ def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
     On the CPU the rows of a text embedding that a batch does not read have no gradient, and are left as they are (lazy Adam;
     plain SGD leaves them anyway): to decay their moments would take a sixth of a fine-tuning step."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    tables = [m for n, m in model.named_modules() if n in ("embedding", "bag.embedding")
-              and isinstance(m, torch.nn.Embedding) and m.weight.requires_grad]
-    for table in tables:
+    table = getattr(model, "embedding", None)
+    table = table if isinstance(table, torch.nn.Embedding) and table.weight.requires_grad else None
+    if table:
         table.sparse = device.type == "cpu" and model.config.lm_head != "tied" and (
             cfg.optimizer in ("adamw", "muon") or cfg.optimizer == "sgd" and not cfg.beta1 and not cfg.weight_decay)
     groups = {}
@@ -237,17 +236,16 @@ def make_optimizers(model, cfg, device, lr_scale=lambda name, model, cfg: 1.0):
         if kind == "muon":
             parts = 3 if name.endswith("qkv.weight") else 1
             kind = "muon" if p.ndim == 2 and name.startswith(("blocks", "layers")) else "adamw"
-        if kind == "adamw" and any(p is t.weight for t in tables):
-            kind, decay = "sparse" if tables[0].sparse else kind, 0.0
-        scale = lr_scale(name, model, cfg) * (cfg.bag_lr if name.startswith("bag.") else 1)
-        groups.setdefault(kind, {}).setdefault((scale, decay, parts), []).append(p)
+        if table and p is table.weight and kind == "adamw":
+            kind, decay = "sparse" if table.sparse else kind, 0.0
+        groups.setdefault(kind, {}).setdefault((lr_scale(name, model, cfg), decay, parts), []).append(p)
     assert sorted(id(p) for k in groups.values() for ps in k.values() for p in ps) == sorted(id(p) for p in params.values())
     betas, lr = (cfg.beta1, cfg.beta2), cfg.learning_rate or 1.0  # which each step sets
     make = {"adamw": lambda g: torch.optim.AdamW(g, lr, betas, fused=True),
             "sparse": lambda g: torch.optim.SparseAdam(g, lr, betas),
             "muon": lambda g: Muon(g, lr),
             "sgd": lambda g: torch.optim.SGD(g, lr, cfg.beta1, nesterov=cfg.beta1 > 0,
-                                             fused=not any(t.sparse for t in tables))}
+                                             fused=not (table and table.sparse))}
     return [make[kind]([{"params": ps, "lr_scale": scale} | ({"weight_decay": decay} if kind != "sparse" else {})
                         | ({"parts": parts} if kind == "muon" else {}) for (scale, decay, parts), ps in of_kind.items()])
             for kind, of_kind in groups.items()]
@@ -546,7 +544,7 @@ def make_model(cfg, meta):
         c.n_classes, c.lm_head, c.causal = 0, "own", cfg.objective == "clm"
     if meta["kind"] == "text":
         c.vocab_size, c.max_len, c.ngrams, c.buckets = meta["vocab_size"], cfg.max_len, cfg.ngrams, cfg.buckets
-        c.stem, c.bag_head = cfg.stem, cfg.bag_head
+        c.stem = cfg.stem
         if "letters" in meta and (cfg.model == "linear" or cfg.stem == "words"):
             c.char_ngrams, c.letters, c.blanks = cfg.char_ngrams, tuple(meta["letters"]), tuple(meta["blanks"])
     elif meta["kind"] == "image":
@@ -584,6 +582,10 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     if cfg.objective != "classify" and (cfg.model != "transformer" or (cfg.mask_prob > 0) != (cfg.objective == "mlm")):
         raise UserError(f"--objective={cfg.objective} is for --model=transformer, with --mask_prob "
                         + ("above 0, as 0.3" if cfg.objective == "mlm" else "of 0"))
+    if cfg.stem == "words" and (cfg.tokenizer != "bytes" or cfg.model != "transformer" or cfg.objective != "classify"
+                                or cfg.mask_prob or cfg.crop):
+        raise UserError("--stem=words is for a transformer that classifies, with --tokenizer=bytes, and without --mask_prob "
+                        "and --crop, which would cut words")
     if cfg.target == "labels" and (cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing):
         raise UserError("--class_weights, --focal_gamma and --label_smoothing are for --target=class; of several labels, "
                         "rare ones are helped by the thresholds that eval.py fits on val")

@@ -1,4 +1,5 @@
-# A character GPT on tinyshakespeare (1.1 MB, downloaded once), the data of nanoGPT's smallest example.
+# A character GPT on tinyshakespeare (1.1 MB, downloaded once), the data of nanoGPT's smallest example, with no more parameters
+# than its CPU run has (4 layers of width 128, block 64). --max_steps=320 ends where that does, in a tenth of the time.
 dataset = "shakespeare"
 tokenizer = "bytes"
 lowercase = False
@@ -9,6 +10,13 @@ max_len = 64
 n_layer = 4
 n_head = 4
 d_model = 128
-batch_size = 12
+d_ff = 448  # its embedding is tied to its head and has no bytes that do not occur; this makes up for it
+batch_size = 16
 epochs = 1.0
-eval_interval = 250
+optimizer = "muon"
+learning_rate = 1e-2
+schedule = "trapezoid"
+cooldown = 0.6
+warmup_steps = 10
+weight_decay = 0.0
+eval_interval = 500
