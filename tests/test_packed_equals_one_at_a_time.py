@@ -43,6 +43,33 @@ def test_packed_logits_and_hidden_states(kw, monkeypatch):
         torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_transformer_that_reads_words_too():
+    model = random_model(stem="words", letters=tuple(range(10, 50)), blanks=(1, 2, 3), char_ngrams=3, ngrams=2, buckets=4096)
+    documents = [np.append(0, d[:63]) for d in random_documents()]  # [CLS], a word of its own: none is without a word
+    alone = torch.cat([model(*packed([d])) for d in documents])
+    assert alone.std() > 0.05
+    torch.testing.assert_close(model(*packed(documents)), alone, atol=1e-5, rtol=1e-5)
+    filled = model(*packed(documents, shape=(512, 20, 64)))
+    torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
+    # [CLS] ab _ ab , c | [CLS] c
+    words, _ = model.embed(*packed([np.array([0, 12, 13, 2, 12, 13, 5, 14]), np.array([0, 14])]))
+    assert len(words) == 7 and not torch.allclose(words[1], words[2])  # "ab" after [CLS] and after "ab"
+    torch.testing.assert_close(words[0], words[5])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "cls", "last"])
+def test_what_fills_a_batch_up_leaves_the_gradient_as_it_is(pooling):
+    documents, targets = random_documents(), torch.arange(len(LENGTHS)) % 4
+    gradients = []
+    for shape in (None, (512, 20, 64)):
+        model = random_model(pooling=pooling)
+        logits = model(*packed(documents, shape))
+        wanted = torch.nn.functional.pad(targets, (0, len(logits) - len(targets)), value=-100)
+        torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_the_baselines_too(kind):
     torch.manual_seed(0)
