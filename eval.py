@@ -28,11 +28,13 @@ import data
 from configurator import UserError, configure, run
 from model import (
     WeightsError,
+    bf16_is_native,
     build_model,
     find_device,
     flops_per_token,
     load_checkpoint,
     load_weights,
+    lower,
     predict,
     save_hf,
 )
@@ -50,18 +52,22 @@ class Config:
     resamples: int = 1000  # of the bootstrap that makes the intervals
     export: Literal["hf"] | None = None  # hf: write a folder that transformers loads (our own trunk: that finetune.py does)
     data_dir: str | None = None  # None: where the checkpoint's data set was
-    micro_batch_tokens: int = 16384  # most tokens at once; lower it when memory runs out
+    micro_batch_tokens: int | None = None  # most tokens at once; None: 4096 on CPUs, whose cache holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster, and may differ in a text out of hundreds
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: float32 for figures; for labels bfloat16 where
+    # that is native, which differs in a text of a thousand. int8: on CPUs, differs in a text of seventy
 
 
 class Classifier:
-    """A checkpoint, ready to label texts. `model`, `tokenizer`, `label_names`, and the run's `config` are public."""
+    """A checkpoint, ready to label texts. `model`, `tokenizer`, `label_names`, and the run's `config` are public.
 
-    def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=16384):
+    dtype: torch.float32; bfloat16, or on CPUs int8, with which the model can only predict."""
+
+    def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=None):
         self.path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
         c = load_checkpoint(self.path)
-        self.device, self.dtype, self.micro_batch_tokens = torch.device(find_device(device)), dtype, micro_batch_tokens
+        self.device, self.dtype = torch.device(find_device(device)), dtype
+        self.micro_batch_tokens = micro_batch_tokens or (4096 if self.device.type == "cpu" else 16384)
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
@@ -69,6 +75,13 @@ class Classifier:
         self.model = build_model(c["model_config"])
         load_weights(self.model, c["model"], self.path)
         self.model.to(self.device).eval()
+        transformer = self.device.type == "cpu" and c["kind"] == "text" and self.model.config.model == "transformer"
+        if dtype == torch.int8 and not transformer:
+            raise UserError(f"--dtype=int8 is for transformers of text on CPUs: {self.path} is a {self.model.config.model} "
+                            f"model of {c['kind']}, on {self.device.type}")
+        if transformer and (dtype == torch.int8 or dtype == torch.bfloat16 and bf16_is_native("cpu")):
+            lower(self.model, dtype)
+            self.dtype = torch.float32  # no autocast: each layer has its own
         self.label_names, self.config, self.n_suffix, self.step = c["label_names"], c["config"], c["n_suffix"], c["step"]
         self.tokenizer = c["tokenizer"] and Tokenizer.from_str(c["tokenizer"])
         self.data_folder, self.max_len, self.kind, self.scaling, self.data_sha256 = (
@@ -97,6 +110,12 @@ class Classifier:
 
 
 load_classifier = Classifier
+
+
+def open_classifier(path, cfg, for_labels=False):
+    fast = for_labels and bf16_is_native(find_device(cfg.device))
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32"
+    return Classifier(path, cfg.device, getattr(torch, dtype), cfg.micro_batch_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +298,7 @@ def compare(paths, cfg):
     exact test (1947). Latency is that of one example at a time, throughput that of the whole split."""
     rows, truth = {}, None
     for path in paths:
-        clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
+        clf = open_classifier(path, cfg)
         examples = open_data(clf, cfg.split, cfg.data_dir)
         if not clf.label_names:
             raise UserError(f"{path}: predicts a number; only classifiers can be compared")
@@ -301,10 +320,12 @@ def compare(paths, cfg):
         elapsed = [r["elapsed_s"] for r in map(json.loads, open(metrics_file)) if "elapsed_s" in r] \
             if metrics_file.exists() else []
         length = float(np.mean(examples.lengths))
+        with torch.device("meta"):
+            whole = build_model(clf.model.config)  # in int8 a model has other parameters
         rows.setdefault(key, []).append({
             "name": str(path), "right": logits.argmax(1) == examples.labels, "y": examples.labels,
-            "logp": log_softmax(logits), "parameters": sum(p.numel() for p in clf.model.parameters()),
-            "mflop": flops_per_token(clf.model, length) * (length if clf.kind != "features" else 1) / 3e6,
+            "logp": log_softmax(logits), "parameters": sum(p.numel() for p in whole.parameters()),
+            "mflop": flops_per_token(whole, length) * (length if clf.kind != "features" else 1) / 3e6,
             "train_s": elapsed[-1] if elapsed else math.nan, "per_s": len(examples) / seconds,
             "p50": np.quantile(alone, 0.5), "p95": np.quantile(alone, 0.95), "mb": clf.path.stat().st_size / 1e6})
     groups = sorted(rows.values(), key=lambda g: -np.mean([r["right"].mean() for r in g]))
@@ -540,7 +561,7 @@ def main():
         compare(cfg.checkpoint, cfg)
         return
     for path in cfg.checkpoint:
-        clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
+        clf = open_classifier(path, cfg, cfg.text or cfg.input)
         if cfg.text:
             label(clf, cfg.text)
         elif cfg.input:

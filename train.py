@@ -30,6 +30,7 @@ from model import (
     CHECKPOINT_FORMAT,
     ModelConfig,
     WeightsError,
+    bf16_is_native,
     build_model,
     find_device,
     flops_per_token,
@@ -132,9 +133,7 @@ class Machine:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else \
-            kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        native = native and cfg.optimizer != "lbfgs"  # whose line search needs the exact loss
+        native = bf16_is_native(kind) and cfg.optimizer != "lbfgs"  # whose line search needs the exact loss
         self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native else torch.float32
         if kind == "cuda" and self.dtype == torch.bfloat16:
             torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -1,0 +1,54 @@
+"""Labels computed in bfloat16 or int8 are those of float32, but for texts on the edge; what cannot be is refused."""
+import copy
+
+import pytest
+import torch
+
+import train
+from configurator import UserError
+from eval import load_classifier
+from model import Transformer, attend_bf16, lower
+from tests.test_packed_equals_one_at_a_time import packed, random_documents, random_model
+from tests.test_published_weights_mean_the_same import CONFIGS, reference
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.int8, 0.06)])
+@pytest.mark.parametrize("name", ["ours", *CONFIGS])
+def test_logits_are_close(tmp_path, name, dtype, error):
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor computes no bfloat16")
+    model = random_model()
+    if name != "ours":
+        reference(name).save_pretrained(tmp_path)
+        model = Transformer.from_pretrained(tmp_path)
+    inputs = packed(random_documents([7, 1, 40, 40, 3, 50, 1, 22]))
+    low = copy.deepcopy(model).eval()
+    lower(low, dtype)
+    with torch.no_grad():
+        exact, got = model.eval()(*inputs), low(*inputs)
+    assert (got - exact).square().mean().sqrt() < error * exact.std() and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("L", [5, 16, 33])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_without_a_backward_pass_is_attention(L, causal):
+    q, k, v = torch.randn(3, 2, 4, L, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    allowed = torch.arange(L) < torch.tensor([L, L - 2])[:, None, None, None]  # (b, 1, 1, L)
+    mask = allowed & torch.ones(L, L, dtype=torch.bool).tril() if causal else allowed
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    torch.testing.assert_close(attend_bf16(q, k, v, allowed, causal).float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_labels_are_the_same(toy):
+    train.train(train.Config(**toy | dict(epochs=6.0)))
+    texts = [f"{'goal ' * (i % 9)} {'bank ' * (i % 7)} {'chip ' * (i % 5)}{i}" for i in range(200)]
+    exact = [max(r["probabilities"].items(), key=lambda x: x[1]) for r in load_classifier(toy["out_dir"])(texts)]
+    for dtype in (torch.bfloat16, torch.int8):
+        labels = [r["label"] for r in load_classifier(toy["out_dir"], dtype=dtype)(texts)]
+        assert all(a == b for a, (b, p) in zip(labels, exact) if p > 0.55)
+
+
+def test_int8_is_refused_where_it_cannot_be(toy):
+    train.train(train.Config(**toy | dict(model="linear")))
+    with pytest.raises(UserError, match="--dtype=int8 is for transformers of text on CPUs: .* is a linear model of text"):
+        load_classifier(toy["out_dir"], dtype=torch.int8)
