@@ -27,6 +27,7 @@ from tqdm import tqdm
 import data
 from configurator import UserError, configure, run
 from model import (
+    Padded,
     WeightsError,
     bf16_is_native,
     build_model,
@@ -50,9 +51,11 @@ class Config:
     text_column: str | int | list[str | int] = "text"  # of input
     header: bool | None = None  # of input: is the first row names? None: yes where text_column is a name
     resamples: int = 1000  # of the bootstrap that makes the intervals
-    export: Literal["hf"] | None = None  # hf: write a folder that transformers loads (our own trunk: that finetune.py does)
+    cheaper: bool = False  # True: what bfloat16, int8, torch.compile and shorter texts cost in accuracy and gain in speed
+    export: Literal["hf", "pt2", "onnx"] | None = None  # hf: a folder that transformers loads (of our own trunk:
+    # that finetune.py does); pt2: torch.export's format; onnx. These take (input_ids, attention_mask), padded, of any size
     data_dir: str | None = None  # None: where the checkpoint's data set was
-    micro_batch_tokens: int | None = None  # most tokens at once; None: 4096 on CPUs, whose cache holds them, else 16384
+    micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: float32 for figures; for labels bfloat16 where
     # that is native, which differs in a text of a thousand. int8: on CPUs, differs in a text of seventy
@@ -67,7 +70,7 @@ class Classifier:
         self.path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
         c = load_checkpoint(self.path)
         self.device, self.dtype = torch.device(find_device(device)), dtype
-        self.micro_batch_tokens = micro_batch_tokens or (4096 if self.device.type == "cpu" else 16384)
+        self.micro_batch_tokens = micro_batch_tokens or (2048 if self.device.type == "cpu" else 16384)
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
@@ -356,6 +359,35 @@ def compare(paths, cfg):
     print("\n" + ("; ".join(sentences) or "these are seeds of one config: there is nothing to compare") + ".")
 
 
+def cheaper(path, cfg):
+    """Prints a table of the ways to compute less: their accuracy on cfg.split, and how many examples a second they do."""
+    clf = Classifier(path, cfg.device, micro_batch_tokens=cfg.micro_batch_tokens)
+    if not clf.label_names:
+        raise UserError(f"{path}: predicts a number; --cheaper=True is for classifiers")
+    longest = int(open_data(clf, cfg.split, cfg.data_dir).lengths.max()) if clf.kind == "text" else 0
+    ways = [("float32", {}), ("bfloat16", {"dtype": torch.bfloat16}), ("int8", {"dtype": torch.int8}), ("torch.compile", {})]
+    ways += [(f"first {longest // k} of {longest} tokens", {"max_len": longest // k}) for k in (2, 4) if longest // k > 2]
+    print(f"{path} on {clf.config['dataset']} {cfg.split}\n{'':26}accuracy  other labels      ex/s  speed-up")
+    exact = None
+    for name, changes in ways:
+        try:
+            clf = Classifier(path, cfg.device, changes.get("dtype", torch.float32), cfg.micro_batch_tokens)
+            clf.max_len = changes.get("max_len", clf.max_len)
+            examples = open_data(clf, cfg.split, cfg.data_dir)
+            if name == "torch.compile":
+                clf.model.compile(dynamic=True)
+            clf.logits(examples)  # warms up, compiles
+            started = time.perf_counter()
+            said = clf.logits(examples).argmax(1).numpy()
+            per_s = len(examples) / (time.perf_counter() - started)
+        except (UserError, RuntimeError) as e:
+            print(f"{name:26}not here: {str(e).splitlines()[0][:90]}")
+            continue
+        exact = (said, per_s) if exact is None else exact
+        print(f"{name:26}{(said == examples.labels).mean():8.2%}  {(said != exact[0]).mean():12.2%}  {per_s:8.0f}  "
+              f"{per_s / exact[1]:7.2f}×", flush=True)
+
+
 def paired(a, b, resamples):
     """(p of a paired bootstrap, p of McNemar's exact test) that a and b (N,), 1 where right, have the same mean."""
     rng, d = np.random.default_rng(0), a - b
@@ -553,20 +585,76 @@ def label_file(clf, cfg):
     print(f"{n} texts labelled: {cfg.output}")
 
 
+def export(clf, cfg):
+    """Writes model.pt2 or model.onnx beside the checkpoint, if what is loaded from it agrees with clf on examples of val."""
+    kind, folder = clf.model.config.model, clf.path.parent
+    if kind != "transformer" and clf.kind == "text":
+        raise UserError(f"{clf.path}: a {kind} model of text cannot be written as {cfg.export}; transformers, and models of "
+                        "images and of numbers, can")
+    if cfg.export == "onnx":
+        try:
+            import onnxruntime
+            import onnxscript  # noqa: F401 (what torch.onnx.export needs)
+        except ImportError as e:
+            raise UserError("--export=onnx needs packages that are not here: pip install onnx onnxscript onnxruntime") from e
+    model = Padded(clf.model).eval() if kind == "transformer" else clf.model
+    examples = open_data(clf, "val", cfg.data_dir)
+    some = np.argsort(examples.lengths, kind="stable")[np.linspace(0, len(examples) - 1, min(48, len(examples))).astype(int)]
+    (expected,) = predict(clf.model, [examples.batch(None, some)], clf.device, clf.dtype)
+
+    def arguments(indices):
+        if clf.kind != "text":
+            return (examples.batch(None, indices)[0],)
+        ids = [torch.from_numpy(examples.document(i, None)) for i in indices]
+        return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(d) for d in ids]))
+    names = ["input_ids", "attention_mask"] if clf.kind == "text" else ["pixels" if clf.kind == "image" else "x"]
+    size = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("length")} if clf.kind == "text" else {})
+    temporary = folder / f"model.tmp.{cfg.export}"
+    try:
+        program = torch.export.export(model, arguments(some[-3:]), dynamic_shapes=(size,) * len(names))
+        if cfg.export == "pt2":
+            torch.export.save(program, temporary)
+            loaded = torch.export.load(temporary).module()
+        else:
+            torch.onnx.export(program, f=temporary, input_names=names, output_names=["logits"], dynamo=True,
+                              external_data=False, verbose=False)
+            session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+
+            def loaded(*x):
+                return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in zip(names, x)})[0])
+        with torch.no_grad():
+            got = torch.cat([loaded(*arguments(some[:1])), loaded(*arguments(some[1:]))])
+        error = float((got - expected).abs().max())
+        if not error <= 1e-4:
+            raise UserError(f"{clf.path}: what was written as {cfg.export} computes other logits, by {error:.1e}, so it was "
+                            "not kept")
+        os.replace(temporary, folder / f"model.{cfg.export}")
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"written to {folder}/model.{cfg.export}: ({', '.join(names)}) → logits, on {len(some)} examples of val within "
+          f"{error:.1e} of the checkpoint's")
+
+
 def main():
     cfg = configure(Config, positional="checkpoint")
     if not cfg.checkpoint:
         raise UserError("which checkpoint? For instance: python eval.py out/textcls")
-    if len(cfg.checkpoint) > 1 and not (cfg.text or cfg.input or cfg.export):
+    if len(cfg.checkpoint) > 1 and not (cfg.text or cfg.input or cfg.export or cfg.cheaper):
         compare(cfg.checkpoint, cfg)
         return
     for path in cfg.checkpoint:
-        clf = open_classifier(path, cfg, cfg.text or cfg.input)
+        if cfg.cheaper:
+            cheaper(path, cfg)
+            continue
+        clf = Classifier(path, "cpu") if cfg.export else open_classifier(path, cfg, cfg.text or cfg.input)
         if cfg.text:
             label(clf, cfg.text)
         elif cfg.input:
             label_file(clf, cfg)
         elif cfg.export:
+            if cfg.export != "hf":
+                export(clf, cfg)
+                continue
             if clf.kind != "text":
                 raise UserError(f"{path} reads {clf.kind}; only text classifiers can be written as a Hugging Face folder")
             folder = clf.path.parent / "hf"

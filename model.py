@@ -133,6 +133,57 @@ class Rows(torch.autograd.Function):
 MAX_WASTE = 64  # padded tokens that one more call of the attention kernel is worth (measured on 2 CPU cores)
 
 
+class PaddedLayout:
+    """Where the documents are of a padded batch, flattened to (B·L, D): for exports. mask (B, L): tokens that count."""
+
+    def __init__(self, mask):
+        (B, L), device = mask.shape, mask.device
+        self.mask, self.at = mask, torch.arange(L, device=device)
+        self.position = self.at.repeat(B)
+
+    def attend(self, q, k, v, causal, window):
+        (B, L), (_, H, d) = self.mask.shape, q.shape
+        q, k, v = (t.view(B, L, H, d).transpose(1, 2) for t in (q, k, v))
+        allowed, distance = self.mask[:, None, None], self.at[:, None] - self.at  # (B, 1, 1, L), (L, L)
+        if causal:
+            allowed = allowed & (distance >= 0)
+        if window:
+            allowed = allowed & (distance.abs() <= window) | (distance == 0)  # softmax over nothing is not a number
+        return F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).reshape(B * L, H, d)
+
+    def pool(self, x, kind):
+        """(B·L, D) → (B, D)."""
+        B, L = self.mask.shape
+        x, mask = x.view(B, L, -1), self.mask[..., None]
+        if kind == "cls":
+            return x[:, 0]
+        if kind == "last":
+            return x[torch.arange(B, device=x.device), self.mask.sum(1) - 1]
+        if kind == "max":
+            return x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(1)
+        return (x * mask).sum(1) / mask.sum(1)
+
+
+class Padded(nn.Module):
+    """A transformer as other programs call it: text as (input_ids (B, L) int64, attention_mask (B, L), 1 at a document's
+    tokens, which stand first, and 0 at padding), images as (pixels (B, C, H, W),) → logits (B, n_classes)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs, attention_mask=None):
+        m = self.model
+        if attention_mask is None:
+            x, cu_seqlens = m.embed(inputs, None)
+            attention_mask = x.new_ones(inputs.shape[0], m.config.max_len)
+        else:
+            x = m.embedding(inputs.flatten())
+            attention_mask = attention_mask.expand_as(inputs)  # tells torch.export that the sizes are the same
+        layout = PaddedLayout(attention_mask.bool())
+        return m.classify(layout.pool(m.trunk(x, m.with_rope(layout)), m.config.pooling))
+
+
 def full(x):
     """x in float32, or float64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
@@ -140,6 +191,8 @@ def full(x):
 
 def attend(q, k, v, layout, causal=False, window=0):
     """Attention within each document (and `window` tokens to either side, if any): q, k, v (T, H, d) → (T, H, d)."""
+    if isinstance(layout, PaddedLayout):
+        return layout.attend(q, k, v, causal, window)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
         return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
@@ -307,7 +360,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 if matrix else 0.02)
 
     def layout(self, cu_seqlens, T):
-        layout = Layout(cu_seqlens, T, self.config.max_len)
+        return self.with_rope(Layout(cu_seqlens, T, self.config.max_len))
+
+    def with_rope(self, layout):
         layout.rope = self.config.position == "rope" and [  # of blocks without and with a window: cos, sin (T, 1, d/2)
             table[:, layout.position, None] for table in (self.rope, self.window_rope)]
         return layout
@@ -319,7 +374,7 @@ class Transformer(nn.Module):
             return self.embedding(inputs), cu_seqlens
         x = self.embedding(patchify((full(inputs) / 255 - c.pixel_mean) / c.pixel_std, c.patch))  # (B, N, D)
         if self.cls is not None:
-            x = torch.cat((self.cls.expand(len(x), 1, -1).to(x.dtype), x), 1)
+            x = torch.cat((self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x), 1)
         B, N, D = x.shape
         return x.reshape(B * N, D), torch.arange(B + 1, dtype=torch.int32, device=x.device) * N
 
@@ -347,10 +402,14 @@ class Transformer(nn.Module):
         keep = None if keep is None else keep.clamp(0, len(x) - 1)  # of an empty document: any token
         x = self.trunk(x, layout, keep)
         with torch.autocast(x.device.type, enabled=False):
-            x = full(x) if keep is not None else pool(full(x), layout, c.pooling)
-            if self.dense is not None:
-                x = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense](self.dense(x))
-            return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
+            return self.classify(full(x) if keep is not None else pool(full(x), layout, c.pooling))
+
+    def classify(self, x):
+        """The head: (B, D) → (B, n_classes)."""
+        c = self.config
+        if self.dense is not None:
+            x = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense](self.dense(x))
+        return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
 
     @staticmethod
     def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):

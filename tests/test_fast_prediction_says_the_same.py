@@ -6,7 +6,7 @@ import torch
 
 import train
 from configurator import UserError
-from eval import load_classifier
+from eval import Config, cheaper, load_classifier, open_data
 from model import Transformer, attend_bf16, lower
 from tests.test_packed_equals_one_at_a_time import packed, random_documents, random_model
 from tests.test_published_weights_mean_the_same import CONFIGS, reference
@@ -46,6 +46,22 @@ def test_labels_are_the_same(toy):
     for dtype in (torch.bfloat16, torch.int8):
         labels = [r["label"] for r in load_classifier(toy["out_dir"], dtype=dtype)(texts)]
         assert all(a == b for a, (b, p) in zip(labels, exact) if p > 0.55)
+
+
+def test_the_table_of_cheaper_ways_holds_what_each_scores(toy, capsys):
+    train.train(train.Config(**toy))
+    capsys.readouterr()
+    cheaper(toy["out_dir"], Config(split="train"))
+    rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()[2:]}
+    clf = load_classifier(toy["out_dir"])
+    examples = open_data(clf, "train")
+    said, longest = clf.logits(examples).argmax(1).numpy(), max(examples.lengths)
+    assert rows["float32"][:2] == [f"{(said == examples.labels).mean():.2%}", "0.00%"] and rows["float32"][3] == "1.00×"
+    clf.max_len = int(longest) // 4
+    short = clf.logits(open_data(clf, "train")).argmax(1).numpy()
+    assert rows[f"first {longest // 4} of {longest} tokens"][:2] == [
+        f"{(short == examples.labels).mean():.2%}", f"{(short != said).mean():.2%}"]
+    assert {"bfloat16", "int8", "torch.compile", f"first {longest // 2} of {longest} tokens"} < set(rows)
 
 
 def test_int8_is_refused_where_it_cannot_be(toy):
