@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import gzip
 import html
-import itertools
 import json
 import math
 import os
@@ -101,10 +100,12 @@ class Classifier:
         return out
 
     def __call__(self, texts):
-        """Texts → [{"label": str, "probabilities": {label: float}}, ...]."""
+        """Texts → [{"label": str, "probabilities": {label: float}}, ...]. Of a text, the first 100·max_len characters are
+        read: more could only count after words of a hundred letters."""
         if self.kind != "text":
             raise UserError(f"{self.path} reads {self.kind}, not text")
-        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast([data.clean(t) for t in texts])]  # GPT-2 has no [CLS]
+        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast([
+            data.clean(t[: 100 * self.max_len]) for t in texts])]  # GPT-2 has no [CLS]
         documents = data.PackedText(np.concatenate([[], *ids]).astype(np.int64), np.cumsum([0, *map(len, ids)]),
                                     np.zeros(len(ids), np.int64), {"n_suffix": self.n_suffix, "mask_id": None}, self.max_len)
         probabilities = self.logits(documents).double().softmax(1)
@@ -545,11 +546,28 @@ def write(path, text):
 def label(clf, texts):
     """Prints a line per text: label, its probability, the others'. `-` reads standard input line by line."""
     for text in texts:
-        for line in sys.stdin if text == "-" else [text]:
+        n, lines = 0, data.decoded(sys.stdin.buffer, "standard input", "utf-8", None) if text == "-" else [(1, text)]
+        for _, line in lines:
             if text != "-" or line.strip():
+                n += 1
                 (result,) = clf([line])
                 ranked = sorted(result["probabilities"].items(), key=lambda x: -x[1])
                 print("  ".join(f"{name} {p:.4f}" for name, p in ranked) + f"   {line.strip()[:60]}", flush=True)
+        if not n:
+            raise UserError("standard input: holds no texts")
+
+
+def chunks(texts):
+    """Lists of up to 4096 texts, or a million characters."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if len(chunk) == 4096 or size > 1_000_000:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def label_file(clf, cfg):
@@ -570,7 +588,7 @@ def label_file(clf, cfg):
         with open(temporary, "w", newline="", encoding="utf-8") as f, tqdm(unit=" texts") as bar:
             table = csv.writer(f)
             table.writerow(["label", "probability"])
-            while chunk := list(itertools.islice(texts, 4096)):
+            for chunk in chunks(t[: 100 * clf.max_len] for t in texts):
                 for r in clf(chunk):
                     table.writerow([r["label"], f"{r['probabilities'][r['label']]:.6f}"])
                 n += len(chunk)
