@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import data
-from configurator import UserError, configure, run
+from configurator import UserError, configure, finish_wandb, run, start_wandb
 from model import (
     Padded,
     WeightsError,
@@ -53,6 +53,7 @@ class Config:
     cheaper: bool = False  # True: what bfloat16, int8, torch.compile and shorter texts cost in accuracy and gain in speed
     export: Literal["hf", "pt2", "onnx"] | None = None  # hf: a folder that transformers loads (of our own trunk:
     # that finetune.py does); pt2: torch.export's format; onnx. These take (input_ids, attention_mask), padded, of any size
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] | None = None  # None: as the run was trained
     data_dir: str | None = None  # None: where the checkpoint's data set was
     micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
@@ -533,6 +534,28 @@ def write_page(r, folder, pictures):
           f"</title><style>{style}</style>" + "\n".join(parts) + "</html>")
 
 
+def log_to_wandb(clf, report, folder, pictures, mode):
+    """Adds the figures to the training run's summary in W&B, and tables and pictures to its page."""
+    settings = clf.config | {"out_dir": str(folder)} | ({"wandb_mode": mode} if mode else {})
+    if settings["wandb_mode"] == "disabled":
+        return
+    last = folder / "last.pt"
+    if not (wandb_run := start_wandb(settings, load_checkpoint(last)["run_id"] if last.exists() else None)):
+        return
+    import wandb
+    split = report["split"]
+    wandb_run.summary.update({f"{split}_{k}": v for k, v in report.items() if isinstance(v, (int, float))})
+    logged = {f"{split}_{name.removesuffix('.png')}": wandb.Image(str(folder / name)) for name in pictures}
+    if report["label_names"]:
+        columns = ["precision", "recall", "f1", "support"]
+        logged[f"{split}_per_class"] = wandb.Table(["class", *columns], [list(row) for row in zip(
+            report["label_names"], *(report["per_class"][k] for k in columns))])
+        columns = ["true", "predicted", "probability", "example", "text"]
+        logged[f"{split}_mistakes"] = wandb.Table(columns, [[m.get(k) for k in columns] for m in report["mistakes"]])
+    wandb_run.log(logged)
+    finish_wandb(wandb_run)
+
+
 def write(path, text):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -683,7 +706,9 @@ def main():
             print_report(report)
             folder = clf.path.parent
             write(folder / "eval.json", json.dumps(report, indent=1))
-            print(f"\nwritten to {folder}: eval.json, {', '.join(plot(clf, report, examples, logits, folder))}")
+            names = plot(clf, report, examples, logits, folder)
+            print(f"\nwritten to {folder}: eval.json, {', '.join(names)}")
+            log_to_wandb(clf, report, folder, [n for n in names if n.endswith(".png")], cfg.wandb_mode)
 
 
 if __name__ == "__main__":
