@@ -12,6 +12,7 @@ import html
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -332,24 +333,25 @@ def compare(paths, cfg):
             "logp": log_softmax(logits), "parameters": sum(p.numel() for p in whole.parameters()),
             "mflop": flops_per_token(whole, length) * (length if clf.kind != "features" else 1) / 3e6,
             "train_s": elapsed[-1] if elapsed else math.nan, "per_s": len(examples) / seconds,
-            "p50": np.quantile(alone, 0.5), "p95": np.quantile(alone, 0.95), "mb": clf.path.stat().st_size / 1e6})
+            "p50": np.quantile(alone, 0.5), "p95": np.quantile(alone, 0.95), "mb": clf.path.stat().st_size / 1e6,
+            "peak": peak_memory(path, cfg)})
     groups = sorted(rows.values(), key=lambda g: -np.mean([r["right"].mean() for r in g]))
     wide = max(len(g[0]["name"]) for g in groups) + 6
     print(f"{'run':{wide}}  accuracy [95 % interval]     macro-F1  parameters  MFLOP/ex  train s     ex/s   p50 ms   p95 ms"
-          "       MB   p against the best")
+          "  memory MB  disk MB   p against the best")
     best, table = np.mean([r["right"] for r in groups[0]], 0), []
     for g in groups:
         right = np.mean([r["right"] for r in g], 0)
         resamples = max(cfg.resamples, 100)
         low, high = intervals(lambda a, b: {"m": a.mean()}, right, right, resamples)["m"]
         p, mcnemar = paired(best, right, resamples)
-        first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95")}
+        first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95", "peak")}
         name = first["name"] + (f" (×{len(g)})" if len(g) > 1 else "")
         f1 = np.mean([scores(r["logp"], r["y"])["macro_f1"] for r in g])
         note = "" if g is groups[0] else f"{p:.3f}" + (f", McNemar {mcnemar:.3f}" if len(g) == len(groups[0]) == 1 else "")
         print(f"{name:{wide}}  {right.mean():7.2%} [{low:7.2%}, {high:7.2%}]  {f1:9.4f}  {first['parameters']:10,}  "
               f"{first['mflop']:8.2f}  {mean['train_s']:7.1f}  {mean['per_s']:7.0f}  {mean['p50']:7.2f}  "
-              f"{mean['p95']:7.2f}  {first['mb']:7.1f}   {note}")
+              f"{mean['p95']:7.2f}  {mean['peak']:9.0f}  {first['mb']:7.1f}   {note}")
         table.append((name, right.mean(), p, mean["per_s"]))
     sentences = []
     for name, accuracy, p, per_s in table[1:]:
@@ -359,6 +361,18 @@ def compare(paths, cfg):
         sentences.append(f"{table[0][0]} is better than {name} by {gap:.1f} points, p = {p:.3f}" if p < 0.05 else
                          f"{name} cannot be told from {table[0][0]} (behind by {gap:.1f} points, p = {p:.2f}){speed}")
     print("\n" + ("; ".join(sentences) or "these are seeds of one config: there is nothing to compare") + ".")
+
+
+def peak_memory(path, cfg):
+    """MB by which loading a checkpoint and computing the split's logits raise the peak of a fresh process's resident memory;
+    NaN where the system is not Linux. (Not getrusage's ru_maxrss, which a process inherits from its parent.)"""
+    code = ("import json, sys; sys.path.insert(0, sys.argv[3]); from eval import *\n"
+            "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1e3\n"
+            "cfg, before = Config(**json.loads(sys.argv[2])), peak(); clf = open_classifier(sys.argv[1], cfg)\n"
+            "clf.logits(open_data(clf, cfg.split, cfg.data_dir)); print(peak() - before)")
+    command = [sys.executable, "-c", code, path, json.dumps(dataclasses.asdict(cfg)), str(Path(__file__).resolve().parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else math.nan
 
 
 def cheaper(path, cfg):
