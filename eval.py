@@ -59,7 +59,7 @@ class Config:
     micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: float32 for figures; for labels bfloat16 where
-    # that is native, which differs in a text of a thousand. int8: on CPUs, differs in a text of seventy
+    # that is native, which differs in a text of a thousand. int8: on CPUs, differs in a text of sixty
 
 
 class Classifier:
