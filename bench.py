@@ -10,6 +10,12 @@ where the processor has it, dynamic padding, batches grouped by length; weights,
 warm-up and decay are ours. `fasttext` (pip install fasttext-community): word pairs, 25 epochs, rate 0.5. `svm`,
 scikit-learn's: of text linear on TF-IDF of words and word pairs, of images and features RBF with C = 10. Seconds are those
 of training alone: imports, reading and evaluation aside.
+
+    python bench.py predict pipeline trainer_predict --init_from=out/trec --dataset=trec …     # labels for test, 2 cores
+
+From texts to labels with one checkpoint (of a published family): `predict`, ours in bfloat16, `predict_int8`,
+`predict_float32`; `pipeline`, Hugging Face's, and `trainer_predict`, both with bfloat16 weights, on texts sorted by length,
+64 at a time.
 """
 import json
 import os
@@ -27,7 +33,7 @@ import finetune
 import train
 from configurator import UserError, configure, run
 from eval import Classifier, evaluate, open_data
-from model import WeightsError
+from model import WeightsError, bf16_is_native, save_hf
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Contenders: each takes a config and returns (seconds of training, accuracy on test)
@@ -108,8 +114,70 @@ def svm(cfg):
     return time.time() - started, model.score(xt, test.labels)
 
 
+def prediction(make):
+    """A contender that labels the texts of test: make(cfg) returns a function from texts to label names. Before the clock
+    starts it labels a few."""
+    def contender(cfg):
+        cfg.tokenizer = str(finetune.find_weights(cfg)[1])
+        _, _, test = splits(cfg)
+        x, exact = texts(cfg, test), Classifier(cfg.init_from)
+        label = make(cfg, exact)
+        label(x[:64])
+        started = time.time()
+        said = label(x)
+        seconds = time.time() - started
+        same = np.mean([a == b["label"] for a, b in zip(said, exact(x))])
+        return seconds, np.mean([a == exact.label_names[y] for a, y in zip(said, test.labels)]), {
+            "texts_per_s": len(x) / seconds, "labels_as_float32_%": 100 * same}
+    return contender
+
+
+def predict(dtype):
+    def make(cfg, exact):
+        clf = Classifier(cfg.init_from, cfg.device, dtype)
+        return lambda x: [r["label"] for r in clf(x)]
+    return prediction(make)
+
+
+def hugging_face(cfg, exact):
+    import transformers as hf
+    hf.logging.set_verbosity_error()
+    folder = f"{cfg.out_dir}/hf"
+    save_hf(exact.model, folder, exact.label_names, exact.tokenizer.to_str())
+    dtype = torch.bfloat16 if bf16_is_native(exact.device.type) else torch.float32
+    model = hf.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+    return hf, model, hf.AutoTokenizer.from_pretrained(folder)
+
+
+def in_order(x, key, label):
+    """label(x, the longest first) → in the order of x."""
+    order = sorted(range(len(x)), key=lambda i: -key(x[i]))
+    return [said for _, said in sorted(zip(order, label([x[i] for i in order])))]
+
+
+def pipeline(cfg, exact):
+    hf, model, tokenizer = hugging_face(cfg, exact)
+    pipe = hf.pipeline("text-classification", model=model, tokenizer=tokenizer, device=exact.device)
+    return lambda x: in_order(x, len, lambda x: [r["label"] for r in pipe(x, batch_size=64, truncation=True)])
+
+
+def trainer_predict(cfg, exact):
+    hf, model, tokenizer = hugging_face(cfg, exact)
+    t = hf.Trainer(model, hf.TrainingArguments(
+        output_dir=cfg.out_dir, per_device_eval_batch_size=64, bf16_full_eval=model.dtype == torch.bfloat16, report_to=[],
+        disable_tqdm=True, use_cpu=exact.device.type == "cpu"), data_collator=hf.DataCollatorWithPadding(tokenizer))
+
+    def label(rows):
+        return [exact.label_names[i] for i in t.predict(rows).predictions.argmax(1)]
+    return lambda x: in_order([{"input_ids": ids} for ids in tokenizer(x, truncation=True)["input_ids"]],
+                              lambda row: len(row["input_ids"]), label)
+
+
 CONTENDERS = {"train": ours(train.train), "finetune": ours(finetune.finetune), "trainer": trainer, "fasttext": fasttext,
-              "svm": svm}
+              "svm": svm, "predict": predict(torch.bfloat16), "predict_int8": predict(torch.int8),
+              "predict_float32": predict(torch.float32), "pipeline": prediction(pipeline),
+              "trainer_predict": prediction(trainer_predict)}
+TRAINED_HERE = {"train", "fasttext", "svm"}  # with the settings of train.py, the others with those of finetune.py
 
 
 def main():
@@ -118,10 +186,10 @@ def main():
     seeds = next((a[8:].split(",") for a in sys.argv[1:] if a.startswith("--seeds=")), ["1"])
     if not names:
         raise UserError(f"name one or more of {', '.join(CONTENDERS)}; see the top of bench.py")
-    cfg = configure(finetune.Config if {"finetune", "trainer"} & set(names) else train.Config, rest)
+    cfg = configure(finetune.Config if set(names) - TRAINED_HERE else train.Config, rest)
     if os.environ.get("BENCH_ALONE"):
-        seconds, accuracy = CONTENDERS[names[0]](cfg)
-        print(json.dumps({"accuracy_%": 100 * float(accuracy), "seconds": seconds}))
+        seconds, accuracy, *more = CONTENDERS[names[0]](cfg)
+        print(json.dumps({"accuracy_%": 100 * float(accuracy), "seconds": seconds} | dict(*more)))
         return
     results = [[] for _ in names]
     for seed in seeds:

@@ -7,12 +7,14 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import netrc
 import os
 import runpy
 import sys
 import types
 import typing
 from pathlib import Path
+from urllib.parse import urlparse
 
 
 class UserError(ValueError):
@@ -169,3 +171,30 @@ def help_text(cls, positional=None):
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
         lines += [f"  --{f.name}={default!r}", f"        {describe(f.type)}. {comments.get(f.name, '')}"]
     return "\n".join(lines)
+
+
+def start_wandb(settings, run_id):
+    """The W&B run of a training run's settings, a dict (None if disabled): online if the user is logged in, else offline;
+    never a prompt."""
+    mode = settings["wandb_mode"]
+    if mode == "auto":
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        try:
+            known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+        except (OSError, netrc.NetrcParseError):
+            known = None
+        mode = os.environ.get("WANDB_MODE") or ("online" if known or os.environ.get("WANDB_API_KEY") else "offline")
+    if mode == "disabled":
+        return None
+    import wandb
+    return wandb.init(project=settings["wandb_project"], name=settings["wandb_run_name"] or Path(settings["out_dir"]).name,
+                      id=run_id, resume="allow" if mode == "online" else None, mode=mode, dir=settings["out_dir"],
+                      config=settings, settings=wandb.Settings(silent=True, console="off"))
+
+
+def finish_wandb(wandb_run):
+    """Ends it; says where it lies if it was not sent."""
+    folder, offline = wandb_run.settings.sync_dir, wandb_run.offline
+    wandb_run.finish()
+    if offline:
+        print(f"W&B run kept offline; upload it with: wandb sync {os.path.relpath(folder)}", flush=True)

@@ -9,10 +9,10 @@ import csv
 import dataclasses
 import gzip
 import html
-import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -25,15 +25,18 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import data
-from configurator import UserError, configure, run
+from configurator import UserError, configure, finish_wandb, run, start_wandb
 from model import (
+    Padded,
     WeightsError,
+    bf16_is_native,
     build_model,
     find_device,
     flops_per_token,
     lm_losses,
     load_checkpoint,
     load_weights,
+    lower,
     predict,
     save_hf,
 )
@@ -49,20 +52,27 @@ class Config:
     text_column: str | int | list[str | int] = "text"  # of input
     header: bool | None = None  # of input: is the first row names? None: yes where text_column is a name
     resamples: int = 1000  # of the bootstrap that makes the intervals
-    export: Literal["hf"] | None = None  # hf: write a folder that transformers loads (our own trunk: that finetune.py does)
+    cheaper: bool = False  # True: what bfloat16, int8, torch.compile and shorter texts cost in accuracy and gain in speed
+    export: Literal["hf", "pt2", "onnx"] | None = None  # hf: a folder that transformers loads (of our own trunk:
+    # that finetune.py does); pt2: torch.export's format; onnx. These take (input_ids, attention_mask), padded, of any size
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] | None = None  # None: as the run was trained
     data_dir: str | None = None  # None: where the checkpoint's data set was
-    micro_batch_tokens: int = 16384  # most tokens at once; lower it when memory runs out
+    micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster, and may differ in a text out of hundreds
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: float32 for figures; for labels bfloat16 where
+    # that is native, which differs in a text of a thousand. int8: on CPUs, differs in a text of sixty
 
 
 class Classifier:
-    """A checkpoint, ready to label texts. `model`, `tokenizer`, `label_names`, and the run's `config` are public."""
+    """A checkpoint, ready to label texts. `model`, `tokenizer`, `label_names`, and the run's `config` are public.
 
-    def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=16384):
+    dtype: torch.float32; bfloat16, or on CPUs int8, with which the model can only predict."""
+
+    def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=None):
         self.path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
         c = load_checkpoint(self.path)
-        self.device, self.dtype, self.micro_batch_tokens = torch.device(find_device(device)), dtype, micro_batch_tokens
+        self.device, self.dtype = torch.device(find_device(device)), dtype
+        self.micro_batch_tokens = micro_batch_tokens or (2048 if self.device.type == "cpu" else 16384)
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
@@ -70,6 +80,13 @@ class Classifier:
         self.model = build_model(c["model_config"])
         load_weights(self.model, c["model"], self.path)
         self.model.to(self.device).eval()
+        transformer = self.device.type == "cpu" and c["kind"] == "text" and self.model.config.model == "transformer"
+        if dtype == torch.int8 and not transformer:
+            raise UserError(f"--dtype=int8 is for transformers of text on CPUs: {self.path} is a {self.model.config.model} "
+                            f"model of {c['kind']}, on {self.device.type}")
+        if transformer and (dtype == torch.int8 or dtype == torch.bfloat16 and bf16_is_native("cpu")):
+            lower(self.model, dtype)
+            self.dtype = torch.float32  # no autocast: each layer has its own
         self.label_names, self.config, self.n_suffix, self.step = c["label_names"], c["config"], c["n_suffix"], c["step"]
         self.tokenizer = c["tokenizer"] and Tokenizer.from_str(c["tokenizer"])
         self.data_folder, self.max_len, self.kind, self.scaling, self.data_sha256 = (
@@ -94,11 +111,13 @@ class Classifier:
     def __call__(self, texts):
         """Texts → [{"label": str, "probability": float, "probabilities": {label: float}}, ...]. With --target=labels, also
         "labels": those that reach their `thresholds` (0.5, or what eval.py fitted); "label" is these joined by the data's
-        separator, "probability" that of just this set, labels taken as independent."""
+        separator, "probability" that of just this set, labels taken as independent. Of a text, the first 100·max_len
+        characters are read: more could only count after words of a hundred letters."""
         if self.kind != "text" or self.objective != "classify":
             raise UserError(f"{self.path} " + (f"reads {self.kind}, not text" if self.kind != "text" else
                                                "is a language model; make a classifier of it with finetune.py --init_from"))
-        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast([data.clean(t) for t in texts])]  # GPT-2 has no [CLS]
+        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast([
+            data.clean(t[: 100 * self.max_len]) for t in texts])]  # GPT-2 has no [CLS]
         documents = data.PackedText(np.concatenate([[], *ids]).astype(np.int64), np.cumsum([0, *map(len, ids)]),
                                     np.zeros(len(ids), np.int64), {"n_suffix": self.n_suffix, "mask_id": None}, self.max_len)
         logits = self.logits(documents).double()
@@ -113,6 +132,12 @@ class Classifier:
 
 
 load_classifier = Classifier
+
+
+def open_classifier(path, cfg, for_labels=False):
+    fast = for_labels and bf16_is_native(find_device(cfg.device))
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32"
+    return Classifier(path, cfg.device, getattr(torch, dtype), cfg.micro_batch_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,10 +442,10 @@ def compare(paths, cfg):
     exact test (1947). Latency is that of one example at a time, throughput that of the whole split."""
     rows, expected, curve = {}, None, set()
     for path in paths:
-        clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
+        clf = open_classifier(path, cfg)
         examples = open_data(clf, cfg.split, cfg.data_dir)
         if not clf.label_names:
-            raise UserError(f"{path}: predicts a number; only classifiers can be compared")
+            raise UserError(f"{path}: is no classifier; only classifiers can be compared")
         names = [truth(clf, y) for y in examples.labels]
         if expected is not None and names != expected:
             raise UserError(f"{path}: its {cfg.split} split has other examples or labels than that of {paths[0]}: "
@@ -441,31 +466,34 @@ def compare(paths, cfg):
         elapsed = [r["elapsed_s"] for r in map(json.loads, open(metrics_file)) if "elapsed_s" in r] \
             if metrics_file.exists() else []
         length = float(np.mean(examples.lengths))
+        with torch.device("meta"):
+            whole = build_model(clf.model.config)  # in int8 a model has other parameters
         rows.setdefault(key, []).append({
             "name": str(path), "fraction": fraction, "right": hits(clf, logits, examples.labels), "macro_f1": (
                 label_scores(logits, examples.labels) if clf.multilabel else
                 scores(log_softmax(logits), examples.labels))["macro_f1"],
-            "parameters": sum(p.numel() for p in clf.model.parameters()),
-            "mflop": flops_per_token(clf.model, length) * (length if clf.kind != "features" else 1) / 3e6,
+            "parameters": sum(p.numel() for p in whole.parameters()),
+            "mflop": flops_per_token(whole, length) * (length if clf.kind != "features" else 1) / 3e6,
             "train_s": elapsed[-1] if elapsed else math.nan, "per_s": len(examples) / seconds,
-            "p50": np.quantile(alone, 0.5), "p95": np.quantile(alone, 0.95), "mb": clf.path.stat().st_size / 1e6})
+            "p50": np.quantile(alone, 0.5), "p95": np.quantile(alone, 0.95), "mb": clf.path.stat().st_size / 1e6,
+            "peak": peak_memory(path, cfg)})
     groups = sorted(rows.values(), key=lambda g: -np.mean([r["right"].mean() for r in g]))
     wide = max(len(g[0]["name"]) for g in groups) + 6
     print(f"{'run':{wide}}  accuracy [95 % interval]     macro-F1  parameters  MFLOP/ex  train s     ex/s   p50 ms   p95 ms"
-          "       MB   p against the best")
+          "  memory MB  disk MB   p against the best")
     best, table = np.mean([r["right"] for r in groups[0]], 0), []
     for g in groups:
         right = np.mean([r["right"] for r in g], 0)
         resamples = max(cfg.resamples, 100)
         low, high = intervals(lambda a, b: {"m": a.mean()}, right, right, resamples)["m"]
         p, mcnemar = paired(best, right, resamples)
-        first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95")}
+        first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95", "peak")}
         name = first["name"] + (f" (×{len(g)})" if len(g) > 1 else "")
         f1 = np.mean([r["macro_f1"] for r in g])
         note = "" if g is groups[0] else f"{p:.3f}" + (f", McNemar {mcnemar:.3f}" if len(g) == len(groups[0]) == 1 else "")
         print(f"{name:{wide}}  {right.mean():7.2%} [{low:7.2%}, {high:7.2%}]  {f1:9.4f}  {first['parameters']:10,}  "
               f"{first['mflop']:8.2f}  {mean['train_s']:7.1f}  {mean['per_s']:7.0f}  {mean['p50']:7.2f}  "
-              f"{mean['p95']:7.2f}  {first['mb']:7.1f}   {note}")
+              f"{mean['p95']:7.2f}  {mean['peak']:9.0f}  {first['mb']:7.1f}   {note}")
         table.append((name, right.mean(), p, mean["per_s"]))
     sentences = []
     for name, accuracy, p, per_s in table[1:]:
@@ -504,6 +532,47 @@ def learning_curve(groups, n_train, folder, resamples):
           f"to {high:+.1f}), {pace:+.1f} for each doubling: " + (
               "more labels would help, if by less and less" if low > 0 else
               "that more labels would help cannot be told from luck") + f". Written to {folder / 'learning_curve.png'}")
+
+
+def peak_memory(path, cfg):
+    """MB by which loading a checkpoint and computing the split's logits raise the peak of a fresh process's resident memory;
+    NaN where the system is not Linux. (Not getrusage's ru_maxrss, which a process inherits from its parent.)"""
+    code = ("import json, sys; sys.path.insert(0, sys.argv[3]); from eval import *\n"
+            "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1e3\n"
+            "cfg, before = Config(**json.loads(sys.argv[2])), peak(); clf = open_classifier(sys.argv[1], cfg)\n"
+            "clf.logits(open_data(clf, cfg.split, cfg.data_dir)); print(peak() - before)")
+    command = [sys.executable, "-c", code, path, json.dumps(dataclasses.asdict(cfg)), str(Path(__file__).resolve().parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else math.nan
+
+
+def cheaper(path, cfg):
+    """Prints a table of the ways to compute less: their accuracy on cfg.split, and how many examples a second they do."""
+    clf = Classifier(path, cfg.device, micro_batch_tokens=cfg.micro_batch_tokens)
+    if not clf.label_names:
+        raise UserError(f"{path}: is no classifier; --cheaper=True is for classifiers")
+    longest = int(open_data(clf, cfg.split, cfg.data_dir).lengths.max()) if clf.kind == "text" else 0
+    ways = [("float32", {}), ("bfloat16", {"dtype": torch.bfloat16}), ("int8", {"dtype": torch.int8}), ("torch.compile", {})]
+    ways += [(f"first {longest // k} of {longest} tokens", {"max_len": longest // k}) for k in (2, 4) if longest // k > 2]
+    print(f"{path} on {clf.config['dataset']} {cfg.split}\n{'':26}accuracy  other labels      ex/s  speed-up")
+    exact = None
+    for name, changes in ways:
+        try:
+            clf = Classifier(path, cfg.device, changes.get("dtype", torch.float32), cfg.micro_batch_tokens)
+            clf.max_len = changes.get("max_len", clf.max_len)
+            examples = open_data(clf, cfg.split, cfg.data_dir)
+            if name == "torch.compile":
+                clf.model.compile(dynamic=True)
+            clf.logits(examples)  # warms up, compiles
+            started = time.perf_counter()
+            said = clf.logits(examples).argmax(1).numpy()
+            per_s = len(examples) / (time.perf_counter() - started)
+        except (UserError, RuntimeError) as e:
+            print(f"{name:26}not here: {str(e).splitlines()[0][:90]}")
+            continue
+        exact = (said, per_s) if exact is None else exact
+        print(f"{name:26}{(said == examples.labels).mean():8.2%}  {(said != exact[0]).mean():12.2%}  {per_s:8.0f}  "
+              f"{per_s / exact[1]:7.2f}×", flush=True)
 
 
 def paired(a, b, resamples):
@@ -685,6 +754,28 @@ def write_page(r, folder, pictures):
           f"</title><style>{style}</style>" + "\n".join(parts) + "</html>")
 
 
+def log_to_wandb(clf, report, folder, pictures, mode):
+    """Adds the figures to the training run's summary in W&B, and tables and pictures to its page."""
+    settings = clf.config | {"out_dir": str(folder)} | ({"wandb_mode": mode} if mode else {})
+    if settings["wandb_mode"] == "disabled":
+        return
+    last = folder / "last.pt"
+    if not (wandb_run := start_wandb(settings, load_checkpoint(last)["run_id"] if last.exists() else None)):
+        return
+    import wandb
+    split = report["split"]
+    wandb_run.summary.update({f"{split}_{k}": v for k, v in report.items() if isinstance(v, (int, float))})
+    logged = {f"{split}_{name.removesuffix('.png')}": wandb.Image(str(folder / name)) for name in pictures}
+    if report["label_names"]:
+        columns = ["precision", "recall", "f1", "support"]
+        logged[f"{split}_per_class"] = wandb.Table(["class", *columns], [list(row) for row in zip(
+            report["label_names"], *(report["per_class"][k] for k in columns))])
+        columns = ["true", "predicted", "probability", "example", "text"]
+        logged[f"{split}_mistakes"] = wandb.Table(columns, [[m.get(k) for k in columns] for m in report["mistakes"]])
+    wandb_run.log(logged)
+    finish_wandb(wandb_run)
+
+
 def write(path, text):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -698,12 +789,29 @@ def write(path, text):
 def label(clf, texts):
     """Prints a line per text: label, its probability, the others'. `-` reads standard input line by line."""
     for text in texts:
-        for line in sys.stdin if text == "-" else [text]:
+        n, lines = 0, data.decoded(sys.stdin.buffer, "standard input", "utf-8", None) if text == "-" else [(1, text)]
+        for _, line in lines:
             if text != "-" or line.strip():
+                n += 1
                 (result,) = clf([line])
                 ranked = sorted(result["probabilities"].items(), key=lambda x: -x[1])
                 print(f"{result['label'] or 'none'}: " * clf.multilabel + "  ".join(f"{name} {p:.4f}" for name, p in ranked)
                       + f"   {line.strip()[:60]}", flush=True)
+        if not n:
+            raise UserError("standard input: holds no texts")
+
+
+def chunks(texts):
+    """Lists of up to 4096 texts, or a million characters."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if len(chunk) == 4096 or size > 1_000_000:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def label_file(clf, cfg):
@@ -724,7 +832,7 @@ def label_file(clf, cfg):
         with open(temporary, "w", newline="", encoding="utf-8") as f, tqdm(unit=" texts") as bar:
             table = csv.writer(f)
             table.writerow(["label", "probability"])
-            while chunk := list(itertools.islice(texts, 4096)):
+            for chunk in chunks(t[: 100 * clf.max_len] for t in texts):
                 for r in clf(chunk):
                     table.writerow([r["label"], f"{r['probability']:.6f}"])
                 n += len(chunk)
@@ -739,31 +847,92 @@ def label_file(clf, cfg):
     print(f"{n} texts labelled: {cfg.output}")
 
 
+def export(clf, cfg):
+    """Writes model.pt2 or model.onnx beside the checkpoint, if what is loaded from it agrees with clf on examples of val."""
+    kind, folder = clf.model.config.model, clf.path.parent
+    if clf.kind == "text" and (kind != "transformer" or clf.model.config.stem == "words"):
+        what = "transformer with stem=words" if kind == "transformer" else f"{kind} model of text"
+        raise UserError(f"{clf.path}: a {what} cannot be written as {cfg.export}; transformers of tokens, and models of "
+                        "images and of numbers, can")
+    if cfg.export == "onnx":
+        try:
+            import onnxruntime
+            import onnxscript  # noqa: F401 (what torch.onnx.export needs)
+        except ImportError as e:
+            raise UserError("--export=onnx needs packages that are not here: pip install onnx onnxscript onnxruntime") from e
+    model = Padded(clf.model).eval() if kind == "transformer" else clf.model
+    examples = open_data(clf, "val", cfg.data_dir)
+    some = np.argsort(examples.lengths, kind="stable")[np.linspace(0, len(examples) - 1, min(48, len(examples))).astype(int)]
+    (expected,) = predict(clf.model, [examples.batch(None, some)], clf.device, clf.dtype)
+
+    def arguments(indices):
+        if clf.kind != "text":
+            return (examples.batch(None, indices)[0],)
+        ids = [torch.from_numpy(examples.document(i, None)) for i in indices]
+        return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(d) for d in ids]))
+    names = ["input_ids", "attention_mask"] if clf.kind == "text" else ["pixels" if clf.kind == "image" else "x"]
+    size = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("length")} if clf.kind == "text" else {})
+    temporary = folder / f"model.tmp.{cfg.export}"
+    try:
+        program = torch.export.export(model, arguments(some[-3:]), dynamic_shapes=(size,) * len(names))
+        if cfg.export == "pt2":
+            torch.export.save(program, temporary)
+            loaded = torch.export.load(temporary).module()
+        else:
+            torch.onnx.export(program, f=temporary, input_names=names, output_names=["logits"], dynamo=True,
+                              external_data=False, verbose=False)
+            session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+
+            def loaded(*x):
+                return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in zip(names, x)})[0])
+        with torch.no_grad():
+            got = torch.cat([loaded(*arguments(some[:1])), loaded(*arguments(some[1:]))])
+        error = float((got - expected).abs().max())
+        if not error <= 1e-4:
+            raise UserError(f"{clf.path}: what was written as {cfg.export} computes other logits, by {error:.1e}, so it was "
+                            "not kept")
+        os.replace(temporary, folder / f"model.{cfg.export}")
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"written to {folder}/model.{cfg.export}: ({', '.join(names)}) → logits, on {len(some)} examples of val within "
+          f"{error:.1e} of the checkpoint's")
+
+
 def main():
     cfg = configure(Config, positional="checkpoint")
     if not cfg.checkpoint:
         raise UserError("which checkpoint? For instance: python eval.py out/textcls")
-    if len(cfg.checkpoint) > 1 and not (cfg.text or cfg.input or cfg.export):
+    if len(cfg.checkpoint) > 1 and not (cfg.text or cfg.input or cfg.export or cfg.cheaper):
         compare(cfg.checkpoint, cfg)
         return
     for path in cfg.checkpoint:
-        clf = Classifier(path, cfg.device, getattr(torch, cfg.dtype), cfg.micro_batch_tokens)
+        if cfg.cheaper:
+            cheaper(path, cfg)
+            continue
+        clf = Classifier(path, "cpu") if cfg.export else open_classifier(path, cfg, cfg.text or cfg.input)
         if cfg.text:
             label(clf, cfg.text)
         elif cfg.input:
             label_file(clf, cfg)
         elif cfg.export:
+            if clf.objective != "classify":
+                raise UserError(f"{path} is a language model; make a classifier of it with finetune.py --init_from")
+            if cfg.export != "hf":
+                export(clf, cfg)
+                continue
             if clf.kind != "text":
                 raise UserError(f"{path} reads {clf.kind}; only text classifiers can be written as a Hugging Face folder")
             folder = clf.path.parent / "hf"
-            save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str())
+            save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel)
             print(f"written to {folder}")
         else:
             report, examples, logits = full_report(clf, cfg)
             print_report(report)
             folder = clf.path.parent
             write(folder / "eval.json", json.dumps(report, indent=1))
-            print(f"\nwritten to {folder}: eval.json, {', '.join(plot(clf, report, examples, logits, folder))}")
+            names = plot(clf, report, examples, logits, folder)
+            print(f"\nwritten to {folder}: eval.json, {', '.join(names)}")
+            log_to_wandb(clf, report, folder, [n for n in names if n.endswith(".png")], cfg.wandb_mode)
 
 
 if __name__ == "__main__":

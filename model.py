@@ -16,6 +16,7 @@ A batch is packed: one row of T tokens, `cu_seqlens` marking where each document
 on (T, D), so nothing is ever computed for padding; only attention knows about documents.
 """
 import functools
+import itertools
 import json
 import math
 import os
@@ -97,6 +98,11 @@ class Layout:
         self.position = token - cu_seqlens[self.doc]
 
     @functools.cached_property
+    def runs(self):
+        """[(b, L), ...]: so many documents of length L follow each other."""
+        return [(len(list(same)), L) for L, same in itertools.groupby(self.lengths.tolist()) if L]
+
+    @functools.cached_property
     def blocks(self):
         """For attention without a varlen kernel: documents of like length, padded to (b, L) blocks of tokens.
 
@@ -141,6 +147,57 @@ class Rows(torch.autograd.Function):
 MAX_WASTE = 64  # padded tokens that one more call of the attention kernel is worth (measured on 2 CPU cores)
 
 
+class PaddedLayout:
+    """Where the documents are of a padded batch, flattened to (B·L, D): for exports. mask (B, L): tokens that count."""
+
+    def __init__(self, mask):
+        (B, L), device = mask.shape, mask.device
+        self.mask, self.at = mask, torch.arange(L, device=device)
+        self.position = self.at.repeat(B)
+
+    def attend(self, q, k, v, causal, window):
+        (B, L), (_, H, d) = self.mask.shape, q.shape
+        q, k, v = (t.view(B, L, H, d).transpose(1, 2) for t in (q, k, v))
+        allowed, distance = self.mask[:, None, None], self.at[:, None] - self.at  # (B, 1, 1, L), (L, L)
+        if causal:
+            allowed = allowed & (distance >= 0)
+        if window:
+            allowed = allowed & (distance.abs() <= window) | (distance == 0)  # softmax over nothing is not a number
+        return F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).reshape(B * L, H, d)
+
+    def pool(self, x, kind):
+        """(B·L, D) → (B, D)."""
+        B, L = self.mask.shape
+        x, mask = x.view(B, L, -1), self.mask[..., None]
+        if kind == "cls":
+            return x[:, 0]
+        if kind == "last":
+            return x[torch.arange(B, device=x.device), self.mask.sum(1) - 1]
+        if kind == "max":
+            return x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(1)
+        return (x * mask).sum(1) / mask.sum(1)
+
+
+class Padded(nn.Module):
+    """A transformer as other programs call it: text as (input_ids (B, L) int64, attention_mask (B, L), 1 at a document's
+    tokens, which stand first, and 0 at padding), images as (pixels (B, C, H, W),) → logits (B, n_classes)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs, attention_mask=None):
+        m = self.model
+        if attention_mask is None:
+            x, cu_seqlens = m.embed(inputs, None)
+            attention_mask = x.new_ones(inputs.shape[0], m.config.max_len)
+        else:
+            x = m.embedding(inputs.flatten())
+            attention_mask = attention_mask.expand_as(inputs)  # tells torch.export that the sizes are the same
+        layout = PaddedLayout(attention_mask.bool())
+        return m.classify(layout.pool(m.trunk(x, m.with_rope(layout)), m.config.pooling))
+
+
 def full(x):
     """x in float32, or float64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
@@ -148,11 +205,16 @@ def full(x):
 
 def attend(qkv, layout, causal=False, window=0):
     """Attention within each document (and `window` tokens to either side, if any): qkv (T, 3, H, d) → (T, H, d)."""
+    if isinstance(layout, PaddedLayout):
+        return layout.attend(*qkv.unbind(1), causal, window)
     if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
         return varlen_attn(*qkv.unbind(1), layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
                            window_size=(window or -1, 0 if causal else window or -1))
     dtype, device, (_, _, H, d) = qkv.dtype, qkv.device, qkv.shape
+    if dtype == torch.bfloat16 and device.type == "cpu" and not torch.is_grad_enabled() \
+            and all(L <= 1024 for _, L in layout.runs):  # or its scores would need much memory
+        return attend_bf16(*qkv.unbind(1), layout.runs, causal, window)
     place, token, padding, blocks = layout.blocks
     # in float32: on CPUs, bf16 attention's backward is many times slower
     padded = full(Rows.apply(qkv, token, place, padding[:0]))  # (P, 3, H, d)
@@ -170,6 +232,21 @@ def attend(qkv, layout, causal=False, window=0):
             y = F.scaled_dot_product_attention(*block, attn_mask=allowed, is_causal=causal)
         out.append(y.transpose(1, 2).reshape(b * L, H, d))
     return Rows.apply(torch.cat(out).to(dtype), place, token, padding)
+
+
+def attend_bf16(q, k, v, runs, causal, window):
+    """`attend` in bfloat16 without a backward pass, on CPUs in half the time of the fused kernel (NOTES.md). Nothing is
+    padded or moved: it is fast where documents of one length follow each other, as in evaluation."""
+    (_, H, d), sizes, out = q.shape, [b * L for b, L in runs], []
+    for (b, L), *block in zip(runs, *(x.split(sizes) for x in (q, k, v))):
+        q, k, v = (x.unflatten(0, (b, L)).transpose(1, 2) for x in block)  # (b, H, L, d)
+        s = q * d**-0.5 @ k.mT  # (b, H, L, L)
+        if causal or window:
+            distance = torch.arange(L)[:, None] - torch.arange(L)
+            s = s.masked_fill((distance < 0 if causal else distance > L) | (distance.abs() > (window or L)), -math.inf)
+        p = s.softmax(-1, torch.float32) if L >= 16 else s.mT.contiguous().softmax(-2, torch.float32).mT  # short: slow
+        out.append((p.to(q.dtype) @ v).transpose(1, 2).reshape(b * L, H, d))
+    return torch.cat(out)
 
 
 def dropout(x, p, training):
@@ -306,7 +383,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 if matrix else 0.02)
 
     def layout(self, cu_seqlens, T):
-        layout = Layout(cu_seqlens, T, self.config.max_len)
+        return self.with_rope(Layout(cu_seqlens, T, self.config.max_len))
+
+    def with_rope(self, layout):
         layout.rope = self.config.position == "rope" and [  # of blocks without and with a window: cos, sin (T, 1, 1, d/2)
             table[:, layout.position, None, None] for table in (self.rope, self.window_rope)]
         return layout
@@ -320,7 +399,7 @@ class Transformer(nn.Module):
             return self.embedding(inputs), cu_seqlens
         x = self.embedding(patchify((full(inputs) / 255 - c.pixel_mean) / c.pixel_std, c.patch))  # (B, N, D)
         if self.cls is not None:
-            x = torch.cat((self.cls.expand(len(x), 1, -1).to(x.dtype), x), 1)
+            x = torch.cat((self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x), 1)
         B, N, D = x.shape
         return x.reshape(B * N, D), torch.arange(B + 1, dtype=torch.int32, device=x.device) * N
 
@@ -368,10 +447,14 @@ class Transformer(nn.Module):
         keep = None if keep is None else keep.clamp(0, len(x) - 1)  # of an empty document: any token
         x = self.trunk(x, layout, keep)
         with torch.autocast(x.device.type, enabled=False):
-            x = full(x) if keep is not None else pool(full(x), layout, c.pooling)
-            if self.dense is not None:
-                x = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense](self.dense(x))
-            return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
+            return self.classify(full(x) if keep is not None else pool(full(x), layout, c.pooling))
+
+    def classify(self, x):
+        """The head: (B, D) → (B, n_classes)."""
+        c = self.config
+        if self.dense is not None:
+            x = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense](self.dense(x))
+        return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
 
     @staticmethod
     def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):
@@ -571,6 +654,53 @@ def find_device(name):
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def bf16_is_native(kind):
+    """Does the device compute bfloat16 matrix products faster than float32 ones?"""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else \
+        kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+class LowLinear(nn.Module):
+    """A linear layer that only predicts, on a CPU, its weight laid out as oneDNN reads it, GELU (`gelu`: none, tanh, or ""
+    for no GELU) computed on the way out: in bfloat16, or in int8, weights scaled row by row, inputs batch by batch."""
+
+    def __init__(self, linear, dtype, gelu):
+        super().__init__()
+        self.unary, self.int8 = ("gelu" if gelu else "none", [], gelu), dtype == torch.int8
+        w, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        if self.int8:
+            self.scale = w.abs().amax(1).clamp(min=1e-12) / 127
+            self.zero = torch.zeros(len(w), dtype=torch.int64)
+            self.packed = torch.ops.onednn.qlinear_prepack((w / self.scale[:, None]).round().to(dtype), None)
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(w.to(dtype), 2048)  # a usual number of rows
+            self.bias = None if self.bias is None else self.bias.to(dtype)
+
+    def forward(self, x):
+        if not self.int8:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.unary)
+        low, high = (float(v) for v in torch.aminmax(x))
+        scale = max(max(high, 0.0) - min(low, 0.0), 1e-12) / 255
+        zero = round(-min(low, 0.0) / scale)
+        q = x.float().div(scale).add_(zero + 0.5).clamp_(max=255).to(torch.uint8)  # rounds
+        return torch.ops.onednn.qlinear_pointwise(q, scale, zero, self.packed, self.scale, self.zero, self.bias, 1.0, 0,
+                                                  x.dtype, *self.unary)
+
+
+@torch.no_grad()
+def lower(model, dtype):
+    """Makes a Transformer of text, in place, one that only predicts, on a CPU: in bfloat16, or with its blocks' matrices in
+    int8 and the rest in bfloat16 where that is native, else in float32. The head stays in float32."""
+    gelu = {"gelu": "none", "gelu_tanh": "tanh"}.get(model.config.mlp, "")
+    for block in model.blocks:
+        for part, name in ((block.attention, "qkv"), (block.attention, "out"), (block.mlp, "up"), (block.mlp, "out")):
+            setattr(part, name, LowLinear(getattr(part, name), dtype, gelu if name == "up" else ""))
+        block.mlp.activation = nn.Identity() if gelu else block.mlp.activation
+    for name, p in model.named_parameters():
+        if not name.startswith(("dense", "head")) and bf16_is_native("cpu"):
+            p.data = p.data.bfloat16()
 
 
 @torch.no_grad()
@@ -826,7 +956,7 @@ def hf_config(hf, folder):
     return c
 
 
-def save_hf(model, folder, label_names, tokenizer_json):
+def save_hf(model, folder, label_names, tokenizer_json, multilabel=False):
     """Writes a folder that transformers' AutoModelForSequenceClassification and AutoTokenizer load (for our own trunk:
     that `Transformer.from_pretrained` loads). Raises WeightsError where their classes cannot compute what ours does."""
     c, weights, folder = model.config, model.state_dict(), Path(folder)
@@ -873,6 +1003,7 @@ def save_hf(model, folder, label_names, tokenizer_json):
         config |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.d_model, "n_inner": c.d_ff,
                    "n_positions": c.max_len, "layer_norm_epsilon": c.norm_eps, "resid_pdrop": c.dropout}
     config |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    config |= {"problem_type": "multi_label_classification"} if multilabel else {}
     if c.family != "ours":
         theirs = {}
         for key, w in weights.items():

@@ -10,26 +10,25 @@ import dataclasses
 import datetime
 import json
 import math
-import netrc
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from configurator import UserError, configure, run
+from configurator import UserError, configure, finish_wandb, run, start_wandb
 from data import DataConfig
 from model import (
     CHECKPOINT_FORMAT,
     ModelConfig,
     WeightsError,
+    bf16_is_native,
     build_model,
     find_device,
     flops_per_token,
@@ -143,9 +142,7 @@ class Machine:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else \
-            kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        native = native and cfg.optimizer != "lbfgs"  # whose line search needs the exact loss
+        native = bf16_is_native(kind) and cfg.optimizer != "lbfgs"  # whose line search needs the exact loss
         self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native else torch.float32
         if kind == "cuda" and self.dtype == torch.bfloat16:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -512,24 +509,6 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def start_wandb(cfg, run_id):
-    """A W&B run (None if disabled): online if the user is logged in, else offline; never a prompt."""
-    mode = cfg.wandb_mode
-    if mode == "auto":
-        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        try:
-            known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-        except (OSError, netrc.NetrcParseError):
-            known = None
-        mode = os.environ.get("WANDB_MODE") or ("online" if known or os.environ.get("WANDB_API_KEY") else "offline")
-    if mode == "disabled":
-        return None
-    import wandb
-    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or Path(cfg.out_dir).name, id=run_id,
-                      resume="allow" if mode == "online" else None, mode=mode, dir=cfg.out_dir,
-                      config=dataclasses.asdict(cfg), settings=wandb.Settings(silent=True, console="off"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -642,7 +621,7 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
     if machine.rank == 0:
         begin_run(cfg, checkpoint)
-    wandb_run = start_wandb(cfg, run_id) if machine.rank == 0 and not cfg.lr_find else None
+    wandb_run = start_wandb(dataclasses.asdict(cfg), run_id) if machine.rank == 0 and not cfg.lr_find else None
     trained = torch.compile(model) if machine.compile else model
     if machine.world > 1:
         trained = torch.nn.parallel.DistributedDataParallel(trained)
@@ -744,10 +723,7 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
         report_range(cfg, tested)
     if wandb_run:
         wandb_run.summary.update({f"best_{k}": v for k, v in best.items()})
-        folder, offline = wandb_run.settings.sync_dir, wandb_run.offline
-        wandb_run.finish()
-        if offline:
-            machine.print(f"W&B run kept offline; upload it with: wandb sync {os.path.relpath(folder)}")
+        finish_wandb(wandb_run)
     if machine.world > 1:
         dist.destroy_process_group()
     if not cfg.lr_find:

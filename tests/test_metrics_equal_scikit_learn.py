@@ -131,7 +131,7 @@ def test_a_file_of_texts_is_labelled_in_order(trained, tmp_path):
     texts = [f"{w} {i}" for i, w in enumerate(["goal striker", "shares", "laptop, code", 'a "quoted"\nmarket', ""] * 30)]
     with open(tmp_path / "in.csv", "w", newline="") as f:
         csv.writer(f).writerows([["id", "text"], *([i, t] for i, t in enumerate(texts))])
-    done = script("eval.py", trained, input=tmp_path / "in.csv", output=tmp_path / "out.csv")
+    done = script("eval.py", trained, input=tmp_path / "in.csv", output=tmp_path / "out.csv", dtype="float32")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(open(tmp_path / "out.csv")))
     expected = eval_script.load_classifier(trained)(texts)
@@ -139,7 +139,8 @@ def test_a_file_of_texts_is_labelled_in_order(trained, tmp_path):
     surest = [max(e["probabilities"].values()) for e in expected]
     assert [float(r["probability"]) for r in rows] == pytest.approx(surest, abs=1e-5)
     (tmp_path / "in.txt").write_text("\n".join(texts[:3]) + "\n")
-    assert script("eval.py", trained, input=tmp_path / "in.txt", output=tmp_path / "out2.csv").returncode == 0
+    done = script("eval.py", trained, input=tmp_path / "in.txt", output=tmp_path / "out2.csv", dtype="float32")
+    assert done.returncode == 0, done.stderr
     assert open(tmp_path / "out2.csv").read() == "".join(open(tmp_path / "out.csv").readlines()[:4])
     for content, says in ((b"", "holds no texts"), (b"caf\xe9\n", "line 1: not valid utf-8")):
         (tmp_path / "bad.txt").write_bytes(content)

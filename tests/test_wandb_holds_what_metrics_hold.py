@@ -6,15 +6,16 @@ import struct
 import pytest
 
 import train
+from model import load_checkpoint
 from tests.conftest import script
 from tests.test_evaluating_changes_nothing import records
 
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 
-def wandb_history(path):
-    """The logged rows of a .wandb file: LevelDB's log format (32 KiB blocks; crc32, length, type) behind a 7-byte header,
-    with a protobuf Record in each entry."""
+def wandb_rows(path, field="history"):
+    """The logged rows (or the updates of the summary) of a .wandb file: LevelDB's log format (32 KiB blocks; crc32, length,
+    type) behind a 7-byte header, with a protobuf Record in each entry."""
     raw, at, part, rows = open(path, "rb").read(), 7, b"", []
     while at + 7 <= len(raw):
         if 32768 - at % 32768 < 7:
@@ -24,8 +25,9 @@ def wandb_history(path):
         part, at = part + raw[at + 7 : at + 7 + length], at + 7 + length
         if kind in (1, 4):  # whole, or the last part
             record, part = pb.Record.FromString(part), b""
-            if record.HasField("history"):
-                rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+            if record.HasField(field):
+                items = record.history.item if field == "history" else record.summary.update
+                rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
     return rows
 
 
@@ -34,10 +36,30 @@ def test_offline_run_holds_the_losses(toy):
     assert done.returncode == 0, done.stderr
     assert "wandb sync" in done.stdout
     (path,) = glob.glob(f"{toy['out_dir']}/wandb/offline-run-*/*.wandb")
-    logged = wandb_history(path)
+    logged = wandb_rows(path)
     for key in ("loss", "lr", "grad_norm", "val_loss", "val_accuracy"):
         expected = [(r["step"], r[key]) for r in records(toy["out_dir"]) if key in r]
         assert [(r["step"], r[key]) for r in logged if key in r] == expected and len(expected) >= 2, key
+
+
+def test_evaluation_adds_to_the_run_of_training(toy):
+    train.train(train.Config(**toy | dict(epochs=1.0)))
+    done = script("eval.py", toy["out_dir"], split="val", wandb_mode="offline")
+    assert done.returncode == 0 and "wandb sync" in done.stdout, done.stderr
+    (path,) = glob.glob(f"{toy['out_dir']}/wandb/offline-run-*/*.wandb")
+    assert path.endswith(f"run-{load_checkpoint(toy['out_dir'] + '/last.pt')['run_id']}.wandb")
+    report, summary = json.load(open(f"{toy['out_dir']}/eval.json")), {}
+    for row in wandb_rows(path, "summary"):
+        summary |= row
+    for key in ("accuracy", "macro_f1", "mcc", "log_loss", "auroc", "ece", "n"):
+        assert summary[f"val_{key}"] == pytest.approx(report[key], abs=1e-12), key
+    (logged,) = [row for row in wandb_rows(path) if "val_per_class.path" in row]
+    files = f"{path.rsplit('/', 1)[0]}/files/"
+    rows = json.load(open(files + logged["val_per_class.path"]))["data"]
+    assert [r[0] for r in rows] == report["label_names"] and [r[3] for r in rows] == report["per_class"]["f1"]
+    mistakes = json.load(open(files + logged["val_mistakes.path"]))["data"]
+    assert [r[4] for r in mistakes] == [m["text"] for m in report["mistakes"]] and mistakes
+    assert open(files + logged["val_confusion.path"], "rb").read(4) == b"\x89PNG"
 
 
 def test_disabled_writes_nothing(toy, tmp_path):

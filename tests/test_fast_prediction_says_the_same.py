@@ -1,0 +1,70 @@
+"""Labels computed in bfloat16 or int8 are those of float32, but for texts on the edge; what cannot be is refused."""
+import copy
+
+import pytest
+import torch
+
+import train
+from configurator import UserError
+from eval import Config, cheaper, load_classifier, open_data
+from model import Layout, Transformer, attend, lower
+from tests.test_packed_equals_one_at_a_time import packed, random_documents, random_model
+from tests.test_published_weights_mean_the_same import CONFIGS, reference
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.int8, 0.06)])
+@pytest.mark.parametrize("name", ["ours", *CONFIGS])
+def test_logits_are_close(tmp_path, name, dtype, error):
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor computes no bfloat16")
+    model = random_model()
+    if name != "ours":
+        reference(name).save_pretrained(tmp_path)
+        model = Transformer.from_pretrained(tmp_path)
+    inputs = packed(random_documents([7, 1, 40, 40, 3, 50, 1, 22]))
+    low = copy.deepcopy(model).eval()
+    lower(low, dtype)
+    with torch.no_grad():
+        exact, got = model.eval()(*inputs), low(*inputs)
+    assert (got - exact).square().mean().sqrt() < error * exact.std() and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("causal, window", [(False, 0), (True, 0), (False, 5), (True, 5)])
+def test_attention_without_a_backward_pass_is_attention(causal, window):
+    lengths = torch.tensor([40, 40, 17, 1, 0, 5, 5])
+    qkv = torch.randn(int(lengths.sum()), 3, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layout = Layout(torch.cat((torch.zeros(1), lengths.cumsum(0))).int(), len(qkv), 64)
+    exact = attend(qkv.float(), layout, causal, window)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(qkv, layout, causal, window).float(), exact, atol=0.02, rtol=0.02)
+
+
+def test_labels_are_the_same(toy):
+    train.train(train.Config(**toy | dict(epochs=6.0)))
+    texts = [f"{'goal ' * (i % 9)} {'bank ' * (i % 7)} {'chip ' * (i % 5)}{i}" for i in range(200)]
+    exact = [max(r["probabilities"].items(), key=lambda x: x[1]) for r in load_classifier(toy["out_dir"])(texts)]
+    for dtype in (torch.bfloat16, torch.int8):
+        labels = [r["label"] for r in load_classifier(toy["out_dir"], dtype=dtype)(texts)]
+        assert all(a == b for a, (b, p) in zip(labels, exact) if p > 0.55)
+
+
+def test_the_table_of_cheaper_ways_holds_what_each_scores(toy, capsys):
+    train.train(train.Config(**toy))
+    capsys.readouterr()
+    cheaper(toy["out_dir"], Config(split="train"))
+    rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()[2:]}
+    clf = load_classifier(toy["out_dir"])
+    examples = open_data(clf, "train")
+    said, longest = clf.logits(examples).argmax(1).numpy(), max(examples.lengths)
+    assert rows["float32"][:2] == [f"{(said == examples.labels).mean():.2%}", "0.00%"] and rows["float32"][3] == "1.00×"
+    clf.max_len = int(longest) // 4
+    short = clf.logits(open_data(clf, "train")).argmax(1).numpy()
+    assert rows[f"first {longest // 4} of {longest} tokens"][:2] == [
+        f"{(short == examples.labels).mean():.2%}", f"{(short != said).mean():.2%}"]
+    assert {"bfloat16", "int8", "torch.compile", f"first {longest // 2} of {longest} tokens"} < set(rows)
+
+
+def test_int8_is_refused_where_it_cannot_be(toy):
+    train.train(train.Config(**toy | dict(model="linear")))
+    with pytest.raises(UserError, match="--dtype=int8 is for transformers of text on CPUs: .* is a linear model of text"):
+        load_classifier(toy["out_dir"], dtype=torch.int8)
