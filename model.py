@@ -93,6 +93,7 @@ class Layout:
 
     def __init__(self, cu_seqlens, T, max_len):
         self.cu_seqlens, self.max_len, self.lengths = cu_seqlens, max_len, cu_seqlens.diff()
+        self.first = cu_seqlens[:-1].clamp(max=T - 1)  # (B,): of an empty document, any token
         token = torch.arange(T, device=cu_seqlens.device)
         self.doc = torch.bucketize(token, cu_seqlens[1:], right=True)
         self.position = token - cu_seqlens[self.doc]
@@ -106,9 +107,9 @@ class Layout:
     def blocks(self):
         """For attention without a varlen kernel: documents of like length, padded to (b, L) blocks of tokens.
 
-        (place, token, padding, [(mask, b, L), ...]): of all blocks end to end, P rows, `token` (P,) says which token stands
-        there (token 0 at `padding`) and `place` (T,) where each token stands; `mask` (b, L) is False at padding (None: there
-        is none)."""
+        (place, token, padding, [(mask, b, L), ...], order): of all blocks end to end, P rows, `token` (P,) says which token
+        stands there (token 0 at `padding`) and `place` (T,) where each token stands; `mask` (b, L) is False at padding
+        (None: there is none); `order` (B,) is each document's place among those of all blocks, 0 for empty ones."""
         start, lengths = self.cu_seqlens[:-1].tolist(), self.lengths.tolist()
         runs, waste = [], MAX_WASTE
         for d in sorted((d for d, n in enumerate(lengths) if n), key=lambda d: -lengths[d]):
@@ -127,7 +128,9 @@ class Layout:
         token, mask = torch.cat(tokens), torch.cat(masks)
         place = torch.empty(int(mask.sum()), dtype=torch.int64)
         place[token[mask]] = mask.nonzero()[:, 0]
-        return *(t.to(self.doc.device) for t in (place, token, (~mask).nonzero()[:, 0])), blocks
+        order = torch.zeros(len(lengths), dtype=torch.int64)
+        order[torch.tensor([d for run in runs for d in run])] = torch.arange(sum(map(len, runs)))
+        return *(t.to(self.doc.device) for t in (place, token, (~mask).nonzero()[:, 0])), blocks, order.to(self.doc.device)
 
 
 class Rows(torch.autograd.Function):
@@ -152,7 +155,7 @@ class PaddedLayout:
 
     def __init__(self, mask):
         (B, L), device = mask.shape, mask.device
-        self.mask, self.at = mask, torch.arange(L, device=device)
+        self.mask, self.at, self.first = mask, torch.arange(L, device=device), None
         self.position = self.at.repeat(B)
 
     def attend(self, q, k, v, causal, window):
@@ -203,8 +206,11 @@ def full(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def attend(qkv, layout, causal=False, window=0):
-    """Attention within each document (and `window` tokens to either side, if any): qkv (T, 3, H, d) → (T, H, d)."""
+def attend(qkv, layout, causal=False, window=0, first=False):
+    """Attention within each document (and `window` tokens to either side, if any): qkv (T, 3, H, d) → (T, H, d); `first`:
+    only that of each document's first token, (B, H, d), where what an empty document gets means nothing."""
+    if first and (causal or window or isinstance(layout, PaddedLayout) or qkv.is_cuda):
+        return attend(qkv, layout, causal, window)[layout.first]
     if isinstance(layout, PaddedLayout):
         return layout.attend(*qkv.unbind(1), causal, window)
     if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
@@ -214,8 +220,9 @@ def attend(qkv, layout, causal=False, window=0):
     dtype, device, (_, _, H, d) = qkv.dtype, qkv.device, qkv.shape
     if dtype == torch.bfloat16 and device.type == "cpu" and not torch.is_grad_enabled() \
             and all(L <= 1024 for _, L in layout.runs):  # or its scores would need much memory
-        return attend_bf16(*qkv.unbind(1), layout.runs, causal, window)
-    place, token, padding, blocks = layout.blocks
+        out = attend_bf16(*qkv.unbind(1), layout.runs, causal, window, first)
+        return out[((layout.lengths > 0).cumsum(0) - 1).clamp(min=0)] if first else out
+    place, token, padding, blocks, order = layout.blocks
     # in float32: on CPUs, bf16 attention's backward is many times slower
     padded = full(Rows.apply(qkv, token, place, padding[:0]))  # (P, 3, H, d)
     out = []
@@ -228,24 +235,29 @@ def attend(qkv, layout, causal=False, window=0):
             near = (at[:, None] - at).abs() <= window  # (L, L)
             # a padding token's own row may not be empty: softmax over nothing is not a number
             allowed = near if allowed is None else allowed & near | torch.eye(L, dtype=torch.bool, device=device)
+        q, k, v = block
         with torch.autocast(device.type, enabled=False):  # which would make it bf16 again
-            y = F.scaled_dot_product_attention(*block, attn_mask=allowed, is_causal=causal)
-        out.append(y.transpose(1, 2).reshape(b * L, H, d))
+            y = F.scaled_dot_product_attention(q[:, :, :1] if first else q, k, v, attn_mask=allowed, is_causal=causal)
+        out.append(y.transpose(1, 2).reshape(-1, H, d))
+    if first:
+        return torch.cat(out).to(dtype)[order]
     return Rows.apply(torch.cat(out).to(dtype), place, token, padding)
 
 
-def attend_bf16(q, k, v, runs, causal, window):
+def attend_bf16(q, k, v, runs, causal, window, first):
     """`attend` in bfloat16 without a backward pass, on CPUs in half the time of the fused kernel (NOTES.md). Nothing is
     padded or moved: it is fast where documents of one length follow each other, as in evaluation."""
     (_, H, d), sizes, out = q.shape, [b * L for b, L in runs], []
     for (b, L), *block in zip(runs, *(x.split(sizes) for x in (q, k, v))):
         q, k, v = (x.unflatten(0, (b, L)).transpose(1, 2) for x in block)  # (b, H, L, d)
+        q = q[:, :, :1] if first else q
         s = q * d**-0.5 @ k.mT  # (b, H, L, L)
         if causal or window:
             distance = torch.arange(L)[:, None] - torch.arange(L)
             s = s.masked_fill((distance < 0 if causal else distance > L) | (distance.abs() > (window or L)), -math.inf)
-        p = s.softmax(-1, torch.float32) if L >= 16 else s.mT.contiguous().softmax(-2, torch.float32).mT  # short: slow
-        out.append((p.to(q.dtype) @ v).transpose(1, 2).reshape(b * L, H, d))
+        p = s.softmax(-1, torch.float32) if L >= 16 or first else \
+            s.mT.contiguous().softmax(-2, torch.float32).mT  # along short rows it is slow
+        out.append((p.to(q.dtype) @ v).transpose(1, 2).reshape(-1, H, d))
     return torch.cat(out)
 
 
@@ -289,8 +301,9 @@ class Attention(nn.Module):
             if layout.rope:
                 qk = rotate(qk, *layout.rope[bool(self.window)])
             qkv = torch.cat((qk.to(v.dtype), v), 1)  # CUDA's autocast makes norms float32
-        y = attend(qkv, layout, self.causal, self.window).reshape(T, D)
-        return self.out(y if keep is None else y[keep])
+        first = keep is not None and keep is layout.first
+        y = attend(qkv, layout, self.causal, self.window, first).flatten(1)
+        return self.out(y if keep is None or first else y[keep])
 
 
 class FeedForward(nn.Module):
@@ -443,8 +456,7 @@ class Transformer(nn.Module):
         if c.lm_head:
             x = self.trunk(x, layout, where)
             return F.linear(x, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
-        keep = {"cls": cu_seqlens[:-1], "last": cu_seqlens[1:] - 1}.get(c.pooling)
-        keep = None if keep is None else keep.clamp(0, len(x) - 1)  # of an empty document: any token
+        keep = {"cls": layout.first, "last": (cu_seqlens[1:] - 1).clamp(min=0)}.get(c.pooling)
         x = self.trunk(x, layout, keep)
         with torch.autocast(x.device.type, enabled=False):
             return self.classify(full(x) if keep is not None else pool(full(x), layout, c.pooling))

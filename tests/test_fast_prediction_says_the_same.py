@@ -37,6 +37,10 @@ def test_attention_without_a_backward_pass_is_attention(causal, window):
     exact = attend(qkv.float(), layout, causal, window)
     with torch.no_grad():
         torch.testing.assert_close(attend(qkv, layout, causal, window).float(), exact, atol=0.02, rtol=0.02)
+        got, filled = attend(qkv, layout, causal, window, first=True).float(), lengths > 0
+        torch.testing.assert_close(got[filled], exact[layout.first[filled]], atol=0.02, rtol=0.02)
+        got = attend(qkv.float(), layout, causal, window, first=True)
+        torch.testing.assert_close(got[filled], exact[layout.first[filled]])
 
 
 def test_labels_are_the_same(toy):
