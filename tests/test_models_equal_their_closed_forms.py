@@ -7,7 +7,7 @@ import data
 import eval as eval_script
 import train
 from configurator import UserError
-from model import ModelConfig, build_model, patchify
+from model import ModelConfig, build_model, patchify, rms_norm
 
 
 def write_table(path, n=300, classes=0, seed=0):
@@ -120,3 +120,17 @@ def test_patches_hold_each_pixel_once_and_go_back():
     for i in range(6):
         r, c = divmod(i, 3)
         assert torch.equal(patches[:, i].view(2, 3, 4, 4), x[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rms_norm_and_its_gradient_are_torchs(weighted):
+    torch.manual_seed(0)
+    for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        x, grad, results = torch.randn(7, 2, 16, dtype=dtype) * 3, torch.randn(7, 2, 16, dtype=dtype), []
+        w = torch.linspace(0.5, 2, 16, dtype=dtype)
+        for norm in (rms_norm, lambda x, w: torch.nn.functional.rms_norm(x, x.shape[-1:], w)):
+            inputs = [x.clone().requires_grad_(), w.clone().requires_grad_() if weighted else None]
+            y = norm(*inputs)
+            y.backward(grad)
+            results.append([y, *(i.grad for i in inputs if i is not None)])
+        torch.testing.assert_close(*results, atol=atol * 30, rtol=atol * 3)
