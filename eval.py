@@ -440,7 +440,7 @@ def compare(paths, cfg):
 
     p-values: two-sided, of a paired bootstrap over the examples (of the mean over seeds); for single runs also McNemar's
     exact test (1947). Latency is that of one example at a time, throughput that of the whole split."""
-    rows, expected, curve = {}, None, set()
+    rows, expected = {}, None
     for path in paths:
         clf = open_classifier(path, cfg)
         examples = open_data(clf, cfg.split, cfg.data_dir)
@@ -461,7 +461,7 @@ def compare(paths, cfg):
             alone.append(1000 * (time.perf_counter() - started))
         settings = {k: v for k, v in clf.config.items() if k not in ("seed", "out_dir", "overwrite")}
         key, fraction = json.dumps(settings), settings.pop("train_fraction", 1.0)
-        curve.add(json.dumps(settings))
+        curve = json.dumps({k: v for k, v in settings.items() if k not in ("epochs", "max_steps", "eval_interval")})
         metrics_file = clf.path.parent / "metrics.jsonl"
         elapsed = [r["elapsed_s"] for r in map(json.loads, open(metrics_file)) if "elapsed_s" in r] \
             if metrics_file.exists() else []
@@ -469,9 +469,9 @@ def compare(paths, cfg):
         with torch.device("meta"):
             whole = build_model(clf.model.config)  # in int8 a model has other parameters
         rows.setdefault(key, []).append({
-            "name": str(path), "fraction": fraction, "right": hits(clf, logits, examples.labels), "macro_f1": (
-                label_scores(logits, examples.labels) if clf.multilabel else
-                scores(log_softmax(logits), examples.labels))["macro_f1"],
+            "name": str(path), "fraction": fraction, "curve": curve, "right": hits(clf, logits, examples.labels),
+            "macro_f1": (label_scores(logits, examples.labels) if clf.multilabel else
+                         scores(log_softmax(logits), examples.labels))["macro_f1"],
             "parameters": sum(p.numel() for p in whole.parameters()),
             "mflop": flops_per_token(whole, length) * (length if clf.kind != "features" else 1) / 3e6,
             "train_s": elapsed[-1] if elapsed else math.nan, "per_s": len(examples) / seconds,
@@ -481,10 +481,9 @@ def compare(paths, cfg):
     wide = max(len(g[0]["name"]) for g in groups) + 6
     print(f"{'run':{wide}}  accuracy [95 % interval]     macro-F1  parameters  MFLOP/ex  train s     ex/s   p50 ms   p95 ms"
           "  memory MB  disk MB   p against the best")
-    best, table = np.mean([r["right"] for r in groups[0]], 0), []
+    best, table, resamples = np.mean([r["right"] for r in groups[0]], 0), [], max(cfg.resamples, 100)
     for g in groups:
         right = np.mean([r["right"] for r in g], 0)
-        resamples = max(cfg.resamples, 100)
         low, high = intervals(lambda a, b: {"m": a.mean()}, right, right, resamples)["m"]
         p, mcnemar = paired(best, right, resamples)
         first, mean = g[0], {k: float(np.mean([r[k] for r in g])) for k in ("train_s", "per_s", "p50", "p95", "peak")}
@@ -503,35 +502,41 @@ def compare(paths, cfg):
         sentences.append(f"{table[0][0]} is better than {name} by {gap:.1f} points, p = {p:.3f}" if p < 0.05 else
                          f"{name} cannot be told from {table[0][0]} (behind by {gap:.1f} points, p = {p:.2f}){speed}")
     print("\n" + ("; ".join(sentences) or "these are seeds of one config: there is nothing to compare") + ".")
-    if len(curve) == 1 < len(groups):
-        learning_curve(groups, len(open_data(clf, "train", cfg.data_dir)), clf.path.parent.parent, max(cfg.resamples, 100))
+    curves = {}
+    for g in groups:
+        curves.setdefault(g[0]["curve"], {}).setdefault(g[0]["fraction"], g)
+    if len(groups) == sum(map(len, curves.values())) and min(map(len, curves.values())) > 1:
+        learning_curve(curves.values(), len(open_data(clf, "train", cfg.data_dir)), clf.path.parent.parent, resamples)
 
 
-def learning_curve(groups, n_train, folder, resamples):
-    """Of groups of runs that differ in train_fraction: writes folder/learning_curve.png, accuracy against the labels used,
-    and prints what the last step gained, and what it comes to for each doubling."""
+def learning_curve(curves, n_train, folder, resamples):
+    """Of {train_fraction: runs} of one or several models: writes folder/learning_curve.png, accuracy against the labels
+    used, and prints what the last step of each gained, and what it comes to for each doubling."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     def mean(x):  # with its 95 % interval, in %
         return [100 * x.mean(), *(100 * np.array(intervals(lambda a, b: {"m": a.mean()}, x, x, resamples)["m"]))]
-    groups = sorted(groups, key=lambda g: g[0]["fraction"])
-    labels = [round(g[0]["fraction"] * n_train) for g in groups]
-    right = [np.mean([r["right"] for r in g], 0) for g in groups]
-    accuracy, low, high = np.array([mean(x) for x in right]).T
     figure, ax = plt.subplots(figsize=(6, 4))
-    ax.errorbar(labels, accuracy, [accuracy - low, high - accuracy], marker="o", capsize=4)
+    for runs in curves:
+        fractions, groups = zip(*sorted(runs.items()))
+        labels, name = [round(f * n_train) for f in fractions], Path(groups[-1][0]["name"]).name
+        right = [np.mean([r["right"] for r in g], 0) for g in groups]
+        accuracy, low, high = np.array([mean(x) for x in right]).T
+        ax.errorbar(labels, accuracy, [accuracy - low, high - accuracy], marker="o", capsize=4, label=name)
+        gain, low, high = mean(right[-1] - right[-2])
+        pace = gain / math.log2(labels[-1] / labels[-2])
+        print(f"{name}: from {labels[-2]:,} to {labels[-1]:,} labels, accuracy changed by {gain:+.1f} points (95 % interval "
+              f"{low:+.1f} to {high:+.1f}), {pace:+.1f} for each doubling: " + (
+                  "more labels would help, if by less and less" if low > 0 else
+                  "that more labels would help cannot be told from luck"))
     ax.set(xlabel="labels trained on", ylabel="accuracy, %", xscale="log")
     ax.set_xticks(labels, [f"{n:,}" for n in labels])
     ax.minorticks_off()
+    ax.legend()
     figure.savefig(folder / "learning_curve.png", dpi=110, bbox_inches="tight")
-    gain, low, high = mean(right[-1] - right[-2])
-    pace = gain / math.log2(labels[-1] / labels[-2])
-    print(f"From {labels[-2]:,} to {labels[-1]:,} labels, accuracy changed by {gain:+.1f} points (95 % interval {low:+.1f} "
-          f"to {high:+.1f}), {pace:+.1f} for each doubling: " + (
-              "more labels would help, if by less and less" if low > 0 else
-              "that more labels would help cannot be told from luck") + f". Written to {folder / 'learning_curve.png'}")
+    print(f"Written to {folder / 'learning_curve.png'}")
 
 
 def peak_memory(path, cfg):

@@ -42,11 +42,15 @@ def test_eval_draws_the_curve(toy, tmp_path):
     for fraction, seed in runs:
         train.train(train.Config(**toy | dict(train_fraction=fraction, seed=seed, epochs=6.0,
                                               out_dir=str(tmp_path / f"runs/{fraction}-{seed}"))))
-    done = script("eval.py", *(str(tmp_path / f"runs/{f}-{s}") for f, s in runs))
+    for fraction in (0.2, 1.0):  # another model: a curve of its own, whose longer training on few labels does not matter
+        train.train(train.Config(**toy | dict(train_fraction=fraction, model="mlp", epochs=1 / fraction,
+                                              out_dir=str(tmp_path / f"runs/mlp{fraction}"))))
+    done = script("eval.py", *map(str, (tmp_path / "runs").iterdir()))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from 19 to 96 labels") == 2 and "mlp1.0: from 19 to 96" in done.stdout
     table = {line.split()[0].split("/")[-1]: float(line.split("%")[0].split()[-1]) for line in done.stdout.splitlines()
              if "% [" in line}
     gain = table["1.0-1"] - table["0.2-1"]
-    assert f"From 19 to 96 labels, accuracy changed by {gain:+.1f} points (95 % interval " in done.stdout
+    assert f"1.0-1: from 19 to 96 labels, accuracy changed by {gain:+.1f} points (95 % interval " in done.stdout
     assert f"{gain / np.log2(96 / 19):+.1f} for each doubling" in done.stdout
     assert (tmp_path / "runs/learning_curve.png").stat().st_size > 5000
