@@ -9,7 +9,8 @@ where the data set is not there yet. On disk, in data_dir/<dataset>/ (all little
     tokenizer.json         Hugging Face `tokenizers` format
 Images have .bin of uint8 (N, C, H, W), rows of numbers of float32 (N, F), standardised, and neither .idx nor tokenizer.
     meta.json              everything else, with the SHA-256 of every file; written last, so what has none is no data set
-The source is read three times (clean and hash; train the tokenizer; encode), and never held: memory stays flat.
+The source is read three times (clean and hash; train the tokenizer; encode), and never held: memory stays flat, but for
+one long .txt with --target=none, which is one document.
 """
 import base64
 import contextlib
@@ -929,9 +930,12 @@ class Blocks(PackedText):
         doc = np.repeat(np.arange(len(n)), blocks)
         place = (np.arange(len(doc)) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * max_len
         super().__init__(tokens, starts, np.zeros(len(doc), np.int64), meta, max_len, seed, mask_prob=mask_prob)
-        self.objective, self.n_bytes = objective, n_bytes
+        begun = len(starts) > 1 and (tokens[starts[:-1]] == tokens[0]).all()  # by a [CLS], which nothing has to predict
+        self.objective, self.n_bytes = objective, n_bytes if begun else 0
         self.first, self.end, self.lengths = starts[doc], starts[doc] + n[doc], np.minimum(max_len, n[doc] - place)
         self.at = self.first + place
+        if not len(doc) or objective == "mlm" and self.lengths.max() < 2:
+            raise UserError(f"--objective={objective}: no document has two tokens, so there is nothing to learn")
 
     def block(self, i, epoch):
         """(input ids (L,), targets (L,), -100 where there is none), int64."""
@@ -942,8 +946,9 @@ class Blocks(PackedText):
         if self.objective == "clm":
             return ids[:-1], ids[1:]
         ids[0] = self.tokens[self.first[i]]
-        masked = rng.random(L) < self.mask_prob
-        masked[0] = False
+        draw = rng.random(L)
+        draw[0] = 1.0
+        masked = (draw < self.mask_prob) | (draw == draw.min()) & (L > 1)  # one at least
         return np.where(masked, self.mask_id, ids), np.where(masked, ids, -100)
 
     def batch(self, epoch, indices, shape=None):
@@ -1024,15 +1029,15 @@ def cut(ids, max_len, n_suffix):
 def pack(documents, labels, shape=None):
     """Documents end to end: tokens (T,) int64, cu_seqlens (B+1,) int32, targets (B,) or, multi-hot, (B, C) int64.
 
-    With `shape` = (T, B, max_len), filled up to just that (torch.compile then sees one shape): by documents of token 0,
-    none longer than max_len, and empty ones, with targets -100, which the loss ignores."""
+    With `shape` = (T, B, max_len), filled up to just that (torch.compile then sees one shape): by documents of a token that
+    is there anyway, none longer than max_len, and empty ones, with targets -100, which the loss ignores."""
     lengths = [len(d) for d in documents]
     if shape:
         T, B, max_len = shape
         fill = T - sum(lengths)
         filler = [max_len] * (fill // max_len) + [fill % max_len]
         filler += [0] * (B - len(documents) - len(filler))
-        documents = [*documents, np.zeros(fill, np.int64)]
+        documents = [*documents, np.full(fill, documents[0][0])]
         labels = np.concatenate([labels, np.full((len(filler), *np.shape(labels)[1:]), -100)])
         lengths = lengths + filler
     return (torch.from_numpy(np.concatenate(documents)),

@@ -118,6 +118,9 @@ def make_model(cfg, meta, path):
     if language and loaded.config.causal != (cfg.objective == "clm"):
         raise UserError(f"{path}: reads " + ("left to right: continue with --objective=clm" if loaded.config.causal else
                                              "both ways: continue with --objective=mlm --mask_prob=0.3"))
+    if loaded.config.stem == "words" and (language or cfg.crop or cfg.mask_prob):
+        raise UserError(f"{path}: reads words made of bytes: --objective=classify --crop=None --mask_prob=0 are needed, and "
+                        "a --max_len in bytes")
     if loaded.config.vocab_size < meta["vocab_size"]:
         raise UserError(f"{path}: the weights know {loaded.config.vocab_size} tokens, their tokenizer {meta['vocab_size']}")
     c = dataclasses.replace(loaded.config, pooling=cfg.pooling or loaded.config.pooling,
@@ -134,6 +137,8 @@ def make_model(cfg, meta, path):
             p.requires_grad = layer_of(name, model) > frozen
             if cfg.lora_rank:
                 p.requires_grad = layer_of(name, model) > len(model.blocks)
+    if not any(p.requires_grad for p in model.parameters()) and not cfg.lora_rank:
+        raise UserError(f"--freeze={cfg.freeze} leaves nothing to train: the head is the embedding's")
     if cfg.lora_rank:
         if cfg.freeze:
             raise UserError("--lora_rank trains no weights of the blocks, so --freeze says nothing: leave one of them out")

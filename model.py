@@ -13,7 +13,8 @@ The default trunk is the modern one: pre-norm RMSNorm (Zhang & Sennrich 2019), r
 identity and the first loss is log(n_classes) exactly. The published trunks are other values of the same ModelConfig.
 
 A batch is packed: one row of T tokens, `cu_seqlens` marking where each document starts. Everything but attention works
-on (T, D), so nothing is ever computed for padding; only attention knows about documents.
+on (T, D), so nothing is computed for padding (but for up to 15 tokens that fill a batch in training up to a multiple of 16,
+as CPUs want it); only attention knows about documents.
 """
 import functools
 import itertools
@@ -304,7 +305,8 @@ def rms_norm(x, weight=None, eps=None):
     """F.rms_norm over the last dimension."""
     if x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return CPUNorm.apply(x, weight, torch.finfo(x.dtype).eps if eps is None else eps)
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps  # as F.rms_norm has it
+    return CPUNorm.apply(x, weight, eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -507,9 +509,10 @@ class Transformer(nn.Module):
         """The model of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in eval mode.
 
         With n_classes it gets a head: the weights' own, or a fresh one where they have none or with new_head; with
-        n_classes = 0 a language model's, the weights' own or tied to the embedding, as published ones are. For images of
-        another size, learned positions are interpolated (bicubic; Dosovitskiy et al. 2021, section 3.2). Raises
-        WeightsError for what is not supported, missing, left over, of the wrong shape, or not finite."""
+        n_classes = 0 a language model's: of ours its own, of others one tied to the embedding, which is GPT-2's exactly, and
+        for the rest a new beginning without the layer that theirs has before it. For images of another size, learned
+        positions are interpolated (bicubic; Dosovitskiy et al. 2021, section 3.2). Raises WeightsError for what is not
+        supported, missing, left over, of the wrong shape, or not finite."""
         path = Path(path)
         if (path / "config.json").exists() and not (path / "best.pt").exists():
             config, weights = read_hf(path)
@@ -629,8 +632,8 @@ def bag(table, tokens, segment, n, n_segments):
     """Of each segment the sum of the table's rows of all runs of 1 … n tokens that lie in it, divided by √(their number):
     tokens (T,), segment (T,), ascending → (n_segments, width)."""
     bucket, inside = ngram_buckets(tokens, segment, n, table.num_embeddings)
-    count = torch.bincount(segment, inside.sum(1), n_segments)
-    offsets = F.pad(count.cumsum(0)[:-1], (1, 0)).long()
+    count = segment.new_zeros(n_segments).index_add(0, segment, inside.sum(1))
+    offsets = F.pad(count.cumsum(0)[:-1], (1, 0))
     total = F.embedding_bag(bucket[inside], table.weight, offsets, mode="sum", sparse=table.sparse)
     return total / count.clamp(min=1).sqrt()[:, None].to(total.dtype)
 
@@ -770,8 +773,8 @@ def lm_losses(model, batches, device, dtype):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(*(t.to(device) for t in inputs))
         counts = targets >= 0
-        logits, targets = logits.float()[counts.to(device)], targets[counts].to(device)
-        yield F.cross_entropy(logits, targets, reduction="none").double().cpu(), (logits.argmax(1) == targets).cpu()
+        logits, targets = logits[counts.to(device)].float(), targets[counts].to(device)
+        yield F.cross_entropy(logits, targets, reduction="none").cpu().double(), (logits.argmax(1) == targets).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def evaluate(model, split, cfg, machine):
         model.train()
         nats, right, n = machine.sum([sum(t) for t in zip(*totals)] or [0, 0, 0]).tolist()
         return {"val_loss": nats / n, "val_token_accuracy": right / n} | (
-            {"val_bits_per_byte": nats / math.log(2) / split.n_bytes} if split.objective == "clm" else {})
+            {"val_bits_per_byte": nats / math.log(2) / split.n_bytes} if split.objective == "clm" and split.n_bytes else {})
     regression, images = split.labels.dtype == "float32", isinstance(split, data.Arrays) and split.values.ndim == 4
     for (_, indices, _), logits in zip(batches, predict(model, loader, machine.device, machine.dtype, cfg.flip and images)):
         targets = torch.from_numpy(split.labels[indices])
@@ -554,7 +554,8 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     """Runs `cfg`. make_model(cfg, meta) and lr_scale (see make_optimizers) are where finetune.py differs; merged(model) is
     the state dict that best.pt gets."""
     started = time.time()
-    for name in ("batch_size", "micro_batch_tokens", "log_interval", "n_head", "d_model", "patch", "max_len", "epochs"):
+    for name in ("batch_size", "micro_batch_tokens", "log_interval", "n_head", "d_model", "patch", "max_len", "epochs",
+                 "ngrams", "char_ngrams", "buckets"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
     for name in ("dropout", "mask_prob", "ema_decay", "label_smoothing"):
@@ -563,6 +564,8 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     if cfg.objective != "classify" and (cfg.model != "transformer" or (cfg.mask_prob > 0) != (cfg.objective == "mlm")):
         raise UserError(f"--objective={cfg.objective} is for --model=transformer, with --mask_prob "
                         + ("above 0, as 0.3" if cfg.objective == "mlm" else "of 0"))
+    if cfg.objective != "classify" and (cfg.class_weights or cfg.focal_gamma):
+        raise UserError("--class_weights and --focal_gamma are for --objective=classify")
     if cfg.stem == "words" and (cfg.tokenizer != "bytes" or cfg.model != "transformer" or cfg.objective != "classify"
                                 or cfg.mask_prob or cfg.crop):
         raise UserError("--stem=words is for a transformer that classifies, with --tokenizer=bytes, and without --mask_prob "
@@ -729,7 +732,8 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     if machine.world > 1:
         dist.destroy_process_group()
     if not cfg.lr_find:
-        machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}")
+        machine.print(f"done in {time.time() - started:.0f} s: {summary({'best': best})}. Now: python eval.py {cfg.out_dir}"
+                      + " --split=val" * ("test" not in meta["splits"]))
 
 
 def score(result):

@@ -70,5 +70,19 @@ def test_the_table_of_cheaper_ways_holds_what_each_scores(toy, capsys):
 
 def test_int8_is_refused_where_it_cannot_be(toy):
     train.train(train.Config(**toy | dict(model="linear")))
-    with pytest.raises(UserError, match="--dtype=int8 is for transformers of text on CPUs: .* is a linear model of text"):
+    with pytest.raises(UserError, match="--dtype=int8 is for transformers of tokens on CPUs, and a torch with oneDNN: .* is a linear model of text"):
         load_classifier(toy["out_dir"], dtype=torch.int8)
+
+
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_our_own_trunk_says_the_same_from_small_embeddings_too(std):
+    """The residual stream is in bfloat16 then, and so small that the norm's eps matters."""
+    torch.manual_seed(0)
+    model = random_model(n_layer=2)
+    torch.nn.init.normal_(model.embedding.weight, std=std)
+    batch = packed(random_documents())
+    low = copy.deepcopy(model)
+    lower(low, torch.bfloat16)
+    with torch.no_grad():
+        exact, got = model(*batch), low(*batch)
+    assert (got - exact).square().mean().sqrt() < 0.03 * exact.std()

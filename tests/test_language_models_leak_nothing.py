@@ -253,6 +253,25 @@ def test_two_processes_pretrain_as_one(toy):
 def test_what_cannot_be_is_refused(toy, unlabelled):
     for settings, message in ((toy | dict(objective="mlm"), "mask_prob above 0"), (unlabelled | dict(mask_prob=0.1), "of 0"),
                               (unlabelled | dict(objective="classify"), "needs labels"),
-                              (unlabelled | dict(model="mlp"), "for --model=transformer")):
+                              (unlabelled | dict(model="mlp"), "for --model=transformer"),
+                              (toy | dict(objective="clm", class_weights="balanced"), "are for --objective=classify"),
+                              (toy | dict(model="linear", char_ngrams=0), "--char_ngrams=0 must be above 0")):
         with pytest.raises(UserError, match=message):
             train.train(train.Config(**settings))
+
+
+def test_a_language_model_of_labelled_data_is_no_classifier(toy):
+    train.train(train.Config(**toy | dict(objective="mlm", mask_prob=0.3, max_steps=2)))
+    clf = eval_script.Classifier(toy["out_dir"])
+    assert clf.label_names == []
+    for work in (lambda: eval_script.compare([toy["out_dir"]] * 2, eval_script.Config()),
+                 lambda: eval_script.cheaper(toy["out_dir"], eval_script.Config()), lambda: clf(["goal"])):
+        with pytest.raises(UserError, match="is no classifier|is a language model"):
+            work()
+
+
+def test_every_block_of_two_tokens_has_one_to_fill_in(toy):
+    meta = data.open_or_build(train.Config(**toy))
+    split = data.open_split(train.Config(**toy), meta, "train", 3, objective="mlm", mask_prob=0.001)
+    for epoch in (None, 0):
+        assert all((split.block(i, epoch)[1] >= 0).sum() == (split.lengths[i] > 1) for i in range(50))
