@@ -70,7 +70,7 @@ def test_the_table_of_cheaper_ways_holds_what_each_scores(toy, capsys):
 
 def test_int8_is_refused_where_it_cannot_be(toy):
     train.train(train.Config(**toy | dict(model="linear")))
-    with pytest.raises(UserError, match="--dtype=int8 is for transformers of tokens on CPUs, and a torch with oneDNN: .* is a linear model of text"):
+    with pytest.raises(UserError, match="--dtype=int8 is for transformers of tokens on CPUs, .* is a linear model of text"):
         load_classifier(toy["out_dir"], dtype=torch.int8)
 
 
