@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -104,11 +105,20 @@ class Classifier:
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a Dataset's examples, in their order; independent of how they are batched."""
         batches = data.eval_batches(examples.lengths, max(self.micro_batch_tokens, self.max_len))
-        inputs = (examples.batch(None, indices) for _, indices, _ in batches)
         out = torch.empty(len(examples), self.model.config.n_classes)
-        flip = self.kind == "image" and self.config.get("flip", False)
-        for (_, indices, _), logits in zip(batches, predict(self.model, inputs, self.device, self.dtype, flip)):
-            out[torch.tensor(indices)] = logits
+        flip, cores = self.kind == "image" and self.config.get("flip", False), torch.get_num_threads()
+
+        def work(batch):
+            (logits,) = predict(self.model, [examples.batch(None, batch[1])], self.device, self.dtype, flip)
+            out[torch.tensor(batch[1])] = logits
+        if self.device.type != "cpu" or cores == 1 or len(batches) < 4 * cores:
+            for batch in batches:
+                work(batch)
+            return out
+        # a core for each batch keeps all of them busier than all cores for one: many operations are too small to be shared
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, batches))
+        torch.set_num_threads(cores)
         return out
 
     def __call__(self, texts):
