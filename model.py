@@ -459,11 +459,9 @@ class Transformer(nn.Module):
         doc = torch.bucketize(torch.arange(len(tokens), device=tokens.device), cu_seqlens[1:], right=True)
         word, place, start = words_of(self.kind, tokens, doc)
         W, inside = len(start), word >= 0
-        hashed = hash_words(tokens, word, place, W)
-        bucket, there = ngram_buckets(hashed, doc[start], c.ngrams, c.buckets)
-        runs = F.embedding_bag(bucket[there], self.embedding.weight, F.pad(there.sum(1).cumsum(0)[:-1], (1, 0)), mode="sum",
-                               sparse=self.embedding.sparse)
-        x = runs + bag(self.embedding, tokens[inside], word[inside], c.char_ngrams, W)
+        words = ngram_buckets(hash_words(tokens, word, place, W), doc[start], c.ngrams, c.buckets)
+        letters = ngram_buckets(tokens[inside], word[inside], c.char_ngrams, c.buckets)
+        x = bags(self.embedding, [(*words, torch.arange(W, device=doc.device)), (*letters, word[inside])], W)
         return x, F.pad(torch.bincount(doc[start], minlength=B).cumsum(0), (1, 0)).int()
 
     def trunk(self, x, layout, keep=None):
@@ -595,11 +593,11 @@ class LinearModel(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 return self.head(flat(x))
         doc = torch.bucketize(torch.arange(len(x), device=x.device), cu_seqlens[1:], right=True)
-        if not c.letters:
-            return bag(self.embedding, x, doc, c.ngrams, B) + self.bias
-        word, place, start = words_of(self.kind, x, doc)
-        words = bag(self.embedding, hash_words(x, word, place, len(start)), doc[start], c.ngrams, B)
-        return bag(self.embedding, x, doc, c.char_ngrams, B) + words + self.bias
+        runs = [(x, doc, c.char_ngrams if c.letters else c.ngrams)]
+        if c.letters:
+            word, place, start = words_of(self.kind, x, doc)
+            runs.append((hash_words(x, word, place, len(start)), doc[start], c.ngrams))
+        return bags(self.embedding, [(*ngram_buckets(t, d, n, c.buckets), d) for t, d, n in runs], B) + self.bias
 
 
 def byte_kinds(c):
@@ -628,16 +626,6 @@ def hash_words(tokens, word, place, n_words):
     return tokens.new_zeros(n_words).index_add(0, word[inside], mixed[inside])
 
 
-def bag(table, tokens, segment, n, n_segments):
-    """Of each segment the sum of the table's rows of all runs of 1 … n tokens that lie in it, divided by √(their number):
-    tokens (T,), segment (T,), ascending → (n_segments, width)."""
-    bucket, inside = ngram_buckets(tokens, segment, n, table.num_embeddings)
-    count = segment.new_zeros(n_segments).index_add(0, segment, inside.sum(1))
-    offsets = F.pad(count.cumsum(0)[:-1], (1, 0))
-    total = F.embedding_bag(bucket[inside], table.weight, offsets, mode="sum", sparse=table.sparse)
-    return total / count.clamp(min=1).sqrt()[:, None].to(total.dtype)
-
-
 def ngram_buckets(tokens, doc, n, buckets):
     """Of tokens (T,) and their documents (T,), ascending: (bucket (T, n) of the runs of 1 … n tokens that end at each token,
     bool (T, n) of those that begin in its document). Of equal runs the buckets are equal; others seldom are."""
@@ -649,6 +637,36 @@ def ngram_buckets(tokens, doc, n, buckets):
         hashes.append(((h * 0xBF58476D1CE4E5B9) >> 20) % buckets)
         inside.append(F.pad(doc, (k, 0), value=-1)[: len(doc)] == doc)
     return torch.stack(hashes, 1), torch.stack(inside, 1)
+
+
+def bags(table, runs, n_segments):
+    """Of each segment the sum of the table's rows of its runs, divided by √(their number), added up over kinds of `runs`:
+    [(bucket (T, n), bool (T, n) of those that there are, segment (T,), ascending), ...] → (n_segments, width)."""
+    count = torch.stack([segment.new_zeros(n_segments).index_add(0, segment, there.sum(1)) for _, there, segment in runs])
+    rows = torch.cat([bucket.masked_select(there) for bucket, there, _ in runs])
+    total = SumRows.apply(table.weight, rows, count.flatten(), table.sparse)
+    return (total.view(*count.shape, -1) / count.clamp(min=1).sqrt()[..., None].to(total.dtype)).sum(0)
+
+
+class SumRows(torch.autograd.Function):
+    """Sums of a table's `rows` (N,), the next count[0], count[1], … of them: → (len(count), width). F.embedding_bag, but for
+    a backward pass in a quarter of its time on CPUs."""
+
+    @staticmethod
+    def forward(ctx, weight, rows, count, sparse):
+        ctx.save_for_backward(rows, count)
+        ctx.shape, ctx.sparse = weight.shape, sparse
+        return F.embedding_bag(rows, weight, F.pad(count.cumsum(0)[:-1], (1, 0)), mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, count = ctx.saved_tensors
+        grad = grad.repeat_interleave(count, 0, output_size=len(rows))
+        if not ctx.sparse:
+            return grad.new_zeros(ctx.shape).index_add_(0, rows, grad), None, None, None
+        used, place = rows.unique(return_inverse=True)
+        values = grad.new_zeros(len(used), grad.shape[1]).index_add_(0, place, grad)
+        return torch.sparse_coo_tensor(used[None], values, ctx.shape, is_coalesced=True, check_invariants=False), None, None, None
 
 
 class MLP(nn.Module):

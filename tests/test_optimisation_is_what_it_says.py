@@ -11,7 +11,7 @@ import torch
 import data
 import train
 from configurator import UserError
-from model import ModelConfig, build_model, dropout, load_checkpoint
+from model import ModelConfig, SumRows, build_model, dropout, load_checkpoint
 from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
 
 
@@ -36,14 +36,14 @@ def test_the_rates_of_a_run_are_the_schedules(toy, tmp_path):
 def test_every_parameter_is_in_exactly_one_group():
     model = random_model(n_layer=2, mlp="swiglu")
     model.blocks[0].norm1.weight.requires_grad = False
-    for optimizer in ("adamw", "muon", "sgd"):
+    for optimizer in ("adamw", "muon", "adagrad", "sgd"):
         optimizers = train.make_optimizers(model, train.Config(weight_decay=0.3, optimizer=optimizer), torch.device("cpu"))
         groups = [g for o in optimizers for g in o.param_groups]
         ids = [id(p) for g in groups for p in g["params"]]
         assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
         decayed = {id(p) for g in groups for p in g["params"] if g.get("weight_decay")}
         assert decayed == {id(p) for n, p in model.named_parameters() if p.ndim >= 2 and (
-            optimizer == "sgd" or n != "embedding.weight")}
+            optimizer in ("adagrad", "sgd") or n != "embedding.weight")}
 
 
 def test_muon_gets_the_hidden_matrices_and_nothing_else():
@@ -80,12 +80,12 @@ def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
         torch.testing.assert_close(x, y.detach(), atol=1e-5, rtol=0)
 
 
-def test_rows_of_an_embedding_that_a_batch_does_not_read_stay_and_the_others_move_as_adams():
+def test_rows_of_an_embedding_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_without_momentum():
     cfg, read = train.Config(optimizer="adamw", weight_decay=0.0), torch.tensor([3, 5, 6])
     model, dense = (build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8)) for _ in range(2))
     dense.load_state_dict(before := copy.deepcopy(model.state_dict()))
     ours, plain = train.make_optimizers(model, cfg, torch.device("cpu")), torch.optim.AdamW(
-        dense.parameters(), cfg.learning_rate, (cfg.beta1, cfg.beta2), weight_decay=0)
+        dense.parameters(), cfg.learning_rate, (0.0, cfg.beta2), weight_decay=0)
     for m, optimizers in ((model, ours), (dense, [plain])):
         torch.manual_seed(0)
         for _ in range(3):
@@ -101,7 +101,60 @@ def test_rows_of_an_embedding_that_a_batch_does_not_read_stay_and_the_others_mov
     assert not torch.isclose(after[read], before["embedding.weight"][read]).any()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_word_that_is_read_once_moves_as_far_as_adamws_momentum_takes_it():
+    """Within 3 %: meanwhile AdamW's second moment decays, and its correction for a young run goes on."""
+    moved, cfg = [], train.Config(optimizer="adamw", beta2=0.999)
+    for lazy in (True, False):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8))
+        start, weight = model.embedding.weight.detach().clone(), model.embedding.weight
+        optimizers = train.make_optimizers(model, cfg, torch.device("cpu")) if lazy else \
+            [torch.optim.AdamW([weight], cfg.learning_rate, (cfg.beta1, cfg.beta2), weight_decay=0)]
+        for step in range(300):  # word 3 in the first two hundred steps once, at the last of them
+            word = 3 if step == 199 else 5
+            model.embedding.sparse = lazy
+            (model.embedding(torch.tensor([word])) * torch.linspace(-1, 1, 8)).sum().backward()
+            for o in optimizers:
+                o.step()
+                o.zero_grad()
+        moved.append((weight.detach() - start)[3])
+    torch.testing.assert_close(*moved, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adagrad_is_torchs(decay):
+    """Without decay the gradient of a text embedding is sparse."""
+    ours, plain = random_model(), random_model()
+    optimizers = (train.make_optimizers(ours, train.Config(optimizer="adagrad", weight_decay=decay), torch.device("cpu")),
+                  [torch.optim.Adagrad([{"params": [p], "weight_decay": decay * (p.ndim >= 2)} for p in plain.parameters()],
+                                       lr=1e-3)])
+    for _ in range(3):
+        for model, of_model in zip((ours, plain), optimizers):
+            model(*data.pack(random_documents(), np.zeros(len(LENGTHS)))[:2]).square().sum().backward()
+            assert model.embedding.weight.grad.is_sparse == (model is ours and not decay)
+            train.clip(model, of_model, 0.0)
+            for o in of_model:
+                o.step()
+                o.zero_grad()
+    for x, y in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradient_of_hashed_runs_is_that_of_adding_up_their_rows():
+    table = torch.nn.Embedding(50, 3).double()
+    rows, count = torch.randint(50, (40,)), torch.tensor([7, 0, 30, 3])
+    grad = torch.randn(4, 3, dtype=torch.float64)
+    sums = torch.stack([r.sum(0) for r in table(rows).split(count.tolist())])
+    (expected,) = torch.autograd.grad(sums, table.weight, grad)
+    for sparse in (False, True):
+        ours = SumRows.apply(table.weight, rows, count, sparse)
+        torch.testing.assert_close(ours, sums)
+        (got,) = torch.autograd.grad(ours, table.weight, grad)
+        assert got.is_sparse == sparse
+        torch.testing.assert_close(got.to_dense(), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adagrad", "sgd"])
 def test_a_gradient_above_the_limit_is_scaled_down_to_it(optimizer):
     """One step with clipping equals one with the gradient scaled by hand."""
     results = []
