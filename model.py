@@ -666,7 +666,8 @@ class SumRows(torch.autograd.Function):
             return grad.new_zeros(ctx.shape).index_add_(0, rows, grad), None, None, None
         used, place = rows.unique(return_inverse=True)
         values = grad.new_zeros(len(used), grad.shape[1]).index_add_(0, place, grad)
-        return torch.sparse_coo_tensor(used[None], values, ctx.shape, is_coalesced=True, check_invariants=False), None, None, None
+        grad = torch.sparse_coo_tensor(used[None], values, ctx.shape, is_coalesced=True, check_invariants=False)
+        return grad, None, None, None
 
 
 class MLP(nn.Module):
