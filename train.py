@@ -55,6 +55,7 @@ class Config(DataConfig):
     d_model: int = 128  # wider for more data
     d_ff: int | None = None  # None: 4·d_model
     mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # swiglu has half as many weights again
+    norm: Literal["rms", "layer"] = "rms"  # layer: a little faster on CPUs
     qk_norm: bool = True  # bounds attention logits, so that higher learning rates stay stable
     pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how a document's tokens become one vector
     position: Literal["rope", "learned"] = "rope"  # rope: relative, of images in two dimensions; learned: a vector for each
@@ -240,19 +241,22 @@ class Adagrad(torch.optim.Optimizer):
                     p.addcdiv_(g, total.addcmul_(g, g).sqrt().add_(1e-10), value=-group["lr"])
 
 
+LARGE = 2**20  # weights of a table whose whole gradient would take longer to make than that of the rows that a batch reads
+
+
 def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
     """The optimizers of cfg.optimizer; each trainable parameter is in exactly one group of one of them. Weight decay is for
     matrices, text embeddings aside. `lr_scale(name, model, cfg)` is what a parameter's learning rate is multiplied by
     (None: 1). `dtype` is that of Muon's products.
 
-    On the CPU the rows of a text embedding that a batch does not read are left as they are: to decay their moments would
-    take a sixth of a fine-tuning step. Those that it reads move without momentum, at once as far as AdamW moves them in the
-    steps to come; with momentum, but in one step only, rare words would learn a tenth as fast (NOTES.md)."""
+    On the CPU the rows of a large text embedding that a batch does not read are left as they are: to decay their moments
+    would take a sixth of a fine-tuning step. Those that it reads move without momentum, at once as far as AdamW moves them
+    in the steps to come; with momentum, but in one step only, rare words would learn a tenth as fast (NOTES.md)."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     table = getattr(model, "embedding", None)
     table = table if isinstance(table, torch.nn.Embedding) and table.weight.requires_grad else None
     if table:
-        table.sparse = device.type == "cpu" and model.config.lm_head != "tied" and (
+        table.sparse = device.type == "cpu" and model.config.lm_head != "tied" and table.weight.numel() > LARGE and (
             cfg.optimizer in ("adamw", "muon") or not cfg.weight_decay and (
                 cfg.optimizer == "adagrad" or cfg.optimizer == "sgd" and not cfg.beta1))
     groups = {}
@@ -547,7 +551,7 @@ def make_model(cfg, meta):
     c = ModelConfig(
         model=cfg.model, n_classes=len(meta["label_names"]) or 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
         d_model=cfg.d_model, d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp,
-        qk_norm=cfg.qk_norm, pooling=cfg.pooling, position=cfg.position, dropout=cfg.dropout)
+        norm=cfg.norm, qk_norm=cfg.qk_norm, pooling=cfg.pooling, position=cfg.position, dropout=cfg.dropout)
     c.checkpoint_activations = cfg.checkpoint_activations
     if cfg.objective != "classify":
         c.n_classes, c.lm_head, c.causal = 0, "own", cfg.objective == "clm"
