@@ -115,20 +115,22 @@ def svm(cfg):
 
 
 def prediction(make):
-    """A contender that labels the texts of test: make(cfg) returns a function from texts to label names. Before the clock
-    starts it labels a few."""
+    """A contender that labels the texts of test: make(cfg) returns a function from texts to label names. It labels 64 of
+    them, then all once (first_pass_s: memory and kernels are new), then all again and again for 3 seconds: that counts."""
     def contender(cfg):
         cfg.tokenizer = str(finetune.find_weights(cfg)[1])
         _, _, test = splits(cfg)
         x, exact = texts(cfg, test), Classifier(cfg.init_from)
         label = make(cfg, exact)
         label(x[:64])
-        started = time.time()
-        said = label(x)
-        seconds = time.time() - started
+        times = [time.time()]
+        while len(times) < 3 or times[-1] - times[1] < 3:
+            said = label(x)
+            times.append(time.time())
+        seconds = (times[-1] - times[1]) / (len(times) - 2)
         same = np.mean([a == b["label"] for a, b in zip(said, exact(x))])
         return seconds, np.mean([a == exact.label_names[y] for a, y in zip(said, test.labels)]), {
-            "texts_per_s": len(x) / seconds, "labels_as_float32_%": 100 * same}
+            "texts_per_s": len(x) / seconds, "first_pass_s": times[1] - times[0], "labels_as_float32_%": 100 * same}
     return contender
 
 

@@ -941,7 +941,7 @@ class Blocks(PackedText):
         """(input ids (L,), targets (L,), -100 where there is none), int64."""
         rng, at, L = np.random.default_rng((self.seed, 0 if epoch is None else epoch + 1, i)), self.at[i], self.lengths[i]
         if epoch is not None:
-            at = np.clip(at + rng.integers(-(self.max_len // 2), self.max_len // 2 + 1), self.first[i], self.end[i] - L)
+            at = max(self.first[i], min(self.end[i] - L, at + rng.integers(-(self.max_len // 2), self.max_len // 2 + 1)))
         ids = self.tokens[at : at + L + (self.objective == "clm")].astype(np.int64)
         if self.objective == "clm":
             return ids[:-1], ids[1:]

@@ -134,7 +134,7 @@ def test_adagrad_is_torchs(decay, monkeypatch):
         for model, of_model in zip((ours, plain), optimizers):
             model(*data.pack(random_documents(), np.zeros(len(LENGTHS)))[:2]).square().sum().backward()
             assert model.embedding.weight.grad.is_sparse == (model is ours and not decay)
-            train.clip(model, of_model, 0.0)
+            train.clip(of_model, 0.0)
             for o in of_model:
                 o.step()
                 o.zero_grad()
@@ -171,7 +171,7 @@ def test_a_gradient_above_the_limit_is_scaled_down_to_it(optimizer, large, monke
         if by_hand:
             for p in model.parameters():
                 p.grad = p.grad * (0.01 / norm)
-        got = train.clip(model, optimizers, 0.0 if by_hand else 0.01)
+        got = train.clip(optimizers, 0.0 if by_hand else 0.01)
         torch.testing.assert_close(got, torch.tensor(0.01) if by_hand else norm)
         for o in optimizers:
             o.step()
