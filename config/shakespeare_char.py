@@ -10,6 +10,7 @@ max_len = 64
 n_layer = 4
 n_head = 4
 d_model = 128
+mlp = "gelu"
 d_ff = 448  # its embedding is tied to its head and has no bytes that do not occur; this makes up for it
 batch_size = 16
 epochs = 1.0
