@@ -201,7 +201,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             updates, alike = {}, {}
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 updates[p] = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
                 alike.setdefault(p.shape, []).append(p)
