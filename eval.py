@@ -881,7 +881,7 @@ def export(clf, cfg):
             import onnxscript  # noqa: F401 (what torch.onnx.export needs)
         except ImportError as e:
             raise UserError("--export=onnx needs packages that are not here: pip install onnx onnxscript onnxruntime") from e
-    model = Padded(clf.model).eval() if kind == "transformer" else clf.model
+    model = Padded(clf.model).eval() if kind == "transformer" and clf.kind == "text" else clf.model
     examples = open_data(clf, "val", cfg.data_dir)
     some = np.argsort(examples.lengths, kind="stable")[np.linspace(0, len(examples) - 1, min(48, len(examples))).astype(int)]
     some = np.resize(some, max(len(some), 3))

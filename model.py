@@ -89,12 +89,12 @@ class ModelConfig:
 class Layout:
     """Where the documents of a packed batch are: made once per batch, used by every layer.
 
-    doc (T,), position (T,): each token's document, and its place in it. lengths (B,).
+    doc (T,), position (T,): each token's document, and its place in it. lengths (B,). first, last (B,): its outer tokens.
     """
 
     def __init__(self, cu_seqlens, T, max_len):
         self.cu_seqlens, self.max_len, self.lengths = cu_seqlens, max_len, cu_seqlens.diff()
-        self.first = cu_seqlens[:-1].clamp(max=T - 1)  # (B,): of an empty document, any token
+        self.first, self.last = cu_seqlens[:-1].clamp(max=T - 1), (cu_seqlens[1:] - 1).clamp(min=0)  # if empty, any token
         token = torch.arange(T, device=cu_seqlens.device)
         self.doc = torch.bucketize(token, cu_seqlens[1:], right=True)
         self.position = token - cu_seqlens[self.doc]
@@ -110,8 +110,7 @@ class Layout:
 
         (place, token, padding, [(mask, b, L), ...], order): of all blocks end to end, P rows, `token` (P,) says which token
         stands there (token 0 at `padding`) and `place` (T,) where each token stands; `mask` (b, L) is False at padding
-        (None: there is none); `order` (B,) is each document's place among those of all blocks, 0 for empty ones. Where no
-        token has to move, as with a language model's blocks, `place` and `token` are None."""
+        (None: there is none); `order` (B,) is each document's place among those of all blocks, 0 for empty ones."""
         start, lengths = self.cu_seqlens[:-1].tolist(), self.lengths.tolist()
         runs, waste = [], MAX_WASTE
         for d in sorted((d for d, n in enumerate(lengths) if n), key=lambda d: -lengths[d]):
@@ -132,9 +131,16 @@ class Layout:
         place[token[mask]] = mask.nonzero()[:, 0]
         order = torch.zeros(len(lengths), dtype=torch.int64)
         order[torch.tensor([d for run in runs for d in run])] = torch.arange(sum(map(len, runs)))
-        if len(token) == len(place) and torch.equal(token, torch.arange(len(token))):
-            return None, None, None, blocks, order.to(self.doc.device)
         return *(t.to(self.doc.device) for t in (place, token, (~mask).nonzero()[:, 0])), blocks, order.to(self.doc.device)
+
+    def pool(self, x, kind):
+        """The mean or max of each document's rows: x (T, D) → (B, D)."""
+        B, D = len(self.lengths), x.shape[-1]
+        if kind == "max":
+            index = self.doc[:, None].expand_as(x)
+            most = x.new_full((B, D), -math.inf).scatter_reduce(0, index, x, "amax")
+            return most.where(self.lengths[:, None] > 0, 0)  # what stands for no document must not make NaN of its gradient
+        return x.new_zeros(B, D).index_add(0, self.doc, x) / self.lengths.clamp(min=1)[:, None]
 
 
 class Rows(torch.autograd.Function):
@@ -154,55 +160,39 @@ class Rows(torch.autograd.Function):
 MAX_WASTE = 64  # padded tokens that one more call of the attention kernel is worth (measured on 2 CPU cores)
 
 
-class PaddedLayout:
-    """Where the documents are of a padded batch, flattened to (B·L, D): for exports. mask (B, L): tokens that count."""
+class EvenLayout:
+    """Where the documents are of a batch of (B, L) tokens, flattened to (B·L, D): a language model's blocks, the patches of
+    images, and, with a mask (B, L) of the tokens that count, padded text, for exports."""
 
-    def __init__(self, mask):
-        (B, L), device = mask.shape, mask.device
-        self.mask, self.at, self.first = mask, torch.arange(L, device=device), None
-        self.position = self.at.repeat(B)
+    def __init__(self, B, L, device, mask=None):
+        self.shape, self.mask, self.at = (B, L), mask, torch.arange(L, device=device)
+        self.position, self.first = self.at.repeat(B), torch.arange(B, device=device) * L
+        self.last = self.first + (L if mask is None else mask.sum(1)) - 1
 
-    def attend(self, q, k, v, causal, window):
-        (B, L), (_, H, d) = self.mask.shape, q.shape
-        q, k, v = (t.view(B, L, H, d).transpose(1, 2) for t in (q, k, v))
-        allowed, distance = self.mask[:, None, None], self.at[:, None] - self.at  # (B, 1, 1, L), (L, L)
-        if causal:
-            allowed = allowed & (distance >= 0)
-        if window:
-            allowed = allowed & (distance.abs() <= window) | (distance == 0)  # softmax over nothing is not a number
-        return F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).reshape(B * L, H, d)
+    @property
+    def runs(self):
+        return [self.shape]
 
     def pool(self, x, kind):
-        """(B·L, D) → (B, D)."""
-        B, L = self.mask.shape
-        x, mask = x.view(B, L, -1), self.mask[..., None]
-        if kind == "cls":
-            return x[:, 0]
-        if kind == "last":
-            return x[torch.arange(B, device=x.device), self.mask.sum(1) - 1]
-        if kind == "max":
-            return x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(1)
-        return (x * mask).sum(1) / mask.sum(1)
+        """The mean or max of each document's rows: x (B·L, D) → (B, D)."""
+        x = x.view(*self.shape, -1)
+        if self.mask is None:
+            return x.amax(1) if kind == "max" else x.mean(1)
+        mask = self.mask[..., None]
+        return x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(1) if kind == "max" else (x * mask).sum(1) / mask.sum(1)
 
 
 class Padded(nn.Module):
-    """A transformer as other programs call it: text as (input_ids (B, L) int64, attention_mask (B, L), 1 at a document's
-    tokens, which stand first, and 0 at padding), images as (pixels (B, C, H, W),) → logits (B, n_classes)."""
+    """A transformer of text as other programs call it: (input_ids (B, L) int64, attention_mask (B, L), 1 at a document's
+    tokens, which stand first, and 0 at padding) → logits (B, n_classes)."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs, attention_mask=None):
-        m = self.model
-        if attention_mask is None:
-            x, cu_seqlens = m.embed(inputs, None)
-            attention_mask = x.new_ones(inputs.shape[0], m.config.max_len)
-        else:
-            x = m.embedding(inputs.flatten())
-            attention_mask = attention_mask.expand_as(inputs)  # tells torch.export that the sizes are the same
-        layout = PaddedLayout(attention_mask.bool())
-        return m.classify(layout.pool(m.trunk(x, m.with_rope(layout)), m.config.pooling))
+    def forward(self, inputs, attention_mask):
+        mask = attention_mask.expand_as(inputs).bool()  # tells torch.export that the sizes are the same
+        return self.model.read(self.model.embedding(inputs.flatten()), EvenLayout(*inputs.shape, inputs.device, mask))
 
 
 def full(x):
@@ -213,41 +203,48 @@ def full(x):
 def attend(qkv, layout, causal=False, window=0, first=False):
     """Attention within each document (and `window` tokens to either side, if any): qkv (T, 3, H, d) → (T, H, d); `first`:
     only that of each document's first token, (B, H, d), where what an empty document gets means nothing."""
-    if first and (causal or window or isinstance(layout, PaddedLayout) or qkv.is_cuda):
+    if first and (causal or window or qkv.is_cuda):
         return attend(qkv, layout, causal, window)[layout.first]
-    if isinstance(layout, PaddedLayout):
-        return layout.attend(*qkv.unbind(1), causal, window)
-    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+    even, dtype, device = isinstance(layout, EvenLayout), qkv.dtype, qkv.device
+    if not even and qkv.is_cuda and dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
         return varlen_attn(*qkv.unbind(1), layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
                            window_size=(window or -1, 0 if causal else window or -1))
-    dtype, device, (_, _, H, d) = qkv.dtype, qkv.device, qkv.shape
     if dtype == torch.bfloat16 and device.type == "cpu" and not torch.is_grad_enabled() \
             and all(L <= 1024 for _, L in layout.runs):  # or its scores would need much memory
         out = attend_bf16(*qkv.unbind(1), layout.runs, causal, window, first)
-        return out[((layout.lengths > 0).cumsum(0) - 1).clamp(min=0)] if first else out
+        return out[((layout.lengths > 0).cumsum(0) - 1).clamp(min=0)] if first and not even else out
+    if even:
+        return attend_blocks(qkv, *layout.shape, layout.mask, causal, window, first)
     place, token, padding, blocks, order = layout.blocks
-    if causal and token is None and len(blocks) == 1 and dtype == torch.bfloat16 and not window and device.type == "cpu" \
-            and blocks[0][2] <= 256:
-        return EvenAttention.apply(qkv, blocks[0][2])
-    # in float32: on CPUs, bf16 attention's backward is many times slower
-    padded = full(qkv if token is None else Rows.apply(qkv, token, place, padding[:0]))  # (P, 3, H, d)
+    padded = full(Rows.apply(qkv, token, place, padding[:0]))  # (P, 3, H, d)
     out = []
     for (mask, b, L), block in zip(blocks, padded.split([b * L for _, b, L in blocks])):
-        block = block.view(b, L, 3, H, d).permute(2, 0, 3, 1, 4)  # (3, b, H, L, d)
         # under causality padding needs no mask: it stands after every token that counts
-        allowed = None if mask is None or causal else mask[:, None, None]  # (b, 1, 1, L)
-        if window and L > window + 1:
-            at = torch.arange(L, device=device)
-            near = (at[:, None] - at).abs() <= window  # (L, L)
-            # a padding token's own row may not be empty: softmax over nothing is not a number
-            allowed = near if allowed is None else allowed & near | torch.eye(L, dtype=torch.bool, device=device)
-        q, k, v = block
-        with torch.autocast(device.type, enabled=False):  # which would make it bf16 again
-            y = F.scaled_dot_product_attention(q[:, :, :1] if first else q, k, v, attn_mask=allowed, is_causal=causal)
-        out.append(y.transpose(1, 2).reshape(-1, H, d))
+        out.append(attend_blocks(block, b, L, None if causal else mask, causal, window, first))
     out = torch.cat(out).to(dtype)
-    return out[order] if first else out if token is None else Rows.apply(out, place, token, padding)
+    return out[order] if first else Rows.apply(out, place, token, padding)
+
+
+def attend_blocks(qkv, B, L, mask, causal, window, first):
+    """`attend` where every document has L tokens, of which those in the mask (B, L) count: qkv (B·L, 3, H, d)."""
+    (*_, H, d), device, allowed = qkv.shape, qkv.device, None
+    rounded = qkv.dtype == torch.bfloat16 and device.type == "cpu"
+    if rounded and causal and not window and L <= 256:
+        return EvenAttention.apply(qkv, L)
+    # in float32: on CPUs, bf16 attention's backward is many times slower
+    q, k, v = (qkv.float() if rounded else qkv).view(B, L, 3, H, d).permute(2, 0, 3, 1, 4)
+    if mask is not None or window:
+        at = torch.arange(L, device=device)
+        distance = at[:, None] - at
+        allowed = torch.ones_like(at, dtype=torch.bool) if mask is None else mask[:, None, None]  # (B, 1, 1, L)
+        if causal:
+            allowed = allowed & (distance >= 0)
+        if window:
+            allowed = allowed & (distance.abs() <= window) | (distance == 0)  # softmax over nothing is not a number
+    with torch.autocast(device.type, enabled=False):  # which would make it bf16 again
+        y = F.scaled_dot_product_attention(q[:, :, :1] if first else q, k, v, allowed, is_causal=causal and allowed is None)
+    return y.transpose(1, 2).reshape(-1, H, d).to(qkv.dtype)
 
 
 class EvenAttention(torch.autograd.Function):
@@ -294,7 +291,7 @@ def dropout(x, p, training):
     """F.dropout. On the CPU with 16 random bits an element, at 2/5 of its time, which draws 64 for each of them."""
     if not (p and training):
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[: x.numel()]
     cut = round(p * 2**16)
@@ -329,7 +326,7 @@ class CPUNorm(torch.autograd.Function):
 
 def rms_norm(x, weight=None, eps=None):
     """F.rms_norm over the last dimension."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps  # as F.rms_norm has it
     return CPUNorm.apply(x, weight, eps)
@@ -457,30 +454,23 @@ class Transformer(nn.Module):
                 matrix = c.family == "ours" and (name.startswith("blocks") or c.image_size and name == "embedding.weight")
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 if matrix else 0.02)
 
-    def layout(self, cu_seqlens, T):
-        return self.with_rope(Layout(cu_seqlens, T, self.config.max_len))
-
-    def with_rope(self, layout):
-        layout.rope = self.config.position == "rope" and [  # of blocks without and with a window: cos, sin (T, 1, 1, d/2)
-            table[:, layout.position, None, None] for table in (self.rope, self.window_rope)]
-        return layout
-
     def embed(self, inputs, cu_seqlens):
-        """Text: (T,) tokens → (T, D), cu_seqlens. Images: (B, C, H, W) pixels of 0..255 → (B·N, D), cu_seqlens of N each."""
+        """Text, (T,) tokens, or images, (B, C, H, W) pixels of 0..255 → vectors (T, D) of tokens, words or patches; their
+        layout."""
         c = self.config
         if c.stem == "words":
             return self.embed_words(inputs, cu_seqlens)
         if not c.image_size:
-            return self.embedding(inputs), cu_seqlens
+            T = len(inputs)
+            return self.embedding(inputs), EvenLayout(T // cu_seqlens, cu_seqlens, inputs.device) \
+                if isinstance(cu_seqlens, int) else Layout(cu_seqlens, T, c.max_len)
         x = self.embedding(patchify((full(inputs) / 255 - c.pixel_mean) / c.pixel_std, c.patch))  # (B, N, D)
         if self.cls is not None:
             x = torch.cat((self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x), 1)
-        B, N, D = x.shape
-        return x.reshape(B * N, D), torch.arange(B + 1, dtype=torch.int32, device=x.device) * N
+        return x.flatten(0, 1), EvenLayout(*x.shape[:2], x.device)
 
     def embed_words(self, tokens, cu_seqlens):
-        """Bytes (T,) → (W, D), a vector for each word: of its runs of bytes and of the runs of words that end with it; and
-        the documents' cu_seqlens in words."""
+        """Bytes (T,) → (W, D), a vector for each word: of its runs of bytes and of the runs of words that end with it."""
         c, B = self.config, len(cu_seqlens) - 1
         doc = torch.bucketize(torch.arange(len(tokens), device=tokens.device), cu_seqlens[1:], right=True)
         word, place, start = words_of(self.kind, tokens, doc)
@@ -488,12 +478,15 @@ class Transformer(nn.Module):
         words = ngram_buckets(hash_words(tokens, word, place, W), doc[start], c.ngrams, c.buckets)
         letters = ngram_buckets(tokens[inside], word[inside], c.char_ngrams, c.buckets)
         x = bags(self.embedding, [(*words, torch.arange(W, device=doc.device)), (*letters, word[inside])], W)
-        return x, F.pad(torch.bincount(doc[start], minlength=B).cumsum(0), (1, 0)).int()
+        return x, Layout(F.pad(torch.bincount(doc[start], minlength=B).cumsum(0), (1, 0)).int(), W, c.max_len)
 
     def trunk(self, x, layout, keep=None):
         c = self.config
+        layout.rope = c.position == "rope" and [  # of blocks without and with a window: cos, sin (T, 1, 1, d/2)
+            table[:, layout.position, None, None] for table in (self.rope, self.window_rope)]
         if self.position is not None:
-            x = x + self.position(layout.position)
+            x = x + self.position(layout.position) if isinstance(layout, Layout) else \
+                (x.view(*layout.shape, -1) + self.position(layout.at)).flatten(0, 1)  # its gradient is faster
         if self.segment is not None:
             x = x + self.segment.weight[0]
         x = dropout(self.embedding_norm(x), c.dropout, self.training)
@@ -505,21 +498,25 @@ class Transformer(nn.Module):
 
     def hidden(self, inputs, cu_seqlens=None):
         """(T, d_model): every token's vector after the last norm."""
-        x, cu_seqlens = self.embed(inputs, cu_seqlens)
-        return self.trunk(x, self.layout(cu_seqlens, len(x)))
+        return self.trunk(*self.embed(inputs, cu_seqlens))
 
     def forward(self, inputs, cu_seqlens=None, where=None):
-        """Logits (B, n_classes), float32, of packed text (inputs (T,), cu_seqlens (B+1,)) or images (B, C, H, W). Of a
-        language model (T, vocab_size) for each token, or (M, vocab_size) for those of the indices `where` (M,)."""
-        x, cu_seqlens = self.embed(inputs, cu_seqlens)
-        layout, c = self.layout(cu_seqlens, len(x)), self.config
-        if c.lm_head:
-            x = self.trunk(x, layout, where)
-            return F.linear(x, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
-        keep = {"cls": layout.first, "last": (cu_seqlens[1:] - 1).clamp(min=0)}.get(c.pooling)
+        """Logits (B, n_classes), float32, of packed text (inputs (T,), cu_seqlens (B+1,), or an int: the length of each
+        document) or images (B, C, H, W). Of a language model (T, vocab_size) for each token, or (M, vocab_size) for those
+        of the indices `where` (M,)."""
+        x, layout = self.embed(inputs, cu_seqlens)
+        if not self.config.lm_head:
+            return self.read(x, layout)
+        x = self.trunk(x, layout, where)
+        return F.linear(x, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
+
+    def read(self, x, layout):
+        """Trunk, pooling and head: (T, D) → (B, n_classes)."""
+        kind = self.config.pooling
+        keep = {"cls": layout.first, "last": layout.last}.get(kind)
         x = self.trunk(x, layout, keep)
         with torch.autocast(x.device.type, enabled=False):
-            return self.classify(full(x) if keep is not None else pool(full(x), layout, c.pooling))
+            return self.classify(full(x) if keep is not None else layout.pool(full(x), kind))
 
     def classify(self, x):
         """The head: (B, D) → (B, n_classes)."""
@@ -581,15 +578,6 @@ class Transformer(nn.Module):
             weights = {k: v for k, v in weights.items() if not k.startswith("dense")}
         load_weights(model, weights, path)
         return model.eval()
-
-def pool(x, layout, kind):
-    """The mean or max of each document's rows: x (T, D) → (B, D)."""
-    B, D = len(layout.lengths), x.shape[-1]
-    if kind == "max":
-        index = layout.doc[:, None].expand_as(x)
-        most = x.new_full((B, D), -math.inf).scatter_reduce(0, index, x, "amax")
-        return most.where(layout.lengths[:, None] > 0, 0)  # what stands for no document must not make NaN of its gradient
-    return x.new_zeros(B, D).index_add(0, layout.doc, x) / layout.lengths.clamp(min=1)[:, None]
 
 
 class LinearModel(nn.Module):
@@ -713,7 +701,7 @@ class MLP(nn.Module):
 
     def forward(self, x, cu_seqlens=None):
         if self.config.vocab_size:
-            x = pool(full(self.embedding(x)), Layout(cu_seqlens, len(x), self.config.max_len), "mean")
+            x = Layout(cu_seqlens, len(x), self.config.max_len).pool(full(self.embedding(x)), "mean")
         else:
             x = flat(x)
         for layer in self.layers:

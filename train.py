@@ -148,6 +148,9 @@ class Machine:
         if kind == "cuda" and self.dtype == torch.bfloat16:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         self.compile = kind == "cuda" and cfg.model == "transformer" if cfg.compile == "auto" else cfg.compile
+        if self.compile and kind == "cpu":  # or an embedding's gradient were added up atomically: slowly, and in any order
+            from torch._inductor.decomposition import decompositions
+            decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
         if self.world > 1:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=self.device if kind == "cuda" else None,
                                     timeout=datetime.timedelta(hours=2))  # the others wait while rank 0 builds the data set
@@ -398,7 +401,18 @@ def image_changes(cfg):
     return {k: getattr(cfg, k) for k in ("shift", "rotate", "scale", "flip", "cutout", "mixup")}
 
 
-def backward(model, micro_batches, cfg, machine, weights=None):
+class WithLoss(torch.nn.Module):
+    """A model and the `loss_sum` of what it says, for torch.compile and DDP to see as one."""
+
+    def __init__(self, model, cfg):
+        super().__init__()
+        self.model, self.cfg = model, cfg
+
+    def forward(self, inputs, targets, weights=None):
+        return loss_sum(self.model(*inputs), targets, self.cfg, weights)
+
+
+def backward(with_loss, micro_batches, cfg, machine, weights=None):
     """Adds the gradient of the mean loss over the whole global batch; returns (that loss, tokens of all processes).
 
     DDP averages gradients over processes, so each scales its sum by world / (targets in the global batch)."""
@@ -414,28 +428,27 @@ def backward(model, micro_batches, cfg, machine, weights=None):
     total = 0.0
     for i, (*inputs, targets) in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync(), \
+        with contextlib.nullcontext() if last or machine.world == 1 else with_loss.no_sync(), \
              torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-            inputs = [t.to(machine.device, non_blocking=True) for t in inputs]
+            inputs = [t if isinstance(t, int) else t.to(machine.device, non_blocking=True) for t in inputs]
             if inputs[0].ndim == 4 and len(inputs) == 2:
                 inputs = [data.augment(*inputs, **image_changes(cfg))]
-            logits = model(*inputs)
-            loss = loss_sum(logits, targets.to(machine.device, non_blocking=True), cfg, weights) / n
+            loss = with_loss(inputs, targets.to(machine.device, non_blocking=True), weights) / n
         (loss * machine.world).backward()
         total += loss.detach()
     return total, tokens
 
 
-def step_lbfgs(optimizer, model, micro_batches, cfg, machine, weights=None):
+def step_lbfgs(optimizer, with_loss, micro_batches, cfg, machine, weights=None):
     """One step of L-BFGS (up to 20 evaluations) on the mean loss plus weight_decay / 2 · |W|²; returns (the loss before it,
     without the penalty, tokens of a batch)."""
     first = []
 
     def closure():
         optimizer.zero_grad()
-        loss, tokens = backward(model, micro_batches, cfg, machine, weights)
+        loss, tokens = backward(with_loss, micro_batches, cfg, machine, weights)
         first.append((loss, tokens))
-        penalty = sum(cfg.weight_decay / 2 * p.square().sum() for p in model.parameters() if p.ndim >= 2)
+        penalty = sum(cfg.weight_decay / 2 * p.square().sum() for p in with_loss.parameters() if p.ndim >= 2)
         if cfg.weight_decay:
             penalty.backward()
         return loss + penalty
@@ -668,9 +681,11 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
     if machine.rank == 0:
         begin_run(cfg, checkpoint)
     wandb_run = start_wandb(dataclasses.asdict(cfg), run_id) if machine.rank == 0 and not cfg.lr_find else None
-    trained = torch.compile(model) if machine.compile else model
+    with_loss = WithLoss(model, cfg)
+    if machine.compile:
+        with_loss.compile()
     if machine.world > 1:
-        trained = torch.nn.parallel.DistributedDataParallel(trained)
+        with_loss = torch.nn.parallel.DistributedDataParallel(with_loss)
     n_params = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(model, train_set.lengths.mean())
     unit = "tok" if meta["kind"] == "text" else "ex"
@@ -707,11 +722,11 @@ def train(cfg, make_model=make_model, lr_scale=None, merged=torch.nn.Module.stat
         machine.seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)  # dropout: a function of (seed, step)
         lr = learning_rate(cfg, step, total)
         if cfg.optimizer == "lbfgs":
-            loss, tokens = step_lbfgs(*optimizers, trained, micro_batches, cfg, machine, weights)
+            loss, tokens = step_lbfgs(*optimizers, with_loss, micro_batches, cfg, machine, weights)
         else:
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = lr * group["lr_scale"]
-            loss, tokens = backward(trained, micro_batches, cfg, machine, weights)
+            loss, tokens = backward(with_loss, micro_batches, cfg, machine, weights)
         norm = clip(optimizers, cfg.grad_clip)
         if cfg.lr_find and norm.isfinite():
             tested.append((lr, machine.sum([float(loss)]).item()))

@@ -210,9 +210,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(toy, monkeypatch):
     cfg = train.Config(**toy | dict(eval_interval=2))
     real = train.backward
 
-    def explode(model, *args):
-        result = real(model, *args)
-        model.head.weight.grad *= torch.inf if len(open(f"{toy['out_dir']}/metrics.jsonl").readlines()) > 4 else 1
+    def explode(with_loss, *args):
+        result = real(with_loss, *args)
+        with_loss.model.head.weight.grad *= torch.inf if len(open(f"{toy['out_dir']}/metrics.jsonl").readlines()) > 4 else 1
         return result
     monkeypatch.setattr(train, "backward", explode)
     with pytest.raises(UserError, match="gradient of step 4 is not finite: lower --learning_rate"):

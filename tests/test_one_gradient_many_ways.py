@@ -17,7 +17,8 @@ def machine(toy_config):
 
 def gradients(model, micro_batches, machine, **cfg):
     model.zero_grad()
-    loss, tokens = train.backward(model, micro_batches, train.Config(label_smoothing=0.1, **cfg), machine)
+    cfg = train.Config(label_smoothing=0.1, **cfg)
+    loss, tokens = train.backward(train.WithLoss(model, cfg), micro_batches, cfg, machine)
     return loss, tokens, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -51,7 +52,8 @@ def test_the_gradient_of_the_rows_that_occur_is_the_whole_gradient(machine, monk
     expected = gradients(random_model(), batches, machine)[2]
     model = random_model()
     optimizers = train.make_optimizers(model, train.Config(), torch.device("cpu"))
-    train.backward(model, batches, train.Config(label_smoothing=0.1), machine)
+    cfg = train.Config(label_smoothing=0.1)
+    train.backward(train.WithLoss(model, cfg), batches, cfg, machine)
     norm = train.clip(optimizers, 0.0)
     assert model.embedding.weight.grad.is_sparse
     torch.testing.assert_close(model.embedding.weight.grad.to_dense(), expected["embedding.weight"], atol=1e-7, rtol=1e-6)

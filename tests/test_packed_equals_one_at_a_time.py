@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import data
-from model import Layout, ModelConfig, Transformer, attend, build_model, hash_words, ngram_buckets, words_of
+from model import EvenLayout, Layout, ModelConfig, Transformer, attend, build_model, hash_words, ngram_buckets, words_of
 
 LENGTHS = [7, 1, 40, 40, 3, 64, 1, 22, 63, 12, 40]
 
 
 def random_model(seed=0, **kw):
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(vocab_size=50, n_classes=4, max_len=64, d_model=32, n_head=2, d_ff=64, **kw))
+    model = Transformer(ModelConfig(**{"n_classes": 4} | kw, vocab_size=50, max_len=64, d_model=32, n_head=2, d_ff=64))
     for p in model.parameters():  # the zero-initialised ones too, so that every weight matters
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()
@@ -41,6 +41,17 @@ def test_packed_logits_and_hidden_states(kw, monkeypatch):
         torch.testing.assert_close(model.hidden(*packed(documents)), hidden, atol=1e-5, rtol=1e-5)
         filled = model(*packed(documents, shape=(512, 20, 64)))  # the fixed shape that torch.compile gets
         torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kw", [{}, {"pooling": "max", "position": "learned"}, {"pooling": "cls"}, {"window": 3},
+                                {"pooling": "last", "causal": True}, {"lm_head": "own", "causal": True, "window": 3}])
+def test_documents_of_one_length_may_be_told_by_it(kw):
+    kw = {"n_classes": 0} | kw if "lm_head" in kw else kw
+    model, documents = random_model(**kw), random_documents([24] * 5)
+    tokens, cu_seqlens = packed(documents)
+    alone = torch.cat([model(*packed([d])) for d in documents])
+    torch.testing.assert_close(model(tokens, 24), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(tokens, cu_seqlens), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_transformer_that_reads_words_too():
@@ -120,7 +131,7 @@ def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_of_documents_of_one_length_in_bfloat16_is_its_formula(causal):
     """Up to bfloat16's rounding: values, and gradients of all three inputs."""
-    layout = Layout(torch.arange(0, 97, 24, dtype=torch.int32), 96, 24)
+    layout = EvenLayout(4, 24, torch.device("cpu"))
     qkv, grad = torch.randn(96, 3, 2, 8), torch.randn(96, 2, 8)
     results = []
     for dtype in (torch.bfloat16, torch.float64):

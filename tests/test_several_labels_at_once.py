@@ -103,7 +103,7 @@ def test_the_loss_is_torchs_however_the_batch_is_cut(toy_config):
     none = data.PackedText.__getitems__(None, [])  # what a process without a document gets
     for batches in ([whole], cut, [*cut, *none]):
         model.zero_grad()
-        loss, _ = train.backward(model, batches, toy_config, machine)
+        loss, _ = train.backward(train.WithLoss(model, toy_config), batches, toy_config, machine)
         assert abs(loss - expected) < 1e-9
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, gradient[name], rtol=1e-9, atol=1e-12)
