@@ -217,12 +217,12 @@ def attend(qkv, layout, causal=False, window=0, first=False):
     if even:
         return attend_blocks(qkv, *layout.shape, layout.mask, causal, window, first)
     place, token, padding, blocks, order = layout.blocks
-    padded = full(Rows.apply(qkv, token, place, padding[:0]))  # (P, 3, H, d)
+    padded = Rows.apply(qkv, token, place, padding[:0])  # (P, 3, H, d)
     out = []
     for (mask, b, L), block in zip(blocks, padded.split([b * L for _, b, L in blocks])):
         # under causality padding needs no mask: it stands after every token that counts
         out.append(attend_blocks(block, b, L, None if causal else mask, causal, window, first))
-    out = torch.cat(out).to(dtype)
+    out = torch.cat(out)
     return out[order] if first else Rows.apply(out, place, token, padding)
 
 
