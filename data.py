@@ -979,19 +979,23 @@ class Arrays(torch.utils.data.Dataset):
     def __init__(self, values, labels, meta, max_len=1, seed=0, draw=False, mixup=0.0):
         self.values, self.labels, self.max_len, self.seed = values, labels, max_len, seed
         self.lengths = np.full(len(labels), max_len)
-        self.draw, self.mixup, self.n_classes = draw, mixup, len(meta["label_names"])
+        self.draw, self.mixup, self.n_classes, self.even = draw, mixup, len(meta["label_names"]), True
 
     def __len__(self):
         return len(self.labels)
 
     def __getitems__(self, micro_batches):
         """[(epoch, indices, shape), ...] → [(x, targets), ...], x (B, C, H, W) uint8 or (B, F) float32; with `draw` (x,
-        draws (B, 24), targets). With mixup (Zhang et al. 2018) x is (2·B, C, H, W), targets (B, n_classes) float32."""
-        return [self.batch(epoch, indices) for epoch, indices, _ in micro_batches] \
-            or [(torch.from_numpy(self.values[:1].copy()), torch.tensor([-100]))]
+        draws (B, 24), targets). With mixup (Zhang et al. 2018) x is (2·B, C, H, W), targets (B, n_classes) float32. Else
+        B is what `shape` says: the last example stands there again, without targets, where the targets are classes."""
+        return [self.batch(*b) for b in micro_batches] or [(torch.from_numpy(self.values[:1].copy()), torch.tensor([-100]))]
 
-    def batch(self, epoch, indices):
+    def batch(self, epoch, indices, shape=None):
+        n = len(indices)
+        if shape and not self.mixup and self.labels.dtype == np.int64:
+            indices = np.pad(indices, (0, shape[0] // self.max_len - n), "edge")
         x, y = torch.from_numpy(self.values[indices]), torch.from_numpy(self.labels[indices])
+        y[n:] = -100
         if epoch is None or not self.draw:
             return x, y
         draws = np.stack([np.random.default_rng((self.seed, epoch, i)).random(24) for i in indices]).astype(np.float32)
@@ -1070,8 +1074,8 @@ class GlobalBatches(torch.utils.data.Sampler):
 
     A global batch is a function of (seed, step) alone. Its documents are sorted by length (attention then pads least)
     and dealt to the ranks like cards. T is filled up to a multiple of 16, or with `fixed_shapes`, for torch.compile, to
-    micro_batch_tokens / 2^k, and B to one number. Blocks of one length fill micro-batches of one size, with `fixed_shapes`
-    by whole blocks. `among`: the indices of the examples to draw from (None: all).
+    micro_batch_tokens / 2^k, and B to one number. Examples of one length fill micro-batches of one size, with
+    `fixed_shapes` all of them. `among`: the indices of the examples to draw from (None: all).
     """
 
     def __init__(self, data, batch_size, micro_batch_tokens, seed, start, stop, rank=0, world=1, fixed_shapes=False,

@@ -20,6 +20,7 @@ import train
 from configurator import UserError
 from model import Transformer, WeightsError
 from tests.conftest import script
+from tests.test_one_gradient_many_ways import compiling_leaves_the_gradient_as_it_is
 
 
 def write_images(folder, n=120, shape=(12, 12), mode="L", seed=0):
@@ -85,6 +86,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
         x, y = d.batch(None, np.arange(10))  # evaluation sees what is stored
         assert x.dtype == torch.uint8 and np.array_equal(x.numpy(), d.values[:10])
         assert np.array_equal(y.numpy(), d.labels[:10])
+
+
+def test_a_compiled_models_gradient_is_the_models_and_an_epochs_last_batch_is_filled_up(images):
+    cfg = train.Config(**images | dict(compile=True))
+    meta = data.build(cfg)
+    examples = data.open_split(cfg, meta, "train", 9)
+    batches = list(data.GlobalBatches(examples, 20, 16384, 1, 0, len(examples) // 20 + 1, fixed_shapes=True))
+    assert {len(x) for b in batches for x, _ in examples.__getitems__(b)} == {20}
+    (epoch, indices, shape), = batches[-1]
+    batch, filled = examples.batch(epoch, indices), examples.batch(epoch, indices, shape)
+    assert compiling_leaves_the_gradient_as_it_is(cfg, meta, batch, filled, 1e-5) == len(indices) == len(examples) % 20 > 0
 
 
 def test_each_augmentation_is_what_it_says():

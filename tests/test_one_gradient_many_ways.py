@@ -22,6 +22,24 @@ def gradients(model, micro_batches, machine, **cfg):
     return loss, tokens, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+def compiling_leaves_the_gradient_as_it_is(cfg, meta, batch, filled, error):
+    """Of the model of cfg on the batch; compiled, on the same one `filled` up. Returns the tokens (examples) it counts."""
+    machine, results = train.Machine(cfg), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        with_loss = train.WithLoss(train.make_model(cfg, meta), cfg)
+        for p in with_loss.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        if compiled:
+            with_loss.compile(fullgraph=True)
+        loss, tokens = train.backward(with_loss, [filled if compiled else batch], cfg, machine)
+        results.append((loss, torch.cat([p.grad.flatten() for p in with_loss.parameters()]), tokens))
+    (loss, grad, tokens), (compiled_loss, compiled_grad, compiled_tokens) = results
+    assert tokens == compiled_tokens and loss > 0.1
+    assert (loss - compiled_loss).abs() < error * loss and (grad - compiled_grad).norm() < error * grad.norm()
+    return tokens
+
+
 def test_four_micro_batches_equal_one_batch(machine):
     documents, labels = random_documents(), torch.arange(len(LENGTHS)).numpy() % 4
     model = random_model().double()
