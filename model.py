@@ -211,7 +211,7 @@ def attend(qkv, layout, causal=False, window=0, first=False):
         return varlen_attn(*qkv.unbind(1), layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
                            window_size=(window or -1, 0 if causal else window or -1))
     if dtype == torch.bfloat16 and device.type == "cpu" and not torch.is_grad_enabled() \
-            and all(L <= 1024 for _, L in layout.runs):  # or its scores would need much memory
+            and (not even or layout.mask is None) and all(L <= 1024 for _, L in layout.runs):  # or scores need much memory
         out = attend_bf16(*qkv.unbind(1), layout.runs, causal, window, first)
         return out[((layout.lengths > 0).cumsum(0) - 1).clamp(min=0)] if first and not even else out
     if even:

@@ -110,7 +110,8 @@ class Config(DataConfig):
     # machine
     device: str = "auto"  # cuda, mps or cpu, in this order
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes it natively
-    compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster)
+    compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster). True, on CPUs: images
+    # train 1.4 times as fast after half a minute, language models 1.2 times; packed texts do not, as their lengths differ
     deterministic: bool = False  # True: bitwise repeatable on CUDA too, slower (on the CPU it always is)
 
 
