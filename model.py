@@ -220,8 +220,8 @@ def attend(qkv, layout, causal=False, window=0, first=False):
     padded = Rows.apply(qkv, token, place, padding[:0])  # (P, 3, H, d)
     out = []
     for (mask, b, L), block in zip(blocks, padded.split([b * L for _, b, L in blocks])):
-        # under causality padding needs no mask: it stands after every token that counts
-        out.append(attend_blocks(block, b, L, None if causal else mask, causal, window, first))
+        # under causality padding needs no mask: it stands after every token that counts; nor does a window wider than L
+        out.append(attend_blocks(block, b, L, None if causal else mask, causal, window if L > window + 1 else 0, first))
     out = torch.cat(out)
     return out[order] if first else Rows.apply(out, place, token, padding)
 
