@@ -1,0 +1,476 @@
+"""Data sets on disk → deterministic batches, packed where they are text.
+
+A data set is a folder that data.py wrote (all little-endian, no headers):
+
+    {train,val,test}.bin   text: token ids of all documents end to end, uint16 (uint32 for more than
+                           65,536 tokens); images: uint8 (N, C, H, W); numbers: float32 (N, F),
+                           standardised
+    {train,val,test}.idx   text only: int64 (N+1,), where each document starts
+    {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number, standardised; uint8
+                           (N, C): 1 for each label it has; without targets there is none
+    tokenizer.json         text only: Hugging Face `tokenizers` format
+    meta.json              everything else, with the SHA-256 of every file; written last, so a
+                           folder without it is no data set
+
+What is in a global batch, and in what order, is a function of (seed, step) alone. Windows, masks
+and augmentation are functions of (seed, epoch, example) alone. So neither depends on the number of
+processes, on micro-batches, on evaluation, or on having been interrupted.
+"""
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError, file_sha256
+
+FORMAT = 3
+SPLITS = "train", "val", "test"
+TARGET_DTYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
+IGNORE = -100  # the target of what has none (of numbers: NaN)
+
+
+class Batch(NamedTuple):
+    """A micro-batch. The counts are Python ints, so that a step never asks the device for them."""
+    inputs: tuple  # what model(*inputs) takes
+    targets: torch.Tensor  # in the shape and dtype of the task; IGNORE where there is none
+    n_targets: int  # targets that count
+    n_tokens: int  # tokens of text, without what fills a batch up; else examples
+
+    def to(self, device):
+        inputs = tuple(move(x, device) for x in self.inputs)
+        return self._replace(inputs=inputs, targets=move(self.targets, device))
+
+
+def move(x, device):
+    return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+
+
+class Shape(NamedTuple):
+    """What a micro-batch of text is filled up to."""
+    n_tokens: int
+    n_documents: int
+    max_len: int
+
+
+class Request(NamedTuple):
+    """A micro-batch to be made. epoch None: for evaluation, without windows, masks, augmentation."""
+    epoch: int | None
+    indices: np.ndarray
+    shape: Shape | None = None
+
+
+# --------------------------------------------------------------------------------------------------
+# Opening
+
+
+def read_meta(folder, rebuild):
+    """meta.json of a data set, or None where there is no folder. Raises UserError for half a one.
+
+    rebuild: the command that builds the data set anew, for messages.
+    """
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not a whole data set (no readable meta.json); "
+                        f"rebuild it with: {rebuild}") from None
+    if meta["format"] != FORMAT:
+        raise UserError(f"{folder} has format {meta['format']}, this code reads {FORMAT}; "
+                        f"rebuild it with: {rebuild}")
+    return meta
+
+
+def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed=0, **changes):
+    """One split, memory-mapped: PackedText, LanguageBlocks or Arrays.
+
+    changes: what training does to examples, see the classes. Raises UserError for a split or
+    targets that are not there, and where a file is not the one that was built.
+    """
+    if objective == "classify" and meta["task"] == "none":
+        raise UserError("--objective=classify needs labels, and with --target=none there are none: "
+                        "mlm and clm do without")
+    if objective != "classify" and meta["kind"] != "text":
+        raise UserError(f"--objective={objective} needs text")
+    if split not in meta["splits"]:
+        raise UserError(f"{folder}: this data set has no {split} split, "
+                        f"only {', '.join(meta['splits'])}")
+    for name, sha256 in meta["sha256"].items():
+        path = folder / name
+        if name.startswith(f"{split}.") and not (path.is_file() and file_sha256(path) == sha256):
+            raise UserError(f"{path} is missing, truncated or altered (its SHA-256 is not the one "
+                            f"in meta.json); rebuild the data set with: {rebuild}")
+    # a plain ndarray: slicing a memmap is slower
+    values = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r").view(np.ndarray)
+    common = dict(max_len=max_len, seed=seed, **changes)
+    if meta["kind"] == "text":
+        starts = np.fromfile(folder / f"{split}.idx", np.int64)
+        common |= dict(tokens=values, starts=starts, n_suffix=meta["n_suffix"],
+                       mask_id=meta["mask_id"])
+    if objective != "classify":
+        n_bytes = meta["splits"][split]["bytes"]
+        return LanguageBlocks(objective=objective, n_bytes=n_bytes, **common)
+    labels = np.fromfile(folder / f"{split}.lbl", TARGET_DTYPES[meta["task"]])
+    if meta["task"] == "multilabel":
+        labels = labels.reshape(-1, len(meta["label_names"]))
+    if meta["kind"] == "text":
+        return PackedText(labels=labels, **common)
+    return Arrays(values.reshape(-1, *meta["shape"]), labels, len(meta["label_names"]), **common)
+
+
+# --------------------------------------------------------------------------------------------------
+# Examples
+
+
+class Examples(torch.utils.data.Dataset):
+    """What the classes below share. lengths (N,): tokens of each example, before filling up.
+    same_length: all examples have max_len tokens."""
+    same_length = False
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitems__(self, requests):
+        """A list of Requests → a list of Batches. A process without examples gets one without
+        targets, as it takes part in every step."""
+        return [self.batch(*request) for request in requests] or [self.empty_batch()]
+
+
+class PackedText(Examples):
+    """Documents and their labels.
+
+    crop: train on a random window of this many tokens of each document. mask_prob: hide this share
+    of the tokens in training. n_suffix: special tokens at the end of each document.
+    """
+
+    def __init__(self, tokens, starts, labels, max_len, n_suffix, mask_id=None, seed=0, crop=None,
+                 mask_prob=0.0):
+        self.tokens, self.starts, self.labels = tokens, starts, labels
+        self.lengths = np.minimum(np.diff(starts), crop or max_len)
+        self.max_len, self.n_suffix, self.mask_id = max_len, n_suffix, mask_id
+        self.seed, self.crop, self.mask_prob = seed, crop, mask_prob
+        if mask_prob and mask_id is None:
+            raise UserError("mask_prob needs a tokenizer with a [MASK] or <mask> token; "
+                            "set --mask_prob=0")
+
+    def document(self, i, epoch=None):
+        """Token ids (L,) int64 of example i. In training (epoch given) windowed and masked; the
+        first token, [CLS], stays, as do special tokens at the end."""
+        start, end = self.starts[i], self.starts[i + 1]
+        if epoch is None or not (self.crop or self.mask_prob):
+            return truncate(self.tokens[start:end].astype(np.int64), self.max_len, self.n_suffix)
+        rng = np.random.default_rng((self.seed, epoch, i))
+        skip = 0
+        if self.crop and self.crop < end - start:
+            skip = rng.integers(0, end - start - self.crop, endpoint=True)
+        ids = self.tokens[start + skip : end].astype(np.int64)
+        ids = truncate(ids, self.crop or self.max_len, self.n_suffix)
+        ids[0] = self.tokens[start]
+        ids[1:][rng.random(len(ids) - 1) < self.mask_prob] = self.mask_id or 0
+        return ids
+
+    def batch(self, epoch, indices, shape=None):
+        """inputs (tokens (T,), cu_seqlens (B+1,)); targets (B,) int64 or (B, C) int64."""
+        documents = [self.document(i, epoch) for i in indices]
+        return self.pack_labelled(documents, self.labels[indices], shape)
+
+    def pack_labelled(self, documents, labels, shape=None):
+        inputs = pack(documents, shape)
+        n_filled = len(inputs[1]) - 1 - len(documents)
+        ignored = np.full((n_filled, *self.labels.shape[1:]), IGNORE)
+        targets = torch.from_numpy(np.concatenate([labels, ignored]).astype(np.int64))
+        return Batch(inputs, targets, len(labels), sum(map(len, documents)))
+
+    def empty_batch(self):
+        batch = self.pack_labelled([np.zeros(1, np.int64)], self.labels[:0], Shape(1, 1, 1))
+        return batch._replace(n_tokens=0)
+
+    def content(self, i):
+        """A document's bytes, to compare documents by: all of it, not only what is read."""
+        return self.tokens[self.starts[i] : self.starts[i + 1]].tobytes()
+
+
+class LanguageBlocks(Examples):
+    """Text for a language model: documents cut into blocks of up to max_len tokens.
+
+    In training all blocks of a longer document are full (the last one reaches back), and move by up
+    to half their length either way, so that each epoch cuts elsewhere.
+
+    clm: the target of each token is the one that follows it. mlm (Devlin et al. 2019): a block's
+    first token is the document's, [CLS]; mask_prob of the others become [MASK], and only these have
+    targets. There are no random tokens, and none left as they are (Wettig et al. 2023 find no harm
+    in that). Evaluation masks the same ones each time.
+    """
+
+    def __init__(self, tokens, starts, max_len, objective, n_suffix, n_bytes=0, mask_id=None,
+                 seed=0, mask_prob=0.0):
+        self.tokens, self.objective, self.max_len = tokens, objective, max_len
+        self.seed, self.mask_prob, self.mask_id = seed, mask_prob, mask_id
+        if objective == "mlm" and mask_id is None:
+            raise UserError("--objective=mlm needs a tokenizer with a [MASK] or <mask> token")
+        n_readable = np.diff(starts) - (objective == "clm")  # a last token has none to predict
+        n_blocks = -(-n_readable // max_len)
+        document = np.repeat(np.arange(len(n_blocks)), n_blocks)
+        block_in_document = np.arange(len(document)) - np.repeat(n_blocks.cumsum() - n_blocks,
+                                                                 n_blocks)
+        self.document_start = starts[document]
+        self.document_end = self.document_start + n_readable[document]
+        self.start = self.document_start + block_in_document * max_len
+        self.lengths = np.minimum(max_len, n_readable[document])
+        if not len(document) or objective == "mlm" and self.lengths.max() < 2:
+            raise UserError(f"--objective={objective}: no document has two tokens, so there is "
+                            "nothing to learn")
+        self.same_length = objective == "clm" and self.lengths.min() == max_len
+        self.moved_in, self.moves = None, None  # an epoch, and how far it moves each block
+        # bits per byte can be said only where every byte is predicted, as after a [CLS]
+        begins_with_special = (tokens[starts[:-1]] == tokens[0]).all()
+        self.n_bytes = n_bytes if begins_with_special and objective == "clm" else 0
+
+    def block(self, i, epoch=None):
+        """(input ids (L,), targets (L,), IGNORE where there is none), int64."""
+        start, end, L = self.start[i], self.document_end[i], self.lengths[i]
+        if epoch is None:
+            L = min(L, end - start)
+        else:
+            start = start + self.epoch_moves(epoch)[i]
+            start = max(self.document_start[i], min(end - L, start))
+        if self.objective == "clm":
+            ids = self.tokens[start : start + L + 1].astype(np.int64)
+            return ids[:-1], ids[1:]
+        ids = self.tokens[start : start + L].astype(np.int64)
+        ids[0] = self.tokens[self.document_start[i]]
+        draw = np.random.default_rng((self.seed, 0 if epoch is None else epoch + 1, i)).random(L)
+        draw[0] = 1.0
+        at_least_one = (draw == draw.min()) & (L > 1)
+        masked = (draw < self.mask_prob) | at_least_one
+        return np.where(masked, self.mask_id, ids), np.where(masked, ids, IGNORE)
+
+    def epoch_moves(self, epoch):
+        if epoch != self.moved_in:
+            rng = np.random.default_rng((self.seed, epoch))
+            half = self.max_len // 2
+            self.moves = rng.integers(-half, half, len(self), np.int32, endpoint=True)
+            self.moved_in = epoch
+        return self.moves
+
+    def batch(self, epoch, indices, shape=None):
+        """clm: inputs (tokens (T,), cu_seqlens), or, in training on blocks of one length, (tokens,
+        None, length); targets (T,). mlm: inputs (tokens, cu_seqlens, None, query_index (M,)), and
+        targets (M,), of what is masked only."""
+        blocks = [self.block(i, epoch) for i in indices]
+        tokens, cu_seqlens = pack([ids for ids, _ in blocks], shape)
+        targets = torch.from_numpy(np.concatenate([targets for _, targets in blocks]))
+        n_tokens = len(targets)
+        if self.objective == "mlm":
+            query_index = (targets != IGNORE).nonzero()[:, 0]
+            targets = targets[query_index]
+            inputs = tokens, cu_seqlens, None, query_index
+            return Batch(inputs, targets, len(targets), n_tokens)
+        targets = F.pad(targets, (0, len(tokens) - n_tokens), value=IGNORE)
+        inputs = tokens, cu_seqlens
+        if epoch is not None and self.same_length:
+            inputs = tokens, None, self.max_len
+        return Batch(inputs, targets, n_tokens, n_tokens)
+
+    def empty_batch(self):
+        tokens, cu_seqlens = pack([np.zeros(self.max_len, np.int64)])
+        if self.objective == "mlm":
+            none = torch.zeros(0, dtype=torch.int64)
+            return Batch((tokens, cu_seqlens, None, none), none, 0, 0)
+        inputs = (tokens, None, self.max_len) if self.same_length else (tokens, cu_seqlens)
+        return Batch(inputs, torch.full_like(tokens, IGNORE), 0, 0)
+
+
+class Arrays(Examples):
+    """Images (N, C, H, W) uint8 or rows of numbers (N, F) float32, and their labels.
+
+    augmentation: the settings of `augment`, for training. With mixup (Zhang et al. 2018) targets
+    are shares of the classes, (B, n_classes) float32.
+    """
+    same_length = True
+
+    def __init__(self, values, labels, n_classes, max_len=1, seed=0, augmentation=None):
+        self.values, self.labels, self.n_classes = values, labels, n_classes
+        self.max_len, self.seed, self.augmentation = max_len, seed, augmentation
+        self.mixup = augmentation["mixup"] if augmentation else 0.0
+        self.lengths = np.full(len(labels), max_len)
+        self.ignore = math.nan if labels.dtype == np.float32 else IGNORE
+
+    def batch(self, epoch, indices, shape=None):
+        """inputs (x,): (B, C, H, W) or (B, F); targets (B,). B is what `shape` says: the last
+        example stands there again, without a target."""
+        n = len(indices)
+        if shape and not self.mixup:
+            indices = np.pad(indices, (0, shape.n_tokens // self.max_len - n), "edge")
+        x, targets = torch.from_numpy(self.values[indices]), torch.from_numpy(self.labels[indices])
+        targets[n:] = self.ignore
+        if epoch is None or not self.augmentation:
+            return Batch((x,), targets, n, n)
+        draws = [np.random.default_rng((self.seed, epoch, i)).random(24) for i in indices]
+        draws = np.stack(draws).astype(np.float32)
+        if self.mixup:
+            other = (draws[:, 10] * len(self)).astype(int) % len(self)
+            x = torch.cat((x, torch.from_numpy(self.values[other])))
+            both = torch.stack((targets, torch.from_numpy(self.labels[other])))
+            share = torch.from_numpy(draws[:, 11:12] * self.mixup / 2)
+            targets = torch.lerp(*F.one_hot(both, self.n_classes).float(), share)
+        x = augment(x, torch.from_numpy(draws), **self.augmentation)
+        return Batch((x,), targets, n, n)
+
+    def empty_batch(self):
+        batch = self.batch(0, np.array([0]))
+        targets = batch.targets
+        ignored = torch.zeros_like(targets) if self.mixup else targets.fill_(self.ignore)
+        return batch._replace(targets=ignored, n_targets=0, n_tokens=0)
+
+    def content(self, i):
+        return self.values[i].tobytes()
+
+
+def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0, mixup=0.0):
+    """Images (B, C, H, W) uint8 → (B, C, H, W) float32; draws (B, 24) are uniform in 0..1.
+
+    Each is moved by up to `shift` of its side, turned by up to `rotate` degrees, scaled by a factor
+    of up to 1 + scale either way, mirrored half the time with `flip`, and loses a square of up to
+    `cutout` of its side (DeVries & Taylor 2017). With mixup, x holds as many images again, of which
+    up to mixup / 2 is blended in.
+    """
+    if mixup:
+        x, others = x.chunk(2)
+        settings = shift, rotate, scale, flip, cutout
+        blend = draws[:, 11, None, None, None] * mixup / 2
+        others = augment(others, draws[:, 12:], *settings)
+        return torch.lerp(augment(x, draws, *settings), others, blend)
+    _, _, H, W = x.shape
+    u = draws * 2 - 1
+    angle, zoom = u[:, 2] * rotate * math.pi / 180, (1 + scale) ** u[:, 3]
+    mirror = torch.where(u[:, 4] < 0, -1.0, 1.0) if flip else torch.ones_like(angle)
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    theta = torch.stack((cos * mirror, -sin, u[:, 0] * 2 * shift,
+                         sin * mirror, cos, u[:, 1] * 2 * shift), 1).view(-1, 2, 3)
+    with torch.autocast(x.device.type, enabled=False):  # in bfloat16 pixels would be misplaced
+        grid = F.affine_grid(theta, x.shape, align_corners=False)
+        x = F.grid_sample(x.float(), grid, align_corners=False)
+    if cutout:
+        half_side = cutout / 2 * (u[:, 7:8] + 1) / 2
+        center_y, center_x = (u[:, 5:6] + 1) / 2 * H, (u[:, 6:7] + 1) / 2 * W
+        in_rows = (torch.arange(H) + 0.5 - center_y).abs() < half_side * H
+        in_columns = (torch.arange(W) + 0.5 - center_x).abs() < half_side * W
+        x = x.masked_fill((in_rows[:, :, None] & in_columns[:, None])[:, None], 0)
+    return x
+
+
+def truncate(ids, max_len, n_suffix):
+    """The first max_len tokens of a document; the n_suffix special tokens at its end stay."""
+    if len(ids) <= max_len:
+        return ids
+    return np.concatenate([ids[: max_len - n_suffix], ids[len(ids) - n_suffix :]])
+
+
+def pack(documents, shape=None):
+    """Documents end to end: (tokens (T,) int64, cu_seqlens (B+1,) int32).
+
+    With a Shape, filled up to just that, so that torch.compile sees one: by documents of a token
+    that is there anyway, none longer than max_len, and by empty ones.
+    """
+    lengths = [len(document) for document in documents]
+    if shape:
+        fill = shape.n_tokens - sum(lengths)
+        filler = [shape.max_len] * (fill // shape.max_len) + [fill % shape.max_len]
+        filler += [0] * (shape.n_documents - len(documents) - len(filler))
+        documents = [*documents, np.full(fill, documents[0][0])]
+        lengths += filler
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return torch.from_numpy(np.concatenate(documents)), torch.from_numpy(cu_seqlens)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which examples are in which batch
+
+
+class GlobalBatches(torch.utils.data.Sampler):
+    """Yields, per optimizer step, this process's Requests; it may have none.
+
+    The documents of a global batch are sorted by length (attention then pads least) and dealt to
+    the processes like cards. subset: indices of the examples to draw from (None: all).
+    fixed_shapes: fill micro-batches up to few shapes, for torch.compile.
+    """
+
+    def __init__(self, examples, batch_size, micro_batch_tokens, seed, start, stop, rank=0, world=1,
+                 fixed_shapes=False, subset=None):
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.micro_batch_tokens, self.fixed_shapes = micro_batch_tokens, fixed_shapes
+        self.subset = np.arange(len(examples)) if subset is None else subset
+        self.steps_per_epoch = -(-len(self.subset) // batch_size)
+        self.limit = micro_batch_tokens  # of tokens in a micro-batch
+        if examples.same_length:  # micro-batches of one size
+            share = -(-batch_size // world)
+            n_micro_batches = -(-share * examples.max_len // micro_batch_tokens)
+            self.limit = -(-share // n_micro_batches) * examples.max_len
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        lengths, epoch = self.examples.lengths, None
+        for step in range(self.start, self.stop):
+            if epoch != step // self.steps_per_epoch:
+                epoch = step // self.steps_per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.subset)
+            first = step % self.steps_per_epoch * self.batch_size
+            batch = order[first : first + self.batch_size]
+            longest_first = batch[np.argsort(-lengths[batch], kind="stable")]
+            mine = longest_first[self.rank :: self.world]
+            yield [Request(epoch, indices, self.shape(lengths[indices].sum(), len(indices)))
+                   for indices in split_by_tokens(mine, lengths, self.limit)]
+
+    def shape(self, n_tokens, n_documents):
+        max_len = self.examples.max_len
+        if self.examples.same_length:
+            return Shape(self.limit if self.fixed_shapes else n_tokens, n_documents, max_len)
+        if not self.fixed_shapes:
+            # multiples of 16: matrix products of ragged sizes are up to 15 % slower on CPUs, and
+            # each new size is new to oneDNN
+            return Shape(-(-n_tokens // 16) * 16, n_documents + 1, max_len)
+        T = self.micro_batch_tokens
+        while T % 2 == 0 and n_tokens <= T // 2 and T > self.micro_batch_tokens // 32:
+            T //= 2
+        B = -(-self.batch_size // self.world) + self.micro_batch_tokens // max_len + 1
+        return Shape(T, B, max_len)
+
+
+def eval_requests(lengths, micro_batch_tokens, rank=0, world=1):
+    """All examples once, for evaluation: this process's Requests, longest examples first."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    parts = split_by_tokens(order, lengths, micro_batch_tokens)
+    return [Request(None, indices) for indices in parts][rank::world]
+
+
+def split_by_tokens(indices, lengths, limit):
+    """Cut a list of examples into parts whose lengths add up to at most `limit`."""
+    parts, total = [], limit
+    for i in indices:
+        if total + lengths[i] > limit:
+            parts.append([])
+            total = 0
+        parts[-1].append(i)
+        total += lengths[i]
+    return [np.array(part) for part in parts]
+
+
+def stratified_subset(labels, fraction, seed):
+    """Sorted indices of round(fraction · N) of N examples: the same share of each class, give or
+    take one example, and a smaller fraction's are among a larger one's. (Numbers, and sets of
+    labels: at random.)"""
+    classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))
+    rank = np.empty(len(labels))
+    rng = np.random.default_rng(seed)
+    for c in np.unique(classes):
+        members = rng.permutation(np.flatnonzero(classes == c))
+        rank[members] = (np.arange(len(members)) + 0.5) / len(members)  # spread evenly over 0..1
+    n = max(1, round(fraction * len(labels)))
+    return np.sort(np.argsort(rank, kind="stable")[:n])

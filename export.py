@@ -1,0 +1,115 @@
+"""A checkpoint as a Hugging Face folder, ONNX, or pt2, checked against the checkpoint on val."""
+import os
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from configurator import UserError
+from huggingface import save_hf
+from model import DenseLayout
+from predict import open_data
+from tasks import run_model
+
+
+class Padded(nn.Module):
+    """A Transformer of text as other programs call it: (input_ids (B, L) int64, attention_mask
+    (B, L), 1 at a document's tokens, which stand first, and 0 at padding) → logits (B, n_classes).
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        valid = attention_mask.expand_as(input_ids).bool()  # tells torch.export of equal sizes
+        layout = DenseLayout(*input_ids.shape, input_ids.device, valid)
+        return self.model.classify(self.model.embedding(input_ids.flatten()), layout)
+
+
+def export(clf, how, data_dir=None):
+    """Write the folder hf, or model.pt2, or model.onnx, beside a Classifier's checkpoint. Raises
+    UserError where that format cannot compute what the checkpoint does."""
+    if clf.is_language_model:
+        raise UserError(f"{clf.path} is a language model; make a classifier of it with "
+                        "finetune.py --init_from")
+    if how == "hf":
+        if clf.modality != "text":
+            raise UserError(f"{clf.path} reads {clf.modality}; only text classifiers can be "
+                            "written as a Hugging Face folder")
+        folder = clf.path.parent / "hf"
+        save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel)
+        print(f"written to {folder}")
+        return
+    kind, is_text = clf.model.config.model, clf.modality == "text"
+    if is_text and kind != "transformer":
+        raise UserError(f"{clf.path}: a {kind} model of text cannot be written as {how}; "
+                        "transformers of tokens, and models of images and of numbers, can")
+    write = write_pt2 if how == "pt2" else write_onnx
+    model = Padded(clf.model).eval() if is_text else clf.model
+    examples = open_data(clf, "val", data_dir)
+    some = spread_by_length(examples.lengths)
+    batch = examples.batch(None, some)
+    expected = run_model(clf.model, batch, clf.device, clf.dtype)
+
+    def inputs_of(indices):
+        if not is_text:
+            return (examples.batch(None, indices).inputs[0],)
+        ids = [torch.from_numpy(examples.document(i)) for i in indices]
+        masks = [torch.ones_like(document) for document in ids]
+        return pad_sequence(ids, batch_first=True), pad_sequence(masks, batch_first=True)
+    names, sizes = ["x"], {0: torch.export.Dim("batch")}
+    if clf.modality == "image":
+        names = ["pixels"]
+    if is_text:
+        names, sizes = ["input_ids", "attention_mask"], sizes | {1: torch.export.Dim("length")}
+    path = clf.path.parent / f"model.{how}"
+    temporary = clf.path.parent / f"model.tmp.{how}"
+    try:
+        program = torch.export.export(model, inputs_of(some[-3:]),
+                                      dynamic_shapes=(sizes,) * len(names))
+        loaded = write(program, temporary, names)
+        with torch.no_grad():  # in two batches of other sizes than the one it was made with
+            logits = torch.cat([loaded(*inputs_of(some[:1])), loaded(*inputs_of(some[1:]))])
+        error = float((logits - expected).abs().max())
+        if not error <= 1e-4:
+            raise UserError(f"{clf.path}: what was written as {how} computes other logits, by "
+                            f"{error:.1e}, so it was not kept")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"written to {path}: ({', '.join(names)}) → logits, on {len(some)} examples of val "
+          f"within {error:.1e} of the checkpoint's")
+
+
+def spread_by_length(lengths):
+    """Indices of up to 48 examples, three at least, from the shortest to the longest."""
+    n = len(lengths)
+    order = np.argsort(lengths, kind="stable")
+    some = order[np.linspace(0, n - 1, min(48, n)).astype(int)]
+    return np.resize(some, max(len(some), 3))
+
+
+def write_pt2(program, path, names):
+    """Write an exported program; returns what is loaded from it."""
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def write_onnx(program, path, names):
+    """As write_pt2, in ONNX."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (what torch.onnx.export needs)
+    except ImportError as error:
+        raise UserError("--export=onnx needs packages that are not here: "
+                        "pip install onnx onnxscript onnxruntime") from error
+    torch.onnx.export(program, f=path, input_names=names, output_names=["logits"], dynamo=True,
+                      external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(*inputs):
+        arrays = {name: x.numpy() for name, x in zip(names, inputs)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+    return run

@@ -1,0 +1,308 @@
+"""Optimizers, parameter groups, clipping, schedules, weight averaging.
+
+A new optimizer is a branch in `optimizer_of` and an entry in `make`; a new schedule an entry in
+`learning_rate_at`.
+"""
+import math
+
+import torch
+
+# Weights above which an embedding has sparse gradients on CPUs: a dense one would take longer to
+# make than the rows that a batch reads.
+LARGE_EMBEDDING = 2**20
+
+
+def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
+    """The optimizers of cfg.optimizer. Each trainable parameter is in exactly one of their groups.
+
+    lr_scale(name, model, cfg): what a parameter's learning rate is multiplied by; None: 1. dtype:
+    of Muon's products. Weight decay is for matrices, text embeddings aside.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    embedding = getattr(model, "embedding", None)
+    if not isinstance(embedding, torch.nn.Embedding) or not embedding.weight.requires_grad:
+        embedding = None
+    if embedding is not None:
+        embedding.sparse = uses_sparse_gradients(model, embedding.weight, cfg, device)
+    grouped = {}  # optimizer → group's settings → parameters
+    for name, p in parameters.items():
+        is_embedding = embedding is not None and p is embedding.weight
+        kind = optimizer_of(name, p, cfg, embedding if is_embedding else None)
+        decay = cfg.weight_decay if p.ndim >= 2 else 0.0
+        if is_embedding and kind in ("adamw", "sparse"):
+            decay = 0.0
+        parts = 3 if cfg.optimizer == "muon" and name.endswith("qkv.weight") else 1
+        scale = lr_scale(name, model, cfg) if lr_scale else 1.0
+        grouped.setdefault(kind, {}).setdefault((scale, decay, parts), []).append(p)
+    lr, betas = cfg.learning_rate or 1.0, (cfg.beta1, cfg.beta2)  # each step sets lr
+    fused = embedding is None or not embedding.sparse
+    make = {
+        "adamw": lambda groups: torch.optim.AdamW(groups, lr, betas, fused=True),
+        # beta1 = 0: with momentum a row that is seen once would take a tenth of its step
+        "sparse": lambda groups: torch.optim.SparseAdam(groups, lr, (0.0, cfg.beta2)),
+        "muon": lambda groups: Muon(groups, lr, dtype=dtype),
+        "adagrad": lambda groups: Adagrad(groups, lr),
+        "sgd": lambda groups: torch.optim.SGD(groups, lr, cfg.beta1, nesterov=cfg.beta1 > 0,
+                                              fused=fused)}
+    optimizers = []
+    for kind, by_settings in grouped.items():
+        groups = []
+        for (scale, decay, parts), group in by_settings.items():
+            groups.append({"params": group, "lr_scale": scale})
+            if kind != "sparse":
+                groups[-1]["weight_decay"] = decay
+            if kind == "muon":
+                groups[-1]["parts"] = parts
+        optimizers.append(make[kind](groups))
+    in_groups = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(in_groups) == sorted(map(id, parameters.values()))
+    return optimizers
+
+
+def optimizer_of(name, p, cfg, embedding):
+    """Which optimizer a parameter gets. embedding: the text embedding it belongs to, if any."""
+    hidden_matrix = p.ndim == 2 and name.startswith(("blocks", "layers"))
+    if cfg.optimizer == "muon" and hidden_matrix:
+        return "muon"
+    if cfg.optimizer in ("adamw", "muon"):
+        return "sparse" if embedding and embedding.sparse else "adamw"
+    return cfg.optimizer
+
+
+def uses_sparse_gradients(model, weight, cfg, device):
+    """Are only the rows of a text embedding updated that a batch reads?
+
+    To decay the moments of all rows would take a sixth of a fine-tuning step. Rows that are read
+    move without momentum, at once as far as AdamW moves them in the steps to come (NOTES.md).
+    """
+    large = weight.numel() > LARGE_EMBEDDING and model.config.lm_head != "tied"
+    if device.type != "cpu" or not large:
+        return False
+    if cfg.optimizer in ("adamw", "muon"):
+        return True
+    without_momentum = cfg.optimizer == "adagrad" or cfg.optimizer == "sgd" and not cfg.beta1
+    return without_momentum and not cfg.weight_decay
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made nearly orthogonal, so that a matrix moves as far in each
+    direction (Jordan et al. 2024). Scaled by 0.2·√(longer side) an update is as large as AdamW's,
+    so that one learning rate serves both (Liu et al. 2025).
+
+    As torch.optim.Muon, but matrices of one shape go through together, and attention's
+    q, k and v are stacked: three `parts`, each a matrix of its own. dtype: of the Newton-Schulz
+    steps; bfloat16 is enough, and takes a third of the time where it is native.
+    """
+
+    def __init__(self, groups, lr, momentum=0.95, dtype=torch.float32):
+        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "parts": 1}
+        super().__init__(groups, defaults)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = {}
+            for p in group["params"]:
+                same_shape.setdefault(p.shape, []).append(p)
+            for parameters in same_shape.values():
+                self.update(parameters, group)
+
+    def update(self, parameters, group):
+        """One step of parameters (a, b) of one shape."""
+        parts, columns = group["parts"], parameters[0].shape[1]
+        matrices = []
+        for p in parameters:
+            if p not in self.state:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            nesterov = p.grad.lerp(momentum, group["momentum"])
+            matrices.append(nesterov.view(parts, -1, columns))
+        matrices = torch.cat(matrices).to(self.dtype)  # (N, a / parts, b)
+        size = group["lr"] * 0.2 * max(matrices.shape[1:]) ** 0.5
+        for p, update in zip(parameters, orthogonal(matrices).split(parts)):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(update.reshape(p.shape).to(p.dtype), alpha=size)
+
+
+def orthogonal(x):
+    """Roughly the nearest (semi-)orthogonal matrix of each of x (N, a, b), by five Newton-Schulz
+    steps: singular values come to 0.7 … 1.2."""
+    tall = x.shape[1] > x.shape[2]
+    y = x.mT if tall else x
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        y = torch.baddbmm(y, polynomial, y, beta=3.4445)
+    return y.mT if tall else y
+
+
+class Adagrad(torch.optim.Optimizer):
+    """Each weight's step is divided by the root of the sum of its squared gradients so far (Duchi
+    et al. 2011). As torch.optim.Adagrad, but a sparse gradient (coalesced) takes a fifth of its
+    time. weight_decay is ridge's, for dense gradients."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p]["sum"] = torch.zeros_like(p)
+                update = self.update_rows if p.grad.is_sparse else self.update
+                update(p, self.state[p]["sum"], group["lr"], group["weight_decay"])
+
+    def update(self, p, total, lr, weight_decay):
+        grad = p.grad.add(p, alpha=weight_decay)
+        total.addcmul_(grad, grad)
+        p.addcdiv_(grad, total.sqrt().add_(1e-10), value=-lr)
+
+    def update_rows(self, p, total, lr, weight_decay):
+        rows, grad = p.grad.indices()[0], p.grad.values()
+        row_total = total.index_select(0, rows).addcmul_(grad, grad)
+        total.index_copy_(0, rows, row_total)
+        moved = p.index_select(0, rows)
+        moved.addcdiv_(grad, row_total.sqrt_().add_(1e-10), value=-lr)
+        p.index_copy_(0, rows, moved)
+
+
+def set_learning_rate(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+
+@torch.no_grad()
+def clip_gradients(optimizers, limit):
+    """Return the norm of the whole gradient; above `limit` (0: never) scale it down to that."""
+    parameters = [p for optimizer in optimizers for p in parameters_of(optimizer)]
+    for p in parameters:
+        if p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+    norm = torch.nn.utils.get_total_norm([dense_part(p.grad) for p in parameters])
+    if not limit:
+        return norm
+    scale = (norm / limit).clamp(min=1)
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused"):
+            optimizer.grad_scale = scale  # the fused step divides by it
+        else:
+            for p in parameters_of(optimizer):
+                dense_part(p.grad).div_(scale)
+    return norm
+
+
+def parameters_of(optimizer):
+    groups = optimizer.param_groups
+    return [p for group in groups for p in group["params"] if p.grad is not None]
+
+
+def dense_part(grad):
+    return grad.values() if grad.is_sparse else grad
+
+
+def step_all(optimizers):
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def make_lbfgs(model):
+    return torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe",
+                             tolerance_grad=1e-9)
+
+
+def step_lbfgs(optimizer, compute_gradient, weight_decay):
+    """One step of L-BFGS on a loss plus weight_decay / 2 · |W|², in up to 20 evaluations.
+
+    compute_gradient() adds the loss's gradient and returns (loss, …); what it returned at first, at
+    the weights before the step, is returned.
+    """
+    results = []
+
+    def closure():
+        optimizer.zero_grad()
+        results.append(compute_gradient())
+        loss = results[-1][0]
+        if not weight_decay:
+            return loss
+        matrices = [p for p in parameters_of(optimizer) if p.ndim >= 2]
+        penalty = sum(weight_decay / 2 * p.square().sum() for p in matrices)
+        penalty.backward()
+        return loss + penalty
+    optimizer.step(closure)
+    return results[0]
+
+
+def learning_rate_at(cfg, step, total_steps):
+    """The rate of step 0 ≤ step < total_steps: a linear warm-up to cfg.learning_rate, then
+    cfg.schedule down to cfg.min_lr."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
+    x = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)  # 0 → 1
+    share = {"cosine": 0.5 * (1 + math.cos(math.pi * x)),
+             "linear": 1 - x,
+             "constant": 1.0,
+             "trapezoid": min(1.0, (1 - x) / max(cfg.cooldown, 1e-9))}[cfg.schedule]
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * share
+
+
+class EMA:
+    """An exponential moving average of the trainable weights, faster at the beginning; does nothing
+    at decay 0."""
+
+    def __init__(self, model, decay):
+        self.decay, self.weights = decay, []
+        if decay:
+            self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.values = [p.detach().clone() for p in self.weights]
+
+    @torch.no_grad()
+    def update(self, step):
+        if self.weights:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.values, self.weights, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the average and the model's weights; the second call undoes it."""
+        for p, value in zip(self.weights, self.values):
+            kept = p.clone()
+            p.copy_(value)
+            value.copy_(kept)
+
+
+# --------------------------------------------------------------------------------------------------
+# The learning-rate range test (Smith 2017)
+
+RANGE_TEST_STEPS = 160
+
+
+def range_test_rate(step):
+    """1e-6 to 100, exponentially."""
+    return 1e-6 * 1e8 ** (step / RANGE_TEST_STEPS)
+
+
+def read_range_test(losses):
+    """(losses smoothed, index of the rate to suggest or None, whether the losses diverge).
+
+    Suggested is where a quarter of the fall is made. The steepest point, or a tenth of the lowest
+    one, as others take, differ by a factor of up to 30 between seeds; this by 2 (NOTES.md).
+    """
+    smooth, mean = [], 0.0
+    for i, loss in enumerate(losses):
+        mean = 0.9 * mean + 0.1 * loss
+        smooth.append(mean / (1 - 0.9 ** (i + 1)))
+    n_before = 20  # steps at rates that change nothing yet
+    start = sum(smooth[:n_before]) / n_before
+    low = min(smooth[n_before:], default=start)
+    diverges = len(smooth) > n_before and smooth[-1] > 1.5 * min(low, start)
+    if low >= 0.98 * start:
+        return smooth, None, diverges
+    quarter = start - (start - low) / 4
+    found = next(i for i, s in enumerate(smooth) if i >= n_before and s <= quarter)
+    return smooth, found, diverges

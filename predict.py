@@ -1,0 +1,301 @@
+"""A checkpoint as a classifier, in Python and on the command line.
+
+    python predict.py out/textcls --text="Shares fell again"        # --text=- reads lines
+    python predict.py out/textcls --input=texts.csv --output=labels.csv
+
+    clf = Classifier("out/textcls")
+    clf(["Shares fell again"])  # [{"label": "business", "probability": 0.98, "probabilities": …}]
+"""
+import csv
+import gzip
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import cpu
+from batches import PackedText, eval_requests, open_split, read_meta
+from configurator import UserError, configure, run
+from sources import DataConfig, clean, data_settings, decoded_lines, rebuild_command, rows
+from tasks import bf16_is_native, open_device, run_model
+from weights import checkpoint_file, load_checkpoint, load_model
+
+
+@dataclass
+class Config:
+    checkpoint: list[str] = field(default_factory=list)  # a run's folder or a checkpoint file
+    text: list[str] = field(default_factory=list)  # label this text (repeatable); - reads lines
+    #   from standard input
+    input: str | None = None  # label the texts of this .csv, .tsv, .jsonl (each also .gz) or .txt
+    #   (one a line), in order …
+    output: str | None = None  # … into this .csv
+    text_column: str | int | list[str | int] = "text"  # of input
+    header: bool | None = None  # of input: is the first row names? None: yes where text_column is
+    #   a name
+    micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache
+    #   holds them, else 16384
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: bfloat16 where that is
+    #   native, whose label differs in a text of a thousand. int8: on CPUs, differs in one of sixty
+
+
+class Classifier:
+    """A checkpoint, ready to label texts.
+
+    Public: model, tokenizer (a tokenizers.Tokenizer, or None), label_names (empty for numbers and
+    language models), modality (text, image, features), objective, multilabel, config (the settings
+    of its training). dtype: torch.float32; torch.bfloat16, or on CPUs torch.int8, with which the
+    model can only predict. Raises UserError.
+    """
+
+    def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=None):
+        self.path = checkpoint_file(path)
+        checkpoint = load_checkpoint(path)
+        self.device, self.dtype = open_device(device), dtype
+        on_cpu = self.device.type == "cpu"
+        self.micro_batch_tokens = micro_batch_tokens or (2048 if on_cpu else 16384)
+        self.model = load_model(checkpoint, self.path).to(self.device)
+        self.config, self.step = checkpoint["config"], checkpoint["step"]
+        self.modality, self.max_len = checkpoint["kind"], checkpoint["max_len"]
+        self.n_suffix, self.scaling = checkpoint["n_suffix"], checkpoint["scaling"]
+        self.data_folder = checkpoint["data_folder"]
+        self.data_sha256 = checkpoint["data_sha256"]
+        self.objective = self.config.get("objective", "classify")
+        self.is_language_model = self.objective != "classify"
+        self.label_names = [] if self.is_language_model else checkpoint["label_names"]
+        self.multilabel = bool(self.label_names) and self.config.get("target") == "labels"
+        self.tokenizer = checkpoint["tokenizer"] and Tokenizer.from_str(checkpoint["tokenizer"])
+        self.thresholds = self.fitted_thresholds() if self.multilabel else None
+        if dtype != torch.float32:
+            self.lower_precision()
+
+    def lower_precision(self):
+        """Make the model one that only predicts, where the CPU has fast products for its dtype."""
+        kind = self.model.config.model
+        packable = self.device.type == "cpu" and self.modality == "text" and kind == "transformer"
+        if self.dtype == torch.int8:
+            if not packable or not hasattr(torch.ops.onednn, "qlinear_prepack"):
+                raise UserError("--dtype=int8 is for transformers of tokens on CPUs, and a torch "
+                                f"with oneDNN: {self.path} is a {kind} model of {self.modality}, "
+                                f"on {self.device.type}")
+        elif not packable or not bf16_is_native(self.device):
+            return
+        cpu.quantize_for_inference(self.model, self.dtype, bf16_is_native(self.device))
+        self.dtype = torch.float32  # no autocast: each layer has its own dtype
+
+    def fitted_thresholds(self):
+        """The probability from which each label is given: 0.5, or what eval.py fitted on val for
+        this very checkpoint."""
+        path = self.path.parent / "eval.json"
+        if path.exists():
+            report = json.loads(path.read_text())
+            if report["step"] == self.step and report["label_names"] == self.label_names:
+                return np.array(report["thresholds"])
+        return np.full(len(self.label_names), 0.5)
+
+    def logits(self, examples):
+        """Logits (N, n_outputs) float32 of a data set's examples (see batches.py), in their order;
+        independent of how they are batched."""
+        limit = max(self.micro_batch_tokens, self.max_len)
+        requests = eval_requests(examples.lengths, limit)
+        out = torch.empty(len(examples), self.model.config.n_classes)
+        mirror = self.modality == "image" and self.config.get("flip", False)
+
+        def work(request):
+            batch = examples.batch(*request)
+            logits = run_model(self.model, batch, self.device, self.dtype, mirror)
+            out[torch.from_numpy(request.indices)] = logits.cpu()
+        cores = torch.get_num_threads()
+        if self.device.type != "cpu" or cores == 1 or len(requests) < 4 * cores:
+            for request in requests:
+                work(request)
+            return out
+        # A core for each batch keeps all of them busier than all cores for one batch, many of whose
+        # operations are too small to be shared.
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, requests))
+        torch.set_num_threads(cores)
+        return out
+
+    def __call__(self, texts):
+        """Texts → [{"label": str, "probability": float, "probabilities": {label: float}}, ...].
+
+        With --target=labels, also "labels": those that reach their thresholds; "label" is these
+        joined by the data's separator, "probability" that of just this set, labels taken as
+        independent. Of a text the first 100·max_len characters are read: more could only count
+        after words of a hundred letters.
+        """
+        if self.modality != "text":
+            raise UserError(f"{self.path} reads {self.modality}, not text")
+        if self.is_language_model:
+            raise UserError(f"{self.path} is a language model; make a classifier of it with "
+                            "finetune.py --init_from")
+        texts = [clean(text[: 100 * self.max_len]) for text in texts]
+        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts)]  # GPT-2: no [CLS]
+        tokens = np.concatenate([[], *ids]).astype(np.int64)
+        starts, none = np.cumsum([0, *map(len, ids)]), np.zeros(len(ids), np.int64)
+        documents = PackedText(tokens, starts, none, self.max_len, self.n_suffix)
+        logits = self.logits(documents).double()
+        if self.multilabel:
+            return [self.label_set(p) for p in logits.sigmoid().numpy()]
+        return [{"label": self.label_names[p.argmax()], "probability": float(p.max()),
+                 "probabilities": dict(zip(self.label_names, p.tolist()))}
+                for p in logits.softmax(1)]
+
+    def label_set(self, p):
+        """The result of a text from its labels' probabilities (C,)."""
+        given = p >= self.thresholds
+        labels = [name for name, is_given in zip(self.label_names, given) if is_given]
+        return {"label": self.config["label_separator"].join(labels), "labels": labels,
+                "probability": float(np.where(given, p, 1 - p).prod()),
+                "probabilities": dict(zip(self.label_names, p.tolist()))}
+
+    def truth(self, y):
+        """The label of a class, or of a row of a multi-hot matrix: all its labels, joined."""
+        if not self.multilabel:
+            return self.label_names[y]
+        labels = [name for name, has in zip(self.label_names, y) if has]
+        return self.config["label_separator"].join(labels)
+
+
+def open_classifier(path, cfg, auto):
+    """The Classifier that the settings ask for; auto: the dtype that "auto" stands for."""
+    dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    return Classifier(path, cfg.device, dtype, cfg.micro_batch_tokens)
+
+
+def open_data(clf, split, data_dir=None):
+    """The split of the data set that a Classifier was trained on. Raises UserError where that is
+    not there, or is another."""
+    cfg = data_settings(clf.config)
+    cfg.data_dir = data_dir or cfg.data_dir
+    folder, rebuild = Path(cfg.data_dir) / clf.data_folder, rebuild_command(cfg)
+    meta = read_meta(folder, rebuild)
+    if meta is None:
+        raise UserError(f"{folder}: the checkpoint's data set is not there; give its "
+                        f"--data_dir=…, or build it with: {rebuild}")
+    names = [] if clf.is_language_model else meta["label_names"]
+    tokenizer_sha256 = None
+    if clf.tokenizer:
+        tokenizer_sha256 = hashlib.sha256(clf.tokenizer.to_str().encode()).hexdigest()
+    for ours, theirs, difference in (
+            (clf.label_names, names, f"labels are {clf.label_names}, not {names}"),
+            (tokenizer_sha256, meta.get("tokenizer_sha256"), "tokenizer differs"),
+            (clf.scaling, meta["scaling"], "scaling differs"),
+            (clf.data_sha256, meta["sha256"], "files differ: what is test now may have been train")):
+        if ours != theirs:
+            raise UserError(f"{clf.path} was trained on other data than {folder} is now: "
+                            f"its {difference}")
+    settings = {}
+    if clf.is_language_model:
+        settings = {"objective": clf.objective, "mask_prob": clf.config["mask_prob"]}
+    return open_split(folder, meta, split, clf.max_len, rebuild, **settings)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def label_texts(clf, texts):
+    """Print a line per text: its label's probability, then the others'. `-` stands for the lines of
+    standard input."""
+    for text in texts:
+        if text != "-":
+            print_label(clf, text)
+            continue
+        n_lines = 0
+        for _, line in decoded_lines(sys.stdin.buffer, "standard input", "utf-8"):
+            if line.strip():
+                print_label(clf, line)
+                n_lines += 1
+        if not n_lines:
+            raise UserError("standard input: holds no texts")
+
+
+def print_label(clf, text):
+    (result,) = clf([text])
+    ranked = sorted(result["probabilities"].items(), key=lambda item: -item[1])
+    labels = f"{result['label'] or 'none'}: " if clf.multilabel else ""
+    probabilities = "  ".join(f"{name} {p:.4f}" for name, p in ranked)
+    print(f"{labels}{probabilities}   {text.strip()[:60]}", flush=True)
+
+
+def label_file(clf, cfg):
+    """Write cfg.output: the label and its probability of each text of cfg.input, in order; memory
+    stays flat."""
+    if not cfg.output:
+        raise UserError("--input needs --output=labels.csv")
+    if not Path(cfg.input).is_file():
+        raise UserError(f"--input={cfg.input}: no such file")
+    temporary, n = Path(f"{cfg.output}.tmp"), 0
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as file, tqdm(unit=" texts") as bar:
+            table = csv.writer(file)
+            table.writerow(["label", "probability"])
+            for chunk in chunks(text[: 100 * clf.max_len] for text in input_texts(cfg)):
+                for result in clf(chunk):
+                    table.writerow([result["label"], f"{result['probability']:.6f}"])
+                n += len(chunk)
+                bar.update(len(chunk))
+        if not n:
+            raise UserError(f"{cfg.input}: holds no texts")
+        os.replace(temporary, cfg.output)
+    except OSError as error:
+        raise UserError(f"--output={cfg.output}: cannot be written to: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{n} texts labelled: {cfg.output}")
+
+
+def input_texts(cfg):
+    if cfg.input.endswith((".txt", ".txt.gz")):
+        opener = gzip.open if cfg.input.endswith(".gz") else open
+        for _, line in decoded_lines(opener(cfg.input, "rb"), cfg.input, "utf-8"):
+            yield line.rstrip("\r\n")
+        return
+    columns = cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]
+    source = DataConfig(text_column=columns, header=cfg.header, label_column=columns[0],
+                        drop_bad_rows=True)
+    for _, text, _ in rows(cfg.input, source):
+        yield text
+
+
+def chunks(texts):
+    """Lists of up to 4096 texts, or a million characters."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if len(chunk) == 4096 or size > 1_000_000:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def main():
+    cfg = configure(Config, positional="checkpoint")
+    if len(cfg.checkpoint) != 1:
+        raise UserError("which checkpoint? One, for instance: python predict.py out/textcls")
+    if not cfg.text and not cfg.input:
+        raise UserError("which texts? Give --text=…, --text=- for the lines of standard input, or "
+                        "--input=texts.csv --output=labels.csv")
+    native = bf16_is_native(open_device(cfg.device))
+    clf = open_classifier(cfg.checkpoint[0], cfg, torch.bfloat16 if native else torch.float32)
+    if cfg.text:
+        label_texts(clf, cfg.text)
+    else:
+        label_file(clf, cfg)
+
+
+if __name__ == "__main__":
+    run(main)

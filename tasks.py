@@ -1,0 +1,278 @@
+"""What is learnt: one small class per task, and how a model is run on a batch.
+
+A task knows its loss, its figures on val, and which of two results is better; train.py knows no
+task by name. A new loss or a new kind of target is one more class and its line in TASKS.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError
+
+
+def make_task(cfg, meta):
+    """The task of a training config on a data set, whose meta.json is `meta`."""
+    return TASKS[meta["task"] if cfg.objective == "classify" else cfg.objective](cfg, meta)
+
+
+class Task:
+    """What the tasks on labelled examples share.
+
+    head: the settings of ModelConfig that say what the model's outputs are. n_totals: how many
+    numbers `totals` returns.
+    """
+    n_totals = 3
+
+    def __init__(self, cfg, meta):
+        self.head = {"n_classes": len(meta["label_names"])}
+
+    def example_settings(self, cfg, modality, training):
+        """Settings of batches.open_split: what is read, and in training, how it is varied."""
+        if training and modality == "text":
+            return {"crop": cfg.crop and min(cfg.crop, cfg.max_len), "mask_prob": cfg.mask_prob}
+        if training and modality == "image":
+            names = "shift", "rotate", "scale", "flip", "cutout", "mixup"
+            augmentation = {name: getattr(cfg, name) for name in names}
+            return {"augmentation": augmentation if any(augmentation.values()) else None}
+        return {}
+
+    def loss_sum(self, logits, targets):
+        """The loss, summed over the targets that count; float32 scalar."""
+        raise NotImplementedError
+
+    def weight_sum(self, batch):
+        """What the loss of a global batch is divided by: its targets, or their weights added up."""
+        return batch.n_targets
+
+    def totals(self, logits, targets):
+        """Sums over a batch of val that `figures` is made of: a list of floats."""
+        raise NotImplementedError
+
+    def figures(self, totals, examples):
+        """The figures on val, from the totals over all batches."""
+        raise NotImplementedError
+
+    def better(self, a, b):
+        """Are figures `a` better than `b`?"""
+        return a["val_loss"] < b["val_loss"]
+
+
+class ClassTask(Task):
+    """One of several classes: cross-entropy."""
+
+    def __init__(self, cfg, meta):
+        super().__init__(cfg, meta)
+        self.label_smoothing, self.mixup = cfg.label_smoothing, cfg.mixup
+        self.focal_gamma = 0.0 if cfg.mixup else cfg.focal_gamma
+        self.class_weights = class_weights(cfg, meta["splits"]["train"]["per_class"])
+
+    def loss_sum(self, logits, targets):
+        """logits (B, C); targets (B,) int64, or with mixup (B, C) shares of the classes."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = self.class_weights
+        if weights is not None:
+            weights = weights.to(logits.device)
+        losses = F.cross_entropy(logits, targets, weights, reduction="none",
+                                 label_smoothing=self.label_smoothing)
+        if self.focal_gamma:
+            p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+            losses = losses * (1 - p) ** self.focal_gamma
+        return losses.sum()
+
+    def weight_sum(self, batch):
+        if self.class_weights is None or self.mixup:
+            return batch.n_targets
+        return self.class_weights[batch.targets[batch.targets >= 0]].sum().item()
+
+    def totals(self, logits, targets):
+        logits = logits.cpu()
+        loss = F.cross_entropy(logits.double(), targets, reduction="sum")
+        return [loss.item(), (logits.argmax(1) == targets).sum().item(), len(targets)]
+
+    def figures(self, totals, examples):
+        loss, correct, n = totals
+        return {"val_loss": loss / n, "val_accuracy": correct / n}
+
+    def better(self, a, b):
+        """Higher accuracy; of equal ones, the lower loss."""
+        return (a["val_accuracy"], -a["val_loss"]) > (b["val_accuracy"], -b["val_loss"])
+
+
+def class_weights(cfg, per_class):
+    """The weight of each class in the loss, (C,) float32, or None. per_class: train's counts."""
+    if cfg.class_weights is None:
+        return None
+    count = torch.tensor(per_class, dtype=torch.float32)
+    if cfg.class_weights == "balanced":
+        return count.sum() / (len(count) * count.clamp(min=1))
+    if not isinstance(cfg.class_weights, list) or len(cfg.class_weights) != len(count):
+        raise UserError(f"--class_weights={cfg.class_weights!r} is neither 'balanced' nor a list "
+                        f"of {len(count)} numbers")
+    return torch.tensor(cfg.class_weights)
+
+
+class LabelsTask(Task):
+    """Any number of labels: binary cross-entropy, the mean over labels."""
+    n_totals = 6
+
+    def __init__(self, cfg, meta):
+        super().__init__(cfg, meta)
+        if cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing:
+            raise UserError("--class_weights, --focal_gamma and --label_smoothing are for "
+                            "--target=class; of several labels, rare ones are helped by the "
+                            "thresholds that eval.py fits on val")
+
+    def losses(self, logits, targets):
+        """(B,) losses of logits (B, C) and multi-hot targets (B, C), IGNORE where there is none."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        truth = targets.clamp(min=0).to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+        return losses * (targets[:, 0] >= 0)
+
+    def loss_sum(self, logits, targets):
+        return self.losses(logits, targets).sum()
+
+    def totals(self, logits, targets):
+        logits = logits.cpu()
+        predicted, true = logits >= 0, targets == 1
+        sums = (self.losses(logits.double(), targets), (predicted == true).all(1),
+                predicted & true, predicted, true)
+        return [x.sum().item() for x in sums] + [len(targets)]
+
+    def figures(self, totals, examples):
+        """accuracy: the share of examples with all labels right."""
+        loss, correct, hits, predicted, true, n = totals
+        micro_f1 = 2 * hits / max(predicted + true, 1)
+        return {"val_loss": loss / n, "val_accuracy": correct / n, "val_micro_f1": micro_f1}
+
+    def better(self, a, b):
+        """Higher micro-F1 (accuracy is too coarse); of equal ones, the lower loss."""
+        return (a["val_micro_f1"], -a["val_loss"]) > (b["val_micro_f1"], -b["val_loss"])
+
+
+class NumberTask(Task):
+    """A number: squared error of the standardised target."""
+    n_totals = 4
+
+    def __init__(self, cfg, meta):
+        self.head = {"n_classes": 1}
+        if cfg.class_weights:
+            raise UserError("--class_weights is for classes, not for --target=number")
+
+    def loss_sum(self, logits, targets):
+        """logits (B, 1); targets (B,) float32, NaN where there is none."""
+        error = logits[:, 0] - targets
+        return error.where(~targets.isnan(), 0.0).square().sum()
+
+    def totals(self, logits, targets):
+        targets = targets.double()
+        error = logits[:, 0].cpu().double() - targets
+        sums = error.square(), targets, targets.square()
+        return [x.sum().item() for x in sums] + [len(targets)]
+
+    def figures(self, totals, examples):
+        loss, total, squares, n = totals
+        variance = max(squares / n - (total / n) ** 2, 1e-12)
+        return {"val_loss": loss / n, "val_r2": 1 - loss / n / variance}
+
+
+class LanguageTask(Task):
+    """Tokens of text itself: those that are masked (mlm), or the next one (clm)."""
+
+    def __init__(self, cfg, meta):
+        self.head = {"n_classes": 0, "lm_head": "own", "causal": cfg.objective == "clm"}
+        self.objective, self.label_smoothing = cfg.objective, cfg.label_smoothing
+        if cfg.model != "transformer":
+            raise UserError(f"--objective={cfg.objective} is for --model=transformer")
+        if (cfg.mask_prob > 0) != (cfg.objective == "mlm"):
+            needed = "above 0, as 0.3" if cfg.objective == "mlm" else "of 0"
+            raise UserError(f"--objective={cfg.objective} needs a --mask_prob {needed}")
+        if cfg.class_weights or cfg.focal_gamma:
+            raise UserError("--class_weights and --focal_gamma are for --objective=classify")
+
+    def example_settings(self, cfg, modality, training):
+        return {"objective": self.objective, "mask_prob": cfg.mask_prob}
+
+    def loss_sum(self, logits, targets):
+        """logits (M, vocab_size); targets (M,) int64."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="none",
+                               label_smoothing=self.label_smoothing).sum()
+
+    def totals(self, logits, targets):
+        losses, correct = token_losses(logits, targets)
+        return [losses.sum().item(), correct.sum().item(), len(losses)]
+
+    def figures(self, totals, examples):
+        loss, correct, n = totals
+        figures = {"val_loss": loss / n, "val_token_accuracy": correct / n}
+        if examples.n_bytes:
+            figures["val_bits_per_byte"] = loss / math.log(2) / examples.n_bytes
+        return figures
+
+
+TASKS = {"classification": ClassTask, "multilabel": LabelsTask, "regression": NumberTask,
+         "mlm": LanguageTask, "clm": LanguageTask}  # by meta.json's "task", or by --objective
+FORMATS = {"val_loss": "val loss {:.4f}", "val_accuracy": "accuracy {:.2%}", "val_r2": "R² {:.4f}",
+           "val_token_accuracy": "token accuracy {:.2%}", "val_bits_per_byte": "bits/byte {:.4f}",
+           "val_micro_f1": "micro-F1 {:.4f}"}
+
+
+def describe(figures):
+    """Figures on val in words."""
+    return "  ".join(FORMATS[k].format(v) for k, v in figures.items() if k in FORMATS)
+
+
+# --------------------------------------------------------------------------------------------------
+# Running a model
+
+
+def open_device(name, local_rank=0):
+    """The torch.device that a setting names; auto: the first of cuda, mps and cpu that is there.
+
+    Raises UserError where it cannot be used."""
+    kind = name
+    if name == "auto" and torch.cuda.is_available():
+        kind = "cuda"
+    elif name == "auto":
+        kind = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(kind, local_rank if kind == "cuda" else None)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={name} cannot be used here: {reason}") from None
+    return device
+
+
+def bf16_is_native(device):
+    """Does the device compute bfloat16 matrix products faster than float32 ones?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@torch.no_grad()
+def run_model(model, batch, device, dtype, mirror=False):
+    """The logits of a model in eval mode on a Batch, float32, on its device. mirror: of images, the
+    mean with those of their mirror images."""
+    inputs = batch.to(device).inputs
+    with autocast(device, dtype):
+        logits = model(*inputs)
+        if mirror:
+            logits = (logits + model(inputs[0].flip(-1))) / 2
+    return logits.float()
+
+
+def token_losses(logits, targets):
+    """Of logits (M, vocab_size), for each target that counts: (loss in nats, float64, whether it
+    was the likeliest token), on the CPU."""
+    counts = targets >= 0
+    logits, targets = logits[counts.to(logits.device)], targets[counts].to(logits.device)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses.cpu().double(), (logits.argmax(1) == targets).cpu()

@@ -1,0 +1,176 @@
+"""Files of weights: our checkpoints, and models from either layout, every weight accounted for.
+
+A checkpoint is one file of tensors and plain types, enough to evaluate or predict anywhere.
+"""
+import dataclasses
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from baselines import build_model
+from configurator import UserError
+from huggingface import read_hf
+from model import ModelConfig, Transformer
+
+CHECKPOINT_FORMAT = 2
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict under a temporary name, fsync, rename: `path` is whole, or as it was before."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, map_location="cpu"):
+    """The dict that save_checkpoint wrote; for a folder, that of its best.pt.
+
+    Never unpickles anything but tensors and plain types. Raises UserError.
+    """
+    path = checkpoint_file(path)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused: it holds more than tensors and plain types, so loading "
+                        "it could run code, or it is not a checkpoint "
+                        f"({str(error)[:120]!r})") from None
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
+        raise UserError(f"{path}: truncated or not a checkpoint ({str(error)[:120]!r}); "
+                        "restore it, or train again with --overwrite=True") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this project, or of another format than "
+                        f"{CHECKPOINT_FORMAT}")
+    return checkpoint
+
+
+def checkpoint_file(path):
+    """A checkpoint's file: of a run's folder, the best one."""
+    path = Path(path)
+    return path / "best.pt" if path.is_dir() else path
+
+
+def load_weights(model, weights, source):
+    """Load a state dict. Raises UserError for a weight that is missing, left over, of another
+    shape, or not finite."""
+    own = model.state_dict()
+    weights = {name: w.float() for name, w in weights.items()}
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    for name, w in weights.items():
+        if name not in own:
+            wrong.append(f"{name} is left over")
+        elif w.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(w.shape)}, not {tuple(own[name].shape)}")
+        elif not w.isfinite().all():
+            wrong.append(f"{name} is not finite")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(f"{source}: {wrong[0]}{more}")
+    model.load_state_dict(weights)
+
+
+def read_model_config(saved, path):
+    """The ModelConfig of the dict that a checkpoint keeps of it."""
+    saved = dict(saved)
+    if saved.pop("stem", "tokens") != "tokens":  # until 2026-11-25 there was stem="words"
+        raise UserError(f"{path}: reads hashed words (stem=words), which is no longer supported; "
+                        "config/bow.py reads the same features")
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(saved.keys() - known):
+        raise UserError(f"{path}: its model has a setting {unknown[0]!r} that this code lacks")
+    return ModelConfig(**saved)
+
+
+def load_model(checkpoint, path):
+    """The model of a checkpoint (as load_checkpoint returns it), in eval mode."""
+    model = build_model(read_model_config(checkpoint["model_config"], path))
+    load_weights(model, checkpoint["model"], path)
+    return model.eval()
+
+
+def is_huggingface(path):
+    """Is it a Hugging Face folder, not a checkpoint or a run's folder?"""
+    path = Path(path)
+    return (path / "config.json").exists() and not (path / "best.pt").exists()
+
+
+def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):
+    """The Transformer of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in
+    eval mode.
+
+    n_classes: give it a classifier's head: the weights' own, or a fresh one where they have none or
+    with new_head. n_classes=0: give it a language model's: of ours its own; of others one tied to
+    the embedding, which is GPT-2's exactly, and for the rest a new beginning without the layer that
+    theirs has before it. max_len: tokens that it must read. image_size: images of another size have
+    learned positions interpolated (bicubic; Dosovitskiy et al. 2021, section 3.2). Raises UserError
+    for what is not supported, missing, left over, of the wrong shape, or not finite.
+    """
+    if is_huggingface(path):
+        config, weights = read_hf(path)
+        if isinstance(config, dict):  # a folder that save_hf wrote for our own trunk
+            config = read_model_config(config, path)
+    else:
+        saved = load_checkpoint(path)
+        config, weights = read_model_config(saved["model_config"], path), saved["model"]
+    if n_classes == 0:
+        config.n_classes, config.lm_head = 0, config.lm_head or "tied"
+        weights = without(weights, "head.")
+    elif n_classes:
+        config.lm_head = ""
+        weights = without(weights, "lm_head.")
+        if config.n_classes not in (0, n_classes) and not new_head:
+            raise UserError(f"{path}: its head tells {config.n_classes} classes apart, the data "
+                            f"has {n_classes}; give it a new one with --new_head=True")
+        new_head = new_head or config.n_classes != n_classes
+        config.n_classes = n_classes
+    if config.image_size:
+        weights = fit_image_size(config, weights, image_size, max_len, path)
+    elif image_size:
+        raise UserError(f"{path}: reads text, not images of {image_size[0]} channels")
+    elif max_len and max_len > config.max_len:
+        if config.position == "learned":
+            raise UserError(f"{path}: reads {config.max_len} tokens at the most; "
+                            f"set --max_len={config.max_len}")
+        config.max_len = max_len
+    model = Transformer(config)
+    if new_head:
+        fresh = model.state_dict()
+        weights = without(weights, "head.") | {k: fresh[k] for k in fresh if k.startswith("head.")}
+        for name in fresh:
+            if name.startswith("dense"):
+                weights.setdefault(name, fresh[name])
+    if not config.n_classes:
+        weights = without(weights, "dense")  # a bare trunk may bring a pooler
+    load_weights(model, weights, path)
+    return model.eval()
+
+
+def without(weights, prefix):
+    return {name: w for name, w in weights.items() if not name.startswith(prefix)}
+
+
+def fit_image_size(config, weights, image_size, max_len, path):
+    """Set the config's image_size; returns the weights with positions for it."""
+    if not image_size and max_len:
+        raise UserError(f"{path}: reads images, not text")
+    if not image_size or tuple(image_size) == tuple(config.image_size):
+        return weights
+    (C, H, W), (channels, h, w), p = image_size, config.image_size, config.patch
+    if C != channels:
+        raise UserError(f"{path}: reads images of {channels} channels, not images of {C} channels")
+    if H % p or W % p:
+        raise UserError(f"{path}: its patches of {p}×{p} do not divide images of {H}×{W}")
+    config.image_size = (C, H, W)
+    if config.position == "rope":
+        return weights
+    cls, grid = weights["position.weight"].split([int(config.cls_token), h // p * (w // p)])
+    grid = grid.T.reshape(1, -1, h // p, w // p).float()
+    grid = F.interpolate(grid, (H // p, W // p), mode="bicubic")[0].flatten(1).T
+    return weights | {"position.weight": torch.cat((cls, grid))}
