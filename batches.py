@@ -90,11 +90,6 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
     changes: what training does to examples, see the classes. Raises UserError for a split or
     targets that are not there, and where a file is not the one that was built.
     """
-    if objective == "classify" and meta["task"] == "none":
-        raise UserError("--objective=classify needs labels, and with --target=none there are none: "
-                        "mlm and clm do without")
-    if objective != "classify" and meta["kind"] != "text":
-        raise UserError(f"--objective={objective} needs text")
     if split not in meta["splits"]:
         raise UserError(f"{folder}: this data set has no {split} split, "
                         f"only {', '.join(meta['splits'])}")
@@ -185,8 +180,8 @@ class PackedText(Examples):
         return Batch(inputs, targets, len(labels), sum(map(len, documents)))
 
     def empty_batch(self):
-        batch = self.pack_labelled([np.zeros(1, np.int64)], self.labels[:0], Shape(1, 1, 1))
-        return batch._replace(n_tokens=0)
+        targets = torch.full((1, *self.labels.shape[1:]), IGNORE)
+        return Batch(pack([np.zeros(1, np.int64)]), targets, 0, 0)
 
     def content(self, i):
         """A document's bytes, to compare documents by: all of it, not only what is read."""
@@ -207,7 +202,7 @@ class LanguageBlocks(Examples):
 
     def __init__(self, tokens, starts, max_len, objective, n_suffix, n_bytes=0, mask_id=None,
                  seed=0, mask_prob=0.0):
-        self.tokens, self.objective, self.max_len = tokens, objective, max_len
+        self.tokens, self.starts, self.objective, self.max_len = tokens, starts, objective, max_len
         self.seed, self.mask_prob, self.mask_id = seed, mask_prob, mask_id
         if objective == "mlm" and mask_id is None:
             raise UserError("--objective=mlm needs a tokenizer with a [MASK] or <mask> token")

@@ -11,9 +11,15 @@ import torch.nn.functional as F
 from configurator import UserError
 
 
-def make_task(cfg, meta):
-    """The task of a training config on a data set, whose meta.json is `meta`."""
-    return TASKS[meta["task"] if cfg.objective == "classify" else cfg.objective](cfg, meta)
+def task_class(cfg, target):
+    """The class of a training config's task, its settings checked. target: what the data set has
+    (class, labels, number or none). Raises UserError."""
+    if cfg.objective == "classify" and target == "none":
+        raise UserError("--objective=classify needs labels, and with --target=none there are none: "
+                        "mlm and clm do without")
+    task = TASKS[target if cfg.objective == "classify" else cfg.objective]
+    task.check_settings(cfg)
+    return task
 
 
 class Task:
@@ -26,6 +32,10 @@ class Task:
 
     def __init__(self, cfg, meta):
         self.head = {"n_classes": len(meta["label_names"])}
+
+    @staticmethod
+    def check_settings(cfg):
+        """Raise UserError for settings that say nothing of this task."""
 
     def example_settings(self, cfg, modality, training):
         """Settings of batches.open_split: what is read, and in training, how it is varied."""
@@ -116,8 +126,8 @@ class LabelsTask(Task):
     """Any number of labels: binary cross-entropy, the mean over labels."""
     n_totals = 6
 
-    def __init__(self, cfg, meta):
-        super().__init__(cfg, meta)
+    @staticmethod
+    def check_settings(cfg):
         if cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing:
             raise UserError("--class_weights, --focal_gamma and --label_smoothing are for "
                             "--target=class; of several labels, rare ones are helped by the "
@@ -157,6 +167,9 @@ class NumberTask(Task):
 
     def __init__(self, cfg, meta):
         self.head = {"n_classes": 1}
+
+    @staticmethod
+    def check_settings(cfg):
         if cfg.class_weights:
             raise UserError("--class_weights is for classes, not for --target=number")
 
@@ -183,6 +196,9 @@ class LanguageTask(Task):
     def __init__(self, cfg, meta):
         self.head = {"n_classes": 0, "lm_head": "own", "causal": cfg.objective == "clm"}
         self.objective, self.label_smoothing = cfg.objective, cfg.label_smoothing
+
+    @staticmethod
+    def check_settings(cfg):
         if cfg.model != "transformer":
             raise UserError(f"--objective={cfg.objective} is for --model=transformer")
         if (cfg.mask_prob > 0) != (cfg.objective == "mlm"):
@@ -212,8 +228,8 @@ class LanguageTask(Task):
         return figures
 
 
-TASKS = {"classification": ClassTask, "multilabel": LabelsTask, "regression": NumberTask,
-         "mlm": LanguageTask, "clm": LanguageTask}  # by meta.json's "task", or by --objective
+TASKS = {"class": ClassTask, "labels": LabelsTask, "number": NumberTask,
+         "mlm": LanguageTask, "clm": LanguageTask}  # by --target, or by --objective
 FORMATS = {"val_loss": "val loss {:.4f}", "val_accuracy": "accuracy {:.2%}", "val_r2": "R² {:.4f}",
            "val_token_accuracy": "token accuracy {:.2%}", "val_bits_per_byte": "bits/byte {:.4f}",
            "val_micro_f1": "micro-F1 {:.4f}"}

@@ -29,8 +29,8 @@ from baselines import build_model
 from batches import GlobalBatches, eval_requests, open_split, stratified_subset
 from configurator import UserError, configure, run, write_text
 from model import ModelConfig, flops_per_token
-from sources import DataConfig, rebuild_command
-from tasks import autocast, bf16_is_native, describe, make_task, open_device, run_model
+from sources import DataConfig, rebuild_command, resolve
+from tasks import autocast, bf16_is_native, describe, open_device, run_model, task_class
 from weights import CHECKPOINT_FORMAT, load_checkpoint, load_weights, save_checkpoint
 
 
@@ -466,6 +466,7 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=plain_state)
     optim.make_optimizers), and state_for_best(model), the weights that best.pt gets."""
     started = time.time()
     check_settings(cfg)
+    make_task = task_class(cfg, resolve(cfg).target)
     machine = Machine(cfg)
     checkpoint = open_run(cfg)
     if checkpoint and checkpoint["finished"]:

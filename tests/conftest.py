@@ -5,7 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import batches
+import data
+import tasks
+import train
+from eval import basic_report
+from predict import open_data
+from sources import rebuild_command, resolve
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data sets; tests that need them skip where they are not
@@ -38,6 +47,42 @@ def toy(tmp_path):
 def toy_config(toy):
     from train import Config
     return Config(**toy)
+
+
+def open_split(cfg, meta, split, max_len, seed=0, **changes):
+    """A split of the data set that a config names."""
+    folder, rebuild = data.folder_of(cfg), rebuild_command(cfg)
+    return batches.open_split(folder, meta, split, max_len, rebuild, seed=seed, **changes)
+
+
+def labelled(documents, labels, shape=None):
+    """A Batch of text: token ids and a class (or a multi-hot row) for each document."""
+    labels = np.asarray(labels)
+    examples = batches.PackedText(None, np.zeros(1, np.int64), labels, max_len=64, n_suffix=0)
+    return examples.pack_labelled(documents, labels, shape and batches.Shape(*shape))
+
+
+def packed(documents, shape=None):
+    """The inputs of a model: (tokens, cu_seqlens)."""
+    return batches.pack(documents, shape and batches.Shape(*shape))
+
+
+def class_task(n_classes=4, per_class=None, **settings):
+    """The task of telling n_classes apart, as train.py makes it."""
+    meta = {"label_names": list("abcdefgh")[:n_classes],
+            "splits": {"train": {"per_class": per_class or [1] * n_classes}}}
+    return tasks.ClassTask(train.Config(**settings), meta)
+
+
+def task_of(cfg, meta):
+    """The task of a config on its data set, as train.py makes it."""
+    return tasks.task_class(cfg, resolve(cfg).target)(cfg, meta)
+
+
+def report_of(clf, split):
+    """What eval.py would report of a Classifier on a split, without intervals."""
+    examples = open_data(clf, split)
+    return basic_report(clf, clf.logits(examples).double().numpy(), examples.labels)
 
 
 def script(name, *args, torchrun=0, **settings):

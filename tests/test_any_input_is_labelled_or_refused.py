@@ -9,7 +9,7 @@ import pytest
 
 import train
 from configurator import UserError
-from eval import Config, label_file, load_classifier
+from predict import Classifier, Config, label_file
 from tests.conftest import ROOT, write_toy
 
 MEASURED = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 
 def start(*args):
-    command, pipe = [sys.executable, "-c", MEASURED, str(ROOT / "eval.py"), *map(str, args)], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", MEASURED, str(ROOT / "predict.py"), *map(str, args)], subprocess.PIPE
     return subprocess.Popen([*command, "--dtype=float32"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=pipe,
                             stdout=pipe, stderr=pipe)
 
@@ -64,7 +64,7 @@ def test_memory_stays_flat_and_order_is_kept(run, tmp_path):
     assert peak(err) < base + 150
     got = [r["label"] for r in csv.DictReader(open(tmp_path / "out.csv"))]
     assert got[:3] + got[7:8] + got[-2:] == ["sport", "money", "tech", "money", "sport", "sport"]
-    assert got[9:3000] == [r["label"] for r in load_classifier(run)(texts[9:3000])]
+    assert got[9:3000] == [r["label"] for r in Classifier(run)(texts[9:3000])]
 
 
 @pytest.mark.parametrize("sent, says", [
@@ -84,5 +84,5 @@ def test_bad_standard_input(run, sent, says):
 def test_bad_files(run, tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says):
-        label_file(load_classifier(run), Config(input=str(tmp_path / name), output=str(tmp_path / "out.csv")))
+        label_file(Classifier(run), Config(input=str(tmp_path / name), output=str(tmp_path / "out.csv")))
     assert not list(tmp_path.glob("out.csv*"))

@@ -9,12 +9,14 @@ import sys
 import pytest
 import torch
 
+import batches
 import data
 import eval as eval_script
 import train
 from configurator import UserError
-from model import WeightsError, load_checkpoint, save_checkpoint
+from predict import Classifier, open_data
 from tests.conftest import ROOT, script
+from weights import load_checkpoint, save_checkpoint
 
 GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in range(40))
 
@@ -102,7 +104,7 @@ def test_damaged_data_sets(toy_config, toy):
                 train.train(toy_config)
             open(path, "wb").write(whole)
     meta = open(f"{folder}/meta.json").read()
-    for text in (None, meta[:-20], meta.replace(f'"format": {data.FORMAT}', '"format": 9')):
+    for text in (None, meta[:-20], meta.replace(f'"format": {batches.FORMAT}', '"format": 9')):
         os.remove(f"{folder}/meta.json") if text is None else open(f"{folder}/meta.json", "w").write(text)
         with pytest.raises(UserError, match="(not a whole data set|has format 9).*python data.py --dataset=toy"):
             train.train(toy_config)
@@ -138,8 +140,8 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
 
     def refused(says, **changes):
         save_checkpoint("x.pt", good | changes) if changes else None
-        with pytest.raises((UserError, WeightsError), match=says):
-            eval_script.open_data(eval_script.Classifier("x.pt"), "test")
+        with pytest.raises(UserError, match=says):
+            open_data(Classifier("x.pt"), "test")
     for cut in (0, 100, len(whole) // 2, len(whole) - 1):
         open("x.pt", "wb").write(whole[:cut])
         refused("x.pt: (truncated|refused)")
@@ -158,14 +160,15 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
     refused("extra is left over", model=w | {"extra": torch.zeros(1)})
     refused(r"head.weight is \(2, 32\), not \(3, 32\)", model=w | {"head.weight": torch.zeros(2, 32)})
     refused("norm.weight is not finite", model=w | {"norm.weight": torch.full((32,), torch.nan)})
-    with pytest.raises(WeightsError, match="no such checkpoint"):
-        eval_script.Classifier("nowhere")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        Classifier("nowhere")
     os.rename(toy["data_dir"], toy["data_dir"] + "-moved")
     with pytest.raises(UserError, match="data set is not there; give its --data_dir.*python data.py"):
-        eval_script.open_data(eval_script.Classifier(best), "test")
-    assert eval_script.Classifier(best)(["goal"])[0]["label"] in good["label_names"]  # predicting needs no data set
-    clf = eval_script.Classifier(best)
-    assert eval_script.evaluate(clf, eval_script.open_data(clf, "test", toy["data_dir"] + "-moved"))[0]["n"] == 12
+        open_data(Classifier(best), "test")
+    assert Classifier(best)(["goal"])[0]["label"] in good["label_names"]  # predicting needs no data set
+    clf = Classifier(best)
+    moved = eval_script.Config(data_dir=toy["data_dir"] + "-moved", resamples=10)
+    assert eval_script.full_report(clf, moved)[0]["n"] == 12
 
 
 def test_runs(toy, tmp_path):
@@ -199,7 +202,7 @@ def test_a_data_set_that_was_split_anew_is_not_evaluated_on(toy):
     train.train(train.Config(**toy | dict(tokenizer="bytes")))
     data.build(train.Config(**toy | dict(tokenizer="bytes", split_seed=7)))
     with pytest.raises(UserError, match="files differ: what is test now may have been train"):
-        eval_script.open_data(eval_script.Classifier(toy["out_dir"]), "test")
+        open_data(Classifier(toy["out_dir"]), "test")
 
 
 def test_settings_of_another_kind_do_no_harm(toy):
@@ -208,13 +211,15 @@ def test_settings_of_another_kind_do_no_harm(toy):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(toy, monkeypatch):
     cfg = train.Config(**toy | dict(eval_interval=2))
-    real = train.backward
+    real, steps = train.compute_gradient, []
 
-    def explode(with_loss, *args):
-        result = real(with_loss, *args)
-        with_loss.model.head.weight.grad *= torch.inf if len(open(f"{toy['out_dir']}/metrics.jsonl").readlines()) > 4 else 1
+    def explode(model_with_loss, *args):
+        result = real(model_with_loss, *args)
+        steps.append(1)
+        if len(steps) > 4:
+            model_with_loss.model.head.weight.grad *= torch.inf
         return result
-    monkeypatch.setattr(train, "backward", explode)
+    monkeypatch.setattr(train, "compute_gradient", explode)
     with pytest.raises(UserError, match="gradient of step 4 is not finite: lower --learning_rate"):
         train.train(cfg)
     last = load_checkpoint(f"{toy['out_dir']}/last.pt")

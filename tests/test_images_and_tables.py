@@ -13,14 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
+import batches
 import data
-import eval as eval_script
 import finetune
+import tasks
 import train
-from configurator import UserError
-from model import Transformer, WeightsError
-from tests.conftest import script
+from configurator import UserError, file_sha256
+from model import ModelConfig, Transformer
+from predict import Classifier
+from tests.conftest import open_split, report_of, script, task_of
 from tests.test_one_gradient_many_ways import compiling_leaves_the_gradient_as_it_is
+from weights import from_pretrained
 
 
 def write_images(folder, n=120, shape=(12, 12), mode="L", seed=0):
@@ -51,7 +54,7 @@ def test_an_image_folder_is_stored_learnt_and_told_apart(images):
     cfg = train.Config(**images)
     meta = data.open_meta(cfg)
     assert meta["shape"] == [1, 12, 12] and meta["label_names"] == ["bar", "ring"]
-    stored = {s: data.open_split(cfg, meta, s, 9) for s in data.SPLITS}
+    stored = {s: open_split(cfg, meta, s, 9) for s in batches.SPLITS}
     pixels = {bytes(x.tobytes()): y for d in stored.values() for x, y in zip(d.values, d.labels)}
     assert len(pixels) == 120
     for label, name in enumerate(meta["label_names"]):
@@ -61,19 +64,21 @@ def test_an_image_folder_is_stored_learnt_and_told_apart(images):
     done = script("eval.py", images["out_dir"])
     assert done.returncode == 0, done.stderr
     assert set(os.listdir(images["out_dir"])) >= {"eval.json", "confusion.png", "mistakes.png"}
-    report, _ = eval_script.evaluate(clf := eval_script.Classifier(images["out_dir"]), eval_script.open_data(clf, "test"))
+    report = report_of(Classifier(images["out_dir"]), "test")
     assert report["accuracy"] >= 0.9
+
+
+STRONG = dict(shift=0.2, rotate=20.0, scale=0.2, flip=True, cutout=0.5, mixup=0.5)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
     cfg = train.Config(**images)
     meta = data.build(cfg)
-    a, b, other = (data.open_split(cfg, meta, "train", 9, seed, draw=True, mixup=0.5) for seed in (1, 1, 2))
+    a, b, other = (open_split(cfg, meta, "train", 9, seed, augmentation=STRONG) for seed in (1, 1, 2))
 
     def batch(d, epoch, indices):
-        x, draws, y = d.batch(epoch, np.array(indices))
-        assert x.dtype == torch.uint8 and len(x) == 2 * len(indices)
-        return data.augment(x, draws, shift=0.2, rotate=20.0, scale=0.2, flip=True, cutout=0.5, mixup=0.5), y
+        made = d.batch(epoch, np.array(indices))
+        return made.inputs[0], made.targets
     x, y = batch(a, 3, [5, 2, 9])
     assert x.dtype == torch.float32 and x.shape == (3, 1, 12, 12) and y.shape == (3, 2)
     torch.testing.assert_close(y.sum(1), torch.ones(3))
@@ -82,8 +87,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
     torch.testing.assert_close(torch.cat([t for _, t in alone]), y)
     assert not torch.allclose(batch(b, 4, [5, 2, 9])[0], x, atol=1)
     assert not torch.allclose(batch(other, 3, [5, 2, 9])[0], x, atol=1)
-    for d in (a, data.open_split(cfg, meta, "val", 9), data.open_split(cfg, meta, "test", 9)):
-        x, y = d.batch(None, np.arange(10))  # evaluation sees what is stored
+    for d in (a, open_split(cfg, meta, "val", 9), open_split(cfg, meta, "test", 9)):
+        made = d.batch(None, np.arange(10))  # evaluation sees what is stored
+        (x,), y = made.inputs, made.targets
         assert x.dtype == torch.uint8 and np.array_equal(x.numpy(), d.values[:10])
         assert np.array_equal(y.numpy(), d.labels[:10])
 
@@ -91,47 +97,48 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
 def test_a_compiled_models_gradient_is_the_models_and_an_epochs_last_batch_is_filled_up(images):
     cfg = train.Config(**images | dict(compile=True))
     meta = data.build(cfg)
-    examples = data.open_split(cfg, meta, "train", 9)
-    batches = list(data.GlobalBatches(examples, 20, 16384, 1, 0, len(examples) // 20 + 1, fixed_shapes=True))
-    assert {len(x) for b in batches for x, _ in examples.__getitems__(b)} == {20}
-    (epoch, indices, shape), = batches[-1]
+    examples = open_split(cfg, meta, "train", 9)
+    requests = list(batches.GlobalBatches(examples, 20, 16384, 1, 0, len(examples) // 20 + 1, fixed_shapes=True))
+    assert {len(made.inputs[0]) for r in requests for made in examples.__getitems__(r)} == {20}
+    (epoch, indices, shape), = requests[-1]
     batch, filled = examples.batch(epoch, indices), examples.batch(epoch, indices, shape)
-    assert compiling_leaves_the_gradient_as_it_is(cfg, meta, batch, filled, 1e-5) == len(indices) == len(examples) % 20 > 0
+    assert compiling_leaves_the_gradient_as_it_is(cfg, meta, task_of(cfg, meta), batch, filled, 1e-5) == len(indices) == len(examples) % 20 > 0
 
 
 def test_each_augmentation_is_what_it_says():
     x = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
     x[0, 0, 4, 2] = 200
     still, draws = torch.full((1, 24), 0.5), torch.full((1, 24), 0.5)
-    same = data.augment(x, still, shift=0.3, rotate=90.0, scale=0.5)
+    same = batches.augment(x, still, shift=0.3, rotate=90.0, scale=0.5)
     torch.testing.assert_close(same, x.float(), atol=1e-3, rtol=0)  # draws of 0.5: no change
     draws[0, 4] = 0.2
-    torch.testing.assert_close(data.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(batches.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0)
     draws[0, :5] = torch.tensor([1, 0.5, 0.5, 0.5, 0.9])
-    torch.testing.assert_close(data.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0)
+    torch.testing.assert_close(batches.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0)
     draws[0, :4] = torch.tensor([0.5, 0.5, 1, 0.5])
-    turned = data.augment(x, draws, rotate=90.0)
+    turned = batches.augment(x, draws, rotate=90.0)
     assert max((turned - torch.rot90(x.float(), k, (2, 3))).abs().max() < 0.1 for k in (1, -1))
-    cut = data.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
+    cut = batches.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
     assert (cut == 0).sum() == 16 and (cut[0, 0, 3:7, 3:7] == 0).all()  # half of 0.8 of the side, in the middle
     draws = torch.full((1, 24), 0.5)
     draws[0, 11] = 0.9
-    blended = data.augment(torch.cat((x, x.flip(-1))), draws, mixup=0.5)
+    blended = batches.augment(torch.cat((x, x.flip(-1))), draws, mixup=0.5)
     torch.testing.assert_close(blended, torch.lerp(x.float(), x.float().flip(-1), 0.225), atol=1e-2, rtol=0)
 
 
 def test_augmentation_is_exact_under_autocast():
     x, draws = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8), torch.rand(4, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = data.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2)
-    assert torch.equal(inside, data.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2))
+        inside = batches.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2)
+    assert torch.equal(inside, batches.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2))
 
 
 def test_flip_averaging(images):
-    model = Transformer(train.ModelConfig(image_size=(1, 12, 12), n_classes=2, d_model=32, n_head=2)).eval()
+    model = Transformer(ModelConfig(image_size=(1, 12, 12), n_classes=2, d_model=32, n_head=2)).eval()
     torch.nn.init.normal_(model.head.weight)
     x = torch.randint(0, 255, (3, 1, 12, 12), dtype=torch.uint8)
-    got = next(train.predict(model, [(x, None)], torch.device("cpu"), torch.float32, flip=True))
+    batch = batches.Batch((x,), None, 3, 3)._replace(targets=torch.zeros(3))
+    got = tasks.run_model(model, batch, torch.device("cpu"), torch.float32, mirror=True)
     torch.testing.assert_close(got, (model(x) + model(x.flip(-1))) / 2)
 
 
@@ -176,7 +183,7 @@ def test_an_empty_feature_becomes_trains_mean_if_asked(tmp_path):
     cfg = train.Config(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features", data_dir=str(tmp_path / "data"),
                        impute=True)
     meta = data.build(cfg)
-    x = np.concatenate([data.open_split(cfg, meta, s, 1).values for s in data.SPLITS])
+    x = np.concatenate([open_split(cfg, meta, s, 1).values for s in batches.SPLITS])
     assert (x[:, 0] == 0).sum() == 1 and np.isfinite(x).all()  # 0 is the mean, standardised
 
 
@@ -209,7 +216,7 @@ def vit(tmp_path_factory):
 def test_vit_parity_at_its_own_and_another_resolution(vit, size):
     model, folder = vit
     x = torch.randint(0, 256, (5, 1, *size), dtype=torch.uint8)
-    ours = Transformer.from_pretrained(folder, image_size=(1, *size))
+    ours = from_pretrained(folder, image_size=(1, *size))
     with torch.no_grad():
         theirs = model((x / 255 - 0.5) / 0.5, interpolate_pos_encoding=True, output_hidden_states=True)
         torch.testing.assert_close(ours(x), theirs.logits, atol=1e-4, rtol=1e-4)
@@ -218,10 +225,10 @@ def test_vit_parity_at_its_own_and_another_resolution(vit, size):
 
 
 def test_vit_refusals(vit):
-    with pytest.raises(WeightsError, match="reads images of 1 channels, not images of 3 channels"):
-        Transformer.from_pretrained(vit[1], image_size=(3, 16, 16))
-    with pytest.raises(WeightsError, match="patches of 4×4 do not divide images of 18×16"):
-        Transformer.from_pretrained(vit[1], image_size=(1, 18, 16))
+    with pytest.raises(UserError, match="reads images of 1 channels, not images of 3 channels"):
+        from_pretrained(vit[1], image_size=(3, 16, 16))
+    with pytest.raises(UserError, match="patches of 4×4 do not divide images of 18×16"):
+        from_pretrained(vit[1], image_size=(1, 18, 16))
 
 
 def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
@@ -229,15 +236,15 @@ def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
     still = finetune.Config(**settings | dict(init_from=str(vit[1]), new_head=True, freeze="body", epochs=1.0,
                                               out_dir=images["out_dir"] + "-frozen"))
     finetune.finetune(still)
-    moved = Transformer.from_pretrained(still.out_dir).state_dict()
-    start = Transformer.from_pretrained(vit[1], image_size=(1, 12, 12)).state_dict()
+    moved = from_pretrained(still.out_dir).state_dict()
+    start = from_pretrained(vit[1], image_size=(1, 12, 12)).state_dict()
     assert {k for k in start if not torch.equal(start[k], moved[k]) or k.startswith("head")} == \
         {k for k in start if k.startswith(("head", "norm"))}
     cfg = finetune.Config(**settings | dict(init_from=str(vit[1]), new_head=True, dropout=0.0))
     finetune.finetune(cfg)
-    clf = eval_script.Classifier(cfg.out_dir)
+    clf = Classifier(cfg.out_dir)
     assert clf.model.config.family == "vit" and clf.model.config.image_size == (1, 12, 12)
-    assert eval_script.evaluate(clf, eval_script.open_data(clf, "test"))[0]["accuracy"] > 0.7
+    assert report_of(clf, "test")["accuracy"] > 0.7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,24 +265,24 @@ def test_cifars_and_mnists_files_are_read(server, tmp_path):
     folder, url = server
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (60, 3, 4, 4)).astype(np.uint8), np.arange(60, dtype=np.uint8) % 3
-    batches = [b"".join(bytes([y]) + x.tobytes() for x, y in zip(pixels[a:b], labels[a:b])) for a, b in ((0, 25), (25, 60))]
+    parts_of_cifar = [b"".join(bytes([y]) + x.tobytes() for x, y in zip(pixels[a:b], labels[a:b])) for a, b in ((0, 25), (25, 60))]
     with tarfile.open(folder / "cifar.tar.gz", "w:gz") as archive:
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(parts_of_cifar):
             info = tarfile.TarInfo(f"batches/data_batch_{i}.bin")
             info.size = len(batch)
             archive.addfile(info, io.BytesIO(batch))
         archive.addfile(tarfile.TarInfo("batches/readme.html"), io.BytesIO())
-    cifar = f"{url}/cifar.tar.gz!*/data_batch*.bin#sha256={data.sha256(folder / 'cifar.tar.gz')}"
+    cifar = f"{url}/cifar.tar.gz!*/data_batch*.bin#sha256={file_sha256(folder / 'cifar.tar.gz')}"
     parts = []
     for name, head, body in (("images-idx3", (2051, 60, 4, 12), pixels), ("labels-idx1", (2049, 60), labels)):
         with gzip.open(folder / f"t-{name}-ubyte.gz", "wb") as f:
             f.write(struct.pack(f">{len(head)}i", *head) + body.tobytes())
-        parts.append(f"{url}/t-{name}-ubyte.gz#sha256={data.sha256(folder / f't-{name}-ubyte.gz')}")
+        parts.append(f"{url}/t-{name}-ubyte.gz#sha256={file_sha256(folder / f't-{name}-ubyte.gz')}")
     for source, shape in ((cifar, [3, 4, 4]), (" + ".join(parts), [1, 4, 12])):
         cfg = train.Config(dataset=f"d{shape[0]}", kind="image", image_size=shape, train_file=source,
                            data_dir=str(tmp_path / "d"))
         meta = data.build(cfg)
-        splits = [data.open_split(cfg, meta, s, 1) for s in data.SPLITS]
+        splits = [open_split(cfg, meta, s, 1) for s in batches.SPLITS]
         found = {x.tobytes(): y for d in splits for x, y in zip(d.values, d.labels)}
         assert found == {x.tobytes(): y for x, y in zip(pixels, labels)} and meta["shape"] == shape
     with pytest.raises(UserError, match="the download has SHA-256 .* not 0000"):

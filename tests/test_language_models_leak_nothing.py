@@ -6,17 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+import batches
 import data
 import eval as eval_script
 import finetune
+import report as report_script
+import sources
 import train
 from configurator import UserError
-from model import ModelConfig, Transformer, load_checkpoint
-from tests.conftest import write_toy
+from model import ModelConfig, Transformer
+from predict import Classifier
+from tests.conftest import open_split, packed, task_of, write_toy
 from tests.test_evaluating_changes_nothing import records
 from tests.test_one_gradient_many_ways import compiling_leaves_the_gradient_as_it_is
-from tests.test_packed_equals_one_at_a_time import packed, random_documents
+from tests.test_packed_equals_one_at_a_time import random_documents
+from weights import from_pretrained, load_checkpoint
 
 
 def language_model(causal, **kw):
@@ -49,31 +55,31 @@ def test_a_causal_models_outputs_do_not_depend_on_later_tokens_nor_on_other_docu
 
 def test_a_masked_model_never_reads_what_is_masked(tmp_path, toy):
     cfg = train.Config(**toy)
-    meta = data.open_or_build(cfg)
-    split = data.open_split(cfg, meta, "train", 512, 7, objective="mlm", mask_prob=0.4)
-    tokens, cu_seqlens, where, targets = split.batch(0, range(8))
+    meta = data.open_or_build(cfg)[1]
+    split = open_split(cfg, meta, "train", 512, 7, objective="mlm", mask_prob=0.4)
+    (tokens, cu_seqlens, _, where), targets, *_ = split.batch(0, range(8))
     assert (tokens[where] == meta["mask_id"]).all() and (tokens == meta["mask_id"]).sum() == len(where) > 10
     assert not set(where.tolist()) & set(cu_seqlens.tolist())  # a document's first token, [CLS], stays
     split.tokens = split.tokens.copy()  # other words under the masks: the model gets the same input
     for i in range(8):
         ids, aim = split.block(i, 0)
-        split.tokens[split.at[i] : split.at[i] + len(ids)][aim >= 0] = 5
-    again, _, _, changed = split.batch(0, range(8))
+        split.tokens[split.start[i] : split.start[i] + len(ids)][aim >= 0] = 5
+    (again, *_), changed, *_ = split.batch(0, range(8))
     assert torch.equal(tokens, again) and not torch.equal(targets, changed)
 
 
 def test_logits_at_some_places_are_those_of_all_places():
     model, batch = language_model(False, n_layer=2), packed(random_documents())
     where = torch.tensor([3, 0, 99, 41])
-    torch.testing.assert_close(model(*batch, where), model(*batch)[where])
+    torch.testing.assert_close(model(*batch, query_index=where), model(*batch)[where])
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_loss_of_a_batch_is_a_plain_implementations(toy, objective):
     """Document by document, attention as its formula, in float64."""
     cfg = train.Config(**toy | dict(objective=objective, mask_prob=0.3 * (objective == "mlm")))
-    meta = data.open_or_build(cfg)
-    split = data.open_split(cfg, meta, "train", 12, objective=objective, mask_prob=cfg.mask_prob)
+    meta = data.open_or_build(cfg)[1]
+    split = open_split(cfg, meta, "train", 12, objective=objective, mask_prob=cfg.mask_prob)
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocab_size=meta["vocab_size"], max_len=12, n_layer=1, d_model=32, n_head=2, d_ff=64,
                                     lm_head="own", causal=objective == "clm", position="learned", qk_norm=False)).double()
@@ -97,51 +103,56 @@ def test_the_loss_of_a_batch_is_a_plain_implementations(toy, objective):
         here = targets >= 0
         total, n = total - logp[here, targets[here]].sum(), n + int(here.sum())
     cfg.device, cfg.dtype = "cpu", "float32"
-    loss, tokens = train.backward(train.WithLoss(model, cfg), [split.batch(3, range(20))], cfg, train.Machine(cfg))
+    task, machine = task_of(cfg, meta), train.Machine(cfg)
+    with_loss = train.ModelWithLoss(model, task)
+    loss, tokens = train.compute_gradient(with_loss, [split.batch(3, range(20))], task, machine)
     torch.testing.assert_close(loss, total / n, atol=1e-9, rtol=1e-9)
     assert tokens == (n if objective == "clm" else split.lengths[:20].sum())
 
 
 def test_evaluation_covers_every_token_once_and_training_cuts_elsewhere_each_epoch(unlabelled):
     cfg = train.Config(**unlabelled)
-    meta = data.open_or_build(cfg)
+    meta = data.open_or_build(cfg)[1]
     assert [meta["splits"][s]["examples"] for s in ("train", "val")] == [1, 1] and "test" not in meta["splits"]
     for split in ("train", "val"):
-        blocks = data.open_split(cfg, meta, split, 16, objective="clm")
-        ids, targets = (np.concatenate(x) for x in zip(*(blocks.block(i, None) for i in range(len(blocks)))))
+        blocks = open_split(cfg, meta, split, 16, objective="clm")
+        ids, targets = (np.concatenate(x) for x in zip(*(blocks.block(i) for i in range(len(blocks)))))
         assert (ids == blocks.tokens[:-1]).all() and (targets == blocks.tokens[1:]).all()
         seen = [[blocks.block(i, epoch)[0].tolist() for i in range(len(blocks))] for epoch in (0, 0, 1)]
         assert seen[0] == seen[1] != seen[2]
         assert all(len(block) == 16 for epoch in seen for block in epoch)  # the last one reaches back
-    text = data.clean(open(cfg.train_file).read())
+    text = sources.clean(open(cfg.train_file).read())
     assert meta["splits"]["val"]["bytes"] == len(text[int(len(text) * 0.9) :].encode())
 
 
 def test_every_micro_batch_of_a_compiled_language_model_has_one_shape(unlabelled):
     """Also an epoch's last: whole blocks without targets fill it up."""
     cfg = train.Config(**unlabelled)
-    blocks = data.open_split(cfg, data.open_or_build(cfg), "train", 16, objective="clm")
+    blocks = open_split(cfg, data.open_or_build(cfg)[1], "train", 16, objective="clm")
     for batch_size, limit, world in ((12, 16384, 1), (20, 100, 1), (13, 100, 2)):
         for rank in range(world):
             steps = len(blocks) // batch_size + 2
-            batches = list(data.GlobalBatches(blocks, batch_size, limit, 1, 0, steps, rank, world, fixed_shapes=True))
-            made = [blocks.__getitems__(b) for b in batches]
-            (T,) = {len(tokens) for batch in made for tokens, _, _ in batch}
-            assert T % 16 == 0 and T <= limit and {n for batch in made for _, n, _ in batch} == {16}
-            for micro, batch in zip(batches, made):
-                assert sum((t >= 0).sum() for *_, t in batch) == 16 * sum(len(indices) for _, indices, _ in micro)
-                assert sum(t.numel() for *_, t in batch) - 16 * -(-batch_size // world) < T
+            requests = list(batches.GlobalBatches(blocks, batch_size, limit, 1, 0, steps, rank, world, fixed_shapes=True))
+            made = [blocks.__getitems__(r) for r in requests]
+            (T,) = {len(batch.inputs[0]) for step in made for batch in step}
+            assert T % 16 == 0 and T <= limit
+            assert {batch.inputs[2] for step in made for batch in step} == {16}
+            for step, of_step in zip(requests, made):
+                n_targets = sum((batch.targets >= 0).sum() for batch in of_step)
+                assert n_targets == sum(batch.n_targets for batch in of_step)
+                assert n_targets == 16 * sum(len(request.indices) for request in step)
+                assert sum(len(batch.targets) for batch in of_step) - 16 * -(-batch_size // world) < T
 
 
 @pytest.mark.parametrize("dtype, norm, position", [("float32", "layer", "learned"), ("bfloat16", "rms", "rope")])
 def test_a_compiled_models_gradient_is_the_models(unlabelled, dtype, norm, position):
     cfg = train.Config(**unlabelled | dict(dtype=dtype, norm=norm, position=position, n_layer=2, d_model=64, compile=True))
     cfg.device = "cpu"
-    meta = data.open_or_build(cfg)
-    blocks = data.open_split(cfg, meta, "train", 16, objective="clm")
-    batch, filled = (blocks.batch(0, np.arange(8), (T, 8, 16)) for T in (128, 192))
+    meta = data.open_or_build(cfg)[1]
+    blocks = open_split(cfg, meta, "train", 16, objective="clm")
+    batch, filled = (blocks.batch(0, np.arange(8), batches.Shape(T, 8, 16)) for T in (128, 192))
     error = 1e-5 if dtype == "float32" else 2e-2  # bfloat16 rounds at other places
-    assert compiling_leaves_the_gradient_as_it_is(cfg, meta, batch, filled, error) == 128
+    assert compiling_leaves_the_gradient_as_it_is(cfg, meta, task_of(cfg, meta), batch, filled, error) == 128
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -149,14 +160,15 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lin
     """A model that knows nothing needs log2(vocabulary) bits a token; one that does is added up token by token."""
     for tokenizer in ("bytes", "bpe"):
         cfg = train.Config(**unlabelled | dict(tokenizer=tokenizer, lines=lines, dataset=f"lines{lines}", lowercase=False))
-        meta = data.open_or_build(cfg)
-        val = data.open_split(cfg, meta, "val", 16, objective="clm")
-        decode = data.Tokenizer.from_file(str(data.folder_of(cfg) / "tokenizer.json")).decode
+        meta = data.open_or_build(cfg)[1]
+        val = open_split(cfg, meta, "val", 16, objective="clm")
+        decode = Tokenizer.from_file(str(data.folder_of(cfg) / "tokenizer.json")).decode
         texts = [decode(val.tokens[a:b]).removeprefix(" ") for a, b in zip(val.starts, val.starts[1:])]  # bpe puts one there
         assert val.n_bytes == len("".join(texts).encode())
         machine = train.Machine(cfg)
-        model = train.make_model(cfg, meta).eval()
-        got = train.evaluate(model, val, cfg, machine)
+        task = task_of(cfg, meta)
+        model = train.make_model(cfg, meta, task).eval()
+        got = train.evaluate(model, task, val, cfg, machine)
         n = sum(len(val.tokens[a:b]) - 1 for a, b in zip(val.starts, val.starts[1:]))
         assert got["val_bits_per_byte"] == pytest.approx(n * math.log2(meta["vocab_size"]) / val.n_bytes, rel=1e-6)
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
@@ -165,7 +177,7 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lin
             ids, targets = map(torch.from_numpy, val.block(i, None))
             logp = model.eval()(*packed([ids.numpy()])).log_softmax(-1)
             nats -= logp[torch.arange(len(ids)), targets].sum().item()
-        got = train.evaluate(model, val, cfg, machine)
+        got = train.evaluate(model, task, val, cfg, machine)
         assert got["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / val.n_bytes, rel=1e-5)
         assert got["val_loss"] == pytest.approx(nats / n, rel=1e-5)
 
@@ -175,15 +187,15 @@ def test_eval_says_of_a_language_model_what_training_said(unlabelled, objective,
     settings = unlabelled | dict(objective=objective, mask_prob=0.3 * (objective == "mlm"), lines=True, max_steps=10)
     train.train(train.Config(**settings))
     last = [r for r in records(settings["out_dir"]) if "val_loss" in r][-1]
-    report, *_ = eval_script.full_report(eval_script.Classifier(settings["out_dir"]), eval_script.Config(split="val"))
-    eval_script.print_report(report)
+    report, *_ = eval_script.full_report(Classifier(settings["out_dir"]), eval_script.Config(split="val"))
+    report_script.print_report(report)
     for k in ("loss", "token_accuracy", *["bits_per_byte"] * (objective == "clm")):
         low, high = report["interval"][k]
         assert report[k] == pytest.approx(last[f"val_{k}"], rel=1e-5) and low <= report[k] <= high
         assert f"{k} {report[k]:.4f}" in capsys.readouterr().out or k != "loss"
     assert report["perplexity"] == pytest.approx(math.exp(report["loss"]))
     with pytest.raises(UserError, match="is a language model"):
-        eval_script.Classifier(settings["out_dir"])(["goal"])
+        Classifier(settings["out_dir"])(["goal"])
 
 
 @pytest.mark.parametrize("objective", ["classify", "clm", "mlm"])
@@ -195,12 +207,12 @@ def test_overfits_eight_examples_to_zero_loss(toy, tmp_path, objective, monkeypa
                                     batch_size=8, d_model=64,
                                     learning_rate=0.01, eval_interval=300, log_interval=1, weight_decay=0.0, n_layer=2,
                                     max_len=64))
-    block = data.Blocks.block  # with masks that stay, or there would be new ones to fill in for ever
-    monkeypatch.setattr(data.Blocks, "block", lambda self, i, epoch: block(self, i, None))
+    block = batches.LanguageBlocks.block  # with masks that stay, or there would be new ones to fill in for ever
+    monkeypatch.setattr(batches.LanguageBlocks, "block", lambda self, i, epoch: block(self, i, None))
     train.train(cfg)
     known = 0.0
     if objective == "clm":
-        split = data.open_split(cfg, data.open_meta(cfg), "train", 64, objective="clm")
+        split = open_split(cfg, data.open_meta(cfg), "train", 64, objective="clm")
         begun = collections.Counter(tuple(t[:k]) for i in range(8) for t in [split.block(i, None)[0].tolist()]
                                     for k in range(1, len(t) + 1))
         blocks = [[tuple(x) for x in split.block(i, None)] for i in range(8)]
@@ -256,7 +268,7 @@ def test_gpt2s_language_model_is_transformers(tmp_path):
     torch.manual_seed(0)
     theirs = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
     theirs.save_pretrained(tmp_path)
-    ours = Transformer.from_pretrained(tmp_path, 0).eval()
+    ours = from_pretrained(tmp_path, 0).eval()
     assert ours.config.lm_head == "tied" and ours.lm_head is None
     for d in random_documents():
         with torch.no_grad():
@@ -280,7 +292,7 @@ def test_two_processes_pretrain_as_one(toy):
 
 
 def test_what_cannot_be_is_refused(toy, unlabelled):
-    for settings, message in ((toy | dict(objective="mlm"), "mask_prob above 0"), (unlabelled | dict(mask_prob=0.1), "of 0"),
+    for settings, message in ((toy | dict(objective="mlm"), "--mask_prob above 0"), (unlabelled | dict(mask_prob=0.1), "of 0"),
                               (unlabelled | dict(objective="classify"), "needs labels"),
                               (unlabelled | dict(model="mlp"), "for --model=transformer"),
                               (toy | dict(objective="clm", class_weights="balanced"), "are for --objective=classify"),
@@ -291,17 +303,17 @@ def test_what_cannot_be_is_refused(toy, unlabelled):
 
 def test_a_language_model_of_labelled_data_is_no_classifier(toy):
     train.train(train.Config(**toy | dict(objective="mlm", mask_prob=0.3, max_steps=2)))
-    clf = eval_script.Classifier(toy["out_dir"])
+    clf = Classifier(toy["out_dir"])
     assert clf.label_names == []
     for work in (lambda: eval_script.compare([toy["out_dir"]] * 2, eval_script.Config()),
-                 lambda: eval_script.cheaper(toy["out_dir"], eval_script.Config()), lambda: clf(["goal"])):
+                 lambda: eval_script.compare_cheaper(toy["out_dir"], eval_script.Config()), lambda: clf(["goal"])):
         with pytest.raises(UserError, match="is no classifier|is a language model"):
             work()
 
 
 def test_every_block_of_two_tokens_has_one_to_fill_in(toy):
-    meta = data.open_or_build(train.Config(**toy))
-    split = data.open_split(train.Config(**toy), meta, "train", 3, objective="mlm", mask_prob=0.001)
+    meta = data.open_or_build(train.Config(**toy))[1]
+    split = open_split(train.Config(**toy), meta, "train", 3, objective="mlm", mask_prob=0.001)
     for epoch in (None, 0):
         targets = [split.block(i, epoch)[1] for i in range(50)]
         assert all((t >= 0).sum() == (len(t) > 1) for t in targets)

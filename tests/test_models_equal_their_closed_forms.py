@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import data
-import eval as eval_script
 import train
+from baselines import build_model
 from configurator import UserError
-from model import ModelConfig, build_model, patchify, rms_norm
+from model import ModelConfig, patchify, rms_norm
+from predict import Classifier, open_data
+from tests.conftest import open_split, packed, report_of
 
 
 def write_table(path, n=300, classes=0, seed=0):
@@ -31,9 +33,9 @@ def run(tmp_path, classes=0, **settings):
         wandb_mode="disabled", device="cpu", dtype="float32", model="linear", optimizer="lbfgs", batch_size=300, epochs=20.0,
         eval_interval=20, overwrite=True) | settings)
     train.train(cfg)
-    d = data.open_split(cfg, data.open_meta(cfg), "train", 1)
-    clf = eval_script.Classifier(cfg.out_dir)
-    figures, _ = eval_script.evaluate(clf, eval_script.open_data(clf, "test"))
+    d = open_split(cfg, data.open_meta(cfg), "train", 1)
+    clf = Classifier(cfg.out_dir)
+    figures = report_of(clf, "test")
     w, b = (p.detach().numpy() for p in clf.model.head.parameters())
     return d.values.astype(np.float64), d.labels, w, b, figures, clf
 
@@ -47,7 +49,7 @@ def test_least_squares_and_ridge(tmp_path, decay):
     expected = np.linalg.solve(x.T @ x / n + decay / 2 * np.eye(5), x.T @ y / n)
     np.testing.assert_allclose(w[0], expected, rtol=0.01, atol=1e-4)
     assert abs(b[0]) < 1e-5
-    test = eval_script.open_data(clf, "test")
+    test = open_data(clf, "test")
     predicted, true = test.values @ expected, test.labels.astype(np.float64)
     assert figures["r2"] == pytest.approx(1 - ((predicted - true) ** 2).mean() / true.var(), abs=1e-3)
     raw = np.loadtxt(tmp_path / "table.csv", delimiter=",", skiprows=1)[:, 5]
@@ -61,7 +63,7 @@ def test_softmax_regression_equals_scikit_learns(tmp_path):
     theirs = linear_model.LogisticRegression(C=1 / (0.02 * len(x)), tol=1e-8, max_iter=1000).fit(x, y)
     np.testing.assert_allclose(w, theirs.coef_, rtol=0.01, atol=1e-3)
     np.testing.assert_allclose(b - b.mean(), theirs.intercept_ - theirs.intercept_.mean(), rtol=0.01, atol=1e-3)
-    test = eval_script.open_data(clf, "test")
+    test = open_data(clf, "test")
     assert figures["accuracy"] == pytest.approx(theirs.score(test.values, test.labels), abs=1e-9)
 
 
@@ -91,7 +93,7 @@ def test_gradients_are_those_of_finite_differences(kw):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     if model.config.vocab_size:
-        inputs = data.pack([torch.randint(0, 30, (n,)).numpy() for n in (5, 1, 9)], [0, 0, 0])[:2]
+        inputs = packed([torch.randint(0, 30, (n,)).numpy() for n in (5, 1, 9)])
     elif model.config.image_size:
         inputs = (torch.rand(3, *model.config.image_size, dtype=torch.float64) * 255,)
     else:

@@ -2,36 +2,37 @@
 import numpy as np
 import pytest
 
+import batches
 import data
 import train
 from configurator import UserError
-from tests.conftest import script
+from tests.conftest import open_split, script
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_shares_are_nested_stratified_and_repeatable(seed):
     labels = np.random.default_rng(seed).choice(4, 1003, p=[0.6, 0.3, 0.09, 0.01])
-    shares = [data.share(labels, f, seed) for f in (0.01, 0.1, 0.3, 0.5, 1.0)]
+    shares = [batches.stratified_subset(labels, f, seed) for f in (0.01, 0.1, 0.3, 0.5, 1.0)]
     assert [len(s) for s in shares] == [10, 100, 301, 502, 1003] and all(np.unique(s).tolist() == s.tolist() for s in shares)
     for small, large in zip(shares, shares[1:]):
         assert set(small) < set(large)
     for s in shares:
         assert np.abs(np.bincount(labels[s], minlength=4) - np.bincount(labels) * len(s) / len(labels)).max() <= 1
-    assert data.share(labels, 0.3, seed).tolist() == shares[2].tolist() != data.share(labels, 0.3, seed + 1).tolist()
+    assert batches.stratified_subset(labels, 0.3, seed).tolist() == shares[2].tolist() != batches.stratified_subset(labels, 0.3, seed + 1).tolist()
     for other in (labels.astype(np.float32), np.zeros((1003, 3), np.uint8)):
-        few, many = (data.share(other, f, seed) for f in (0.1, 0.3))
+        few, many = (batches.stratified_subset(other, f, seed) for f in (0.1, 0.3))
         assert len(few) == 100 and set(few) < set(many)
 
 
 def test_a_run_reads_its_share_and_no_more(toy, monkeypatch):
     seen = set()
-    batch = data.PackedText.batch
-    monkeypatch.setattr(data.PackedText, "batch", lambda self, epoch, indices, shape=None: (
+    batch = batches.PackedText.batch
+    monkeypatch.setattr(batches.PackedText, "batch", lambda self, epoch, indices, shape=None: (
         seen.update(indices if epoch is not None else ()), batch(self, epoch, indices, shape))[1])
     cfg = train.Config(**toy | dict(train_fraction=0.3))
     train.train(cfg)
-    labels = data.open_split(cfg, data.open_meta(cfg), "train", 32).labels
-    assert seen == set(data.share(labels, 0.3, cfg.split_seed)) and len(seen) == 29
+    labels = open_split(cfg, data.open_meta(cfg), "train", 32).labels
+    assert seen == set(batches.stratified_subset(labels, 0.3, cfg.split_seed)) and len(seen) == 29
     for wrong in (dict(train_fraction=0.0), dict(train_fraction=1.5), dict(train_fraction=0.5, mixup=0.5)):
         with pytest.raises(UserError, match="--train_fraction=.* must be above 0 and at most 1, and 1 with --mixup"):
             train.train(train.Config(**toy | wrong))

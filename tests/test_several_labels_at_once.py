@@ -8,13 +8,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+import batches
 import data
-import eval as eval_script
 import finetune
+import metrics
+import tasks
 import train
 from configurator import UserError
-from tests.conftest import WORDS, script
+from predict import Classifier, open_data
+from tests.conftest import WORDS, labelled, open_split, report_of, script
 from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
 
 sk = pytest.importorskip("sklearn.metrics")
@@ -52,9 +56,9 @@ def test_the_data_set_holds_the_labels_of_the_source(tmp_path, file, separator):
                        target="labels", label_separator=separator, lowercase=False)
     meta, found = data.build(cfg), {}
     assert (meta["task"], meta["label_names"], meta["conflicting_labels"]) == ("multilabel", NAMES, 0)
-    tokenizer = data.Tokenizer.from_file(str(tmp_path / "data/s/tokenizer.json"))
-    for split in data.SPLITS:
-        examples = data.open_split(cfg, meta, split, 512)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data/s/tokenizer.json"))
+    for split in batches.SPLITS:
+        examples = open_split(cfg, meta, split, 512)
         assert examples.labels.dtype == np.uint8 and examples.labels.sum(0).tolist() == meta["splits"][split]["per_class"]
         for i, row in enumerate(examples.labels):
             text = tokenizer.decode(examples.document(i, None).tolist()).strip()
@@ -95,15 +99,18 @@ def test_settings_for_one_class_are_refused(several):
 def test_the_loss_is_torchs_however_the_batch_is_cut(toy_config):
     documents, y = random_documents(), np.random.default_rng(0).integers(0, 2, (len(LENGTHS), 4))
     model, machine = random_model().double(), train.Machine(toy_config)
-    whole = data.pack(documents, y)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(model(*whole[:2]), torch.tensor(y).double())
+    whole = labelled(documents, y)
+    meta = {"kind": "text", "task": "multilabel", "label_names": list("abcd")}
+    task = tasks.LabelsTask(toy_config, meta)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(model(*whole.inputs), torch.tensor(y).double())
     expected.backward()
     gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
-    cut = [data.pack([documents[i] for i in r], y[r], (512, 20, 64)) for r in ([0, 1], [2], [3, 4, 5, 6, 7, 8], [9, 10])]
-    none = data.PackedText.__getitems__(None, [])  # what a process without a document gets
-    for batches in ([whole], cut, [*cut, *none]):
+    cut = [labelled([documents[i] for i in r], y[r], (512, 20, 64)) for r in ([0, 1], [2], [3, 4, 5, 6, 7, 8], [9, 10])]
+    examples = batches.PackedText(None, np.zeros(1, np.int64), y, max_len=64, n_suffix=0)
+    none = examples.__getitems__([])  # what a process without a document gets
+    for micro_batches in ([whole], cut, [*cut, *none]):
         model.zero_grad()
-        loss, _ = train.backward(train.WithLoss(model, toy_config), batches, toy_config, machine)
+        loss, _ = train.compute_gradient(train.ModelWithLoss(model, task), micro_batches, task, machine)
         assert abs(loss - expected) < 1e-9
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, gradient[name], rtol=1e-9, atol=1e-12)
@@ -124,7 +131,7 @@ def test_figures(case, thresholds):
         z[:], y[:] = -9, 0
     if case == "ties":
         z = z.round()
-    m, p = eval_script.label_metrics(z, y, thresholds), torch.tensor(z).sigmoid().numpy()
+    m, p = metrics.label_report(z, y, thresholds), torch.tensor(z).sigmoid().numpy()
     said = (p >= thresholds).astype(int)
     assert m["n"] == n and m["accuracy"] == pytest.approx(sk.accuracy_score(y, said))
     assert m["hamming_loss"] == pytest.approx(sk.hamming_loss(y, said))
@@ -151,22 +158,22 @@ def test_the_thresholds_have_the_best_f1_of_all(digits):
     rng = np.random.default_rng(1)
     y = rng.integers(0, 2, (150, 3))
     z, y[:, 2] = (rng.normal(size=(150, 3)) + y).round(digits), 0
-    t, p = eval_script.f1_thresholds(z, y), torch.tensor(z).sigmoid().numpy()
+    t, p = metrics.f1_thresholds(z, y), torch.tensor(z).sigmoid().numpy()
     for c in range(2):
         precision, recall, _ = sk.precision_recall_curve(y[:, c], p[:, c])
         best = (2 * precision * recall / np.maximum(precision + recall, 1e-9)).max()
         assert sk.f1_score(y[:, c], p[:, c] >= t[c]) == pytest.approx(best)
     assert t[2] == 0.5  # never seen: nothing to fit
-    assert eval_script.fit_thresholds(z, y)[:2] == pytest.approx(t[:2], abs=0.15)
+    assert metrics.fit_thresholds(z, y)[:2] == pytest.approx(t[:2], abs=0.15)
 
 
 def test_a_run_learns_and_eval_fits_on_val_alone(several):
     train.train(train.Config(**several))
     out = several["out_dir"]
     evals = [r for r in map(json.loads, open(f"{out}/metrics.jsonl")) if "val_loss" in r]
-    clf = eval_script.load_classifier(out)
+    clf = Classifier(out)
     best = max(evals, key=lambda r: (r["val_micro_f1"], -r["val_loss"]))
-    report, _ = eval_script.evaluate(clf, eval_script.open_data(clf, "val"))
+    report = report_of(clf, "val")
     assert clf.step == best["step"] and report["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
     assert (report["accuracy"], report["micro_f1"]) == pytest.approx((best["val_accuracy"], best["val_micro_f1"]))
     assert clf(["goal coach shares"])[0]["labels"] == ["money", "sport"] and clf.thresholds.tolist() == [0.5] * 3
@@ -176,14 +183,14 @@ def test_a_run_learns_and_eval_fits_on_val_alone(several):
     report = json.load(open(f"{out}/eval.json"))
     assert report["micro_f1"] > 0.9 and f"micro_f1 {report['micro_f1']:.4f} [" in done.stdout
     assert report["interval"]["micro_f1"][0] <= report["micro_f1"] <= report["interval"]["micro_f1"][1]
-    val = eval_script.open_data(clf, "val")
-    expected = eval_script.fit_thresholds(clf.logits(val), val.labels)
+    val = open_data(clf, "val")
+    expected = metrics.fit_thresholds(clf.logits(val), val.labels)
     assert report["thresholds"] == pytest.approx(expected.tolist())
     page = open(f"{out}/report.html").read()
     assert 'alt="labels"' in page and 'alt="curves"' in page
 
-    clf = eval_script.load_classifier(out)  # which now takes the thresholds that were fitted
-    test = eval_script.open_data(clf, "test")
+    clf = Classifier(out)  # which now takes the thresholds that were fitted
+    test = open_data(clf, "test")
     texts = [clf.tokenizer.decode(test.document(i, None).tolist()) for i in range(len(test))]
     said = [[n in r["labels"] for n in NAMES] for r in clf(texts)]
     expected = sk.f1_score(test.labels, said, average="samples", zero_division=1)
@@ -204,15 +211,15 @@ def test_predicting_and_comparing(several, tmp_path):
     finetune.finetune(finetune.Config(**tuned))
     before, after = (json.loads(open(f"{s['out_dir']}/metrics.jsonl").readlines()[-1]) for s in (several, tuned))
     assert after["val_micro_f1"] == pytest.approx(before["val_micro_f1"], abs=0.05)  # it began where the other ended
-    said = script("eval.py", several["out_dir"], "--text=goal coach shares", "--text=the a of").stdout.splitlines()
+    said = script("predict.py", several["out_dir"], "--text=goal coach shares", "--text=the a of").stdout.splitlines()
     assert said[0].startswith("money,sport: ") and said[1].startswith("none: ")
     (tmp_path / "in.txt").write_text("goal coach shares\nthe a of\n")
-    done = script("eval.py", several["out_dir"], input=tmp_path / "in.txt", output=tmp_path / "out.csv")
+    done = script("predict.py", several["out_dir"], input=tmp_path / "in.txt", output=tmp_path / "out.csv")
     assert done.returncode == 0, done.stderr
     assert [r["label"] for r in csv.DictReader(open(tmp_path / "out.csv"))] == ["money,sport", ""]
     done = script("eval.py", several["out_dir"], other["out_dir"])
     assert done.returncode == 0, done.stderr
-    clf = eval_script.load_classifier(several["out_dir"])
-    report, _ = eval_script.evaluate(clf, eval_script.open_data(clf, "test"))
+    clf = Classifier(several["out_dir"])
+    report = report_of(clf, "test")
     row = next(line for line in done.stdout.splitlines() if line.startswith(several["out_dir"] + " "))
     assert f"{report['accuracy']:7.2%} [" in row and f"{report['macro_f1']:9.4f}" in row

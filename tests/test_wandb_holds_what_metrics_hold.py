@@ -6,9 +6,9 @@ import struct
 import pytest
 
 import train
-from model import load_checkpoint
 from tests.conftest import script
 from tests.test_evaluating_changes_nothing import records
+from weights import load_checkpoint
 
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
