@@ -91,8 +91,8 @@ def open_meta(cfg):
                             f"{rebuild}")
     built = os.path.getmtime(folder / "meta.json")
     for split, file in meta["source"].items():
-        edited = os.path.isfile(file) and os.path.getmtime(file) > built
-        if edited and not file.endswith(".gz") and file_sha256(file) != meta["source_sha256"][split]:
+        touched = os.path.isfile(file) and os.path.getmtime(file) > built
+        if touched and file_sha256(file) != meta["source_sha256"][split]:
             raise UserError(f"{file} has changed since {folder} was built from it; "
                             f"rebuild it with: {rebuild}")
     return meta
@@ -175,7 +175,8 @@ def build_into(work, cfg):
         "format": FORMAT, "kind": source.kind, "task": TASKS[source.target],
         "dataset": cfg.dataset, "label_names": survey.names, "dtype": encode.dtype,
         "vocab_size": vocab_size, "shape": writers["train"].shape, "scaling": scaling,
-        "build": build_settings(cfg), "source": files, "source_sha256": survey.digests,
+        "build": build_settings(cfg), "source": files,
+        "source_sha256": {s: file_sha256(f) for s, f in files.items() if os.path.isfile(f)},
         "removed": removed, "conflicting_labels": survey.conflicts(), "overlaps": overlaps,
         "splits": splits, "sha256": {f.name: file_sha256(f) for f in sorted(work.iterdir())}}
     if source.kind == "text":
@@ -216,7 +217,7 @@ class Survey:
 
     def __init__(self, source, files):
         self.source, self.files, self.n_bad_rows = source, files, 0
-        self.fingerprints, self.labels, self.digests = {}, {}, {}
+        self.fingerprints, self.labels = {}, {}
         self.ids = {}  # label → its number in order of first sight
         for split in files:
             self.read(split)
@@ -236,9 +237,8 @@ class Survey:
 
     def read(self, split):
         source, file = self.source, self.files[split]
-        fingerprints, digest = array("Q"), hashlib.sha256()
-        labels = array("d" if source.target == "number" else "q")
-        progress = tqdm(rows(file, source, digest), desc=f"reading {split}", unit=unit_of(source))
+        fingerprints, labels = array("Q"), array("d" if source.target == "number" else "q")
+        progress = tqdm(rows(file, source), desc=f"reading {split}", unit=unit_of(source))
         for where, value, label in progress:
             if is_complete(value, label, source):
                 if source.kind == "image":
@@ -254,7 +254,7 @@ class Survey:
         if not fingerprints:
             raise UserError(f"{file}: holds no examples")
         self.fingerprints[split] = np.array(fingerprints, np.uint64)
-        self.labels[split], self.digests[split] = np.array(labels), digest.hexdigest()
+        self.labels[split] = np.array(labels)
 
     def label_id(self, label, where, split):
         if self.source.target == "number":

@@ -311,50 +311,37 @@ def download(url, folder):
     return folder / "file"
 
 
-class HashedStream:
-    """A binary stream whose bytes update `digest` (None: none) as they are read."""
-
-    def __init__(self, raw, digest):
-        self.raw, self.digest = raw, digest
-
-    def read(self, n=-1):
-        content = self.raw.read(n)
-        if self.digest:
-            self.digest.update(content)
-        return content
-
-
 # --------------------------------------------------------------------------------------------------
 # Rows
 
 
-def rows(source, cfg, digest=None):
-    """Yield (where, value, label) of every row of a source. `digest` is updated with every byte
-    read. With --target=none the label is the split that the row belongs to."""
+def rows(source, cfg):
+    """Yield (where, value, label) of every row of a source. With --target=none the label is the
+    split that the row belongs to."""
     files = members(source, cfg.data_dir)
     shape = cfg.image_size
     for name, opener in files:
         suffix = Path(name.removesuffix(".gz")).suffix.lower()
         if cfg.kind == "image" and (suffix in (*IMAGES, ".bin") or "-idx" in name):
-            for where, pixels, label in picture_rows(name, opener, dict(files), cfg, digest):
+            for where, pixels, label in picture_rows(name, opener, dict(files), cfg):
                 if pixels is not None:
                     shape = shape or list(pixels.shape)
                     check_shape(pixels, shape, where)
                 yield where, pixels, label
         elif suffix in READERS:
             cut_for_val = len(files) == 1 and source == cfg.train_file
-            yield from field_rows(name, opener, suffix, cfg, digest, cut_for_val)
+            yield from field_rows(name, opener, suffix, cfg, cut_for_val)
         else:
             hint = "; pictures with --kind=image" if suffix in IMAGES else ""
             raise UserError(f"{name}: of files, .csv, .tsv and .jsonl can be read "
                             f"(each also .gz){hint}")
 
 
-def field_rows(name, opener, suffix, cfg, digest, cut_for_val):
+def field_rows(name, opener, suffix, cfg, cut_for_val):
     """Rows of a file of text. cut_for_val: a single long document gives up its end for val."""
     with opener() as raw:
         stream = gzip.open(raw) if name.endswith(".gz") else raw
-        lines = decoded_lines(stream, name, cfg.encoding, digest)
+        lines = decoded_lines(stream, name, cfg.encoding)
         for where, fields, label in READERS[suffix](name, lines, cfg):
             if cfg.kind == "text":
                 value = clean("\n".join(fields))
@@ -379,11 +366,9 @@ def cut_document(where, text, shares):
         yield where, text[start:end], split
 
 
-def decoded_lines(raw, name, encoding, digest=None):
+def decoded_lines(raw, name, encoding):
     """Yield (number, text) of each line of a binary stream, without a byte-order mark."""
     for number, line in numbered_lines(raw, name):
-        if digest:
-            digest.update(line)
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         yield number, decode(line, encoding, f"{name}, line {number}")
@@ -458,7 +443,8 @@ def read_table(name, lines, cfg, delimiter, quoting):
             *fields, label = (row[i] for i in indices)
             yield where, fields, label
     except csv.Error as error:
-        raise UserError(f"{name}, line {table.line_num}: {error} (is a quote left open?)") from error
+        raise UserError(f"{name}, line {table.line_num}: {error} "
+                        "(is a quote left open?)") from error
 
 
 def named_columns(cfg):
@@ -592,7 +578,7 @@ def parse_pixels(x, where, cfg):
 IMAGES = ".png", ".jpg", ".jpeg", ".bmp"
 
 
-def picture_rows(name, opener, files, cfg, digest):
+def picture_rows(name, opener, files, cfg):
     """Rows of a picture file, of a .bin in CIFAR's format (a byte of label, then the pixels), or of
     two idx files in MNIST's; `files` holds the one with the labels, too."""
     if "-idx1-" in name:
@@ -601,7 +587,6 @@ def picture_rows(name, opener, files, cfg, digest):
     if "-idx3-" in name:
         labels = files.get(name.replace("images-idx3", "labels-idx1"))
     with opener() as raw, labels() if labels else contextlib.nullcontext() as label_raw:
-        raw = HashedStream(raw, digest)
         if not labels and not name.endswith(".bin"):
             yield name, decode_picture(raw.read(), name, cfg), Path(name).parent.name
             return
@@ -609,7 +594,7 @@ def picture_rows(name, opener, files, cfg, digest):
             raise UserError(f"{name}: give --image_size=[channels,height,width]")
         label_stream = raw
         if labels:
-            raw, label_stream = gzip.open(raw), gzip.open(HashedStream(label_raw, digest))
+            raw, label_stream = gzip.open(raw), gzip.open(label_raw)
             raw.read(16)  # magic number, count, height, width
             label_stream.read(8)  # magic number, count
         size = math.prod(cfg.image_size)

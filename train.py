@@ -417,20 +417,16 @@ def peak_flops(machine):
 
 
 def make_model(cfg, meta, task):
-    """A fresh model for a data set and a task. finetune.py has its own."""
-    c = ModelConfig(
-        model=cfg.model, n_layer=cfg.n_layer, n_head=cfg.n_head, d_model=cfg.d_model,
-        d_ff=cfg.d_ff or 4 * cfg.d_model, mlp=cfg.mlp, norm=cfg.norm, qk_norm=cfg.qk_norm,
-        pooling=cfg.pooling, position=cfg.position, dropout=cfg.dropout,
-        checkpoint_activations=cfg.checkpoint_activations, **task.head)
+    """A fresh model for a data set and a task: ModelConfig takes the settings of its fields' names.
+    finetune.py has its own."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)} & vars(cfg).keys()
+    c = ModelConfig(**{name: getattr(cfg, name) for name in names} | task.head)
+    c.d_ff = cfg.d_ff or 4 * cfg.d_model
     if meta["kind"] == "text":
-        c.vocab_size, c.max_len, c.ngrams = meta["vocab_size"], cfg.max_len, cfg.ngrams
-        c.buckets = cfg.buckets
-        if cfg.model == "linear" and "letters" in meta:
-            c.char_ngrams = cfg.char_ngrams
-            c.letters, c.blanks = tuple(meta["letters"]), tuple(meta["blanks"])
+        c.vocab_size = meta["vocab_size"]
+        c.letters, c.blanks = tuple(meta.get("letters", ())), tuple(meta.get("blanks", ()))
     elif meta["kind"] == "image":
-        c.image_size, c.patch = tuple(meta["shape"]), cfg.patch
+        c.image_size = tuple(meta["shape"])
     else:
         (c.n_features,) = meta["shape"]
     if cfg.model == "transformer":

@@ -1,4 +1,5 @@
 """Small real things to test with: a text data set, a command line, a config of a run that takes a second."""
+
 import os
 import random
 import subprocess
@@ -17,9 +18,14 @@ from predict import open_data
 from sources import rebuild_command, resolve
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"  # real data sets; tests that need them skip where they are not
-WORDS = {"sport": "goal match striker referee coach", "tech": "chip code laptop network software",
-         "money": "shares bank profit market euro"}
+SHARED = (
+    ROOT.parent / "shared" / "data"
+)  # real data sets; tests that need them skip where they are not
+WORDS = {
+    "sport": "goal match striker referee coach",
+    "tech": "chip code laptop network software",
+    "money": "shares bank profit market euro",
+}
 
 
 def write_toy(path, n=120, seed=0, longest=40):
@@ -29,7 +35,10 @@ def write_toy(path, n=120, seed=0, longest=40):
         f.write("label,text\n")
         for i in range(n):
             label = sorted(WORDS)[i % 3]
-            words = rng.choices(WORDS[label].split() + "the a of and on in it was".split(), k=rng.randint(1, longest))
+            words = rng.choices(
+                WORDS[label].split() + "the a of and on in it was".split(),
+                k=rng.randint(1, longest),
+            )
             f.write(f'{label},"{" ".join(words)} {i}"\n')
     return path
 
@@ -37,15 +46,31 @@ def write_toy(path, n=120, seed=0, longest=40):
 @pytest.fixture
 def toy(tmp_path):
     """Settings of a run on the toy data, as a dict."""
-    return dict(dataset="toy", train_file=str(write_toy(tmp_path / "toy.csv")), data_dir=str(tmp_path / "data"),
-                out_dir=str(tmp_path / "out"), vocab_size=300, max_len=32, n_layer=1, d_model=32, n_head=2, batch_size=16,
-                epochs=2.0, warmup_steps=3, learning_rate=0.003, wandb_mode="disabled", dtype="float32", device="cpu",
-                log_interval=1)
+    return dict(
+        dataset="toy",
+        train_file=str(write_toy(tmp_path / "toy.csv")),
+        data_dir=str(tmp_path / "data"),
+        out_dir=str(tmp_path / "out"),
+        vocab_size=300,
+        max_len=32,
+        n_layer=1,
+        d_model=32,
+        n_head=2,
+        batch_size=16,
+        epochs=2.0,
+        warmup_steps=3,
+        learning_rate=0.003,
+        wandb_mode="disabled",
+        dtype="float32",
+        device="cpu",
+        log_interval=1,
+    )
 
 
 @pytest.fixture
 def toy_config(toy):
     from train import Config
+
     return Config(**toy)
 
 
@@ -69,8 +94,10 @@ def packed(documents, shape=None):
 
 def class_task(n_classes=4, per_class=None, **settings):
     """The task of telling n_classes apart, as train.py makes it."""
-    meta = {"label_names": list("abcdefgh")[:n_classes],
-            "splits": {"train": {"per_class": per_class or [1] * n_classes}}}
+    meta = {
+        "label_names": list("abcdefgh")[:n_classes],
+        "splits": {"train": {"per_class": per_class or [1] * n_classes}},
+    }
     return tasks.ClassTask(train.Config(**settings), meta)
 
 
@@ -87,8 +114,23 @@ def report_of(clf, split):
 
 def script(name, *args, torchrun=0, **settings):
     """Runs a script of ours in a process of its own (or `torchrun` of them); returns the CompletedProcess."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun \
+    launch = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={torchrun}",
+        ]
+        if torchrun
         else [sys.executable]
+    )
     command = [*launch, str(ROOT / name), *args, *(f"--{k}={v}" for k, v in settings.items())]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+    )

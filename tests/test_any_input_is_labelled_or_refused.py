@@ -1,4 +1,5 @@
 """Texts of any size and number are labelled in order with flat memory, as they come; bad ones get one sentence."""
+
 import csv
 import os
 import shutil
@@ -12,27 +13,53 @@ from configurator import UserError
 from predict import Classifier, Config, label_file
 from tests.conftest import ROOT, write_toy
 
-MEASURED = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)")
+MEASURED = (
+    "import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)"
+)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A trained run's folder; its data set is gone."""
     folder = tmp_path_factory.mktemp("run")
-    train.train(train.Config(
-        dataset="toy", train_file=str(write_toy(folder / "toy.csv")), data_dir=str(folder / "data"), vocab_size=300,
-        out_dir=str(folder / "out"), max_len=32, n_layer=1, d_model=32, n_head=2, batch_size=16, epochs=6.0, warmup_steps=3,
-        learning_rate=0.003, wandb_mode="disabled", dtype="float32", device="cpu"))
+    train.train(
+        train.Config(
+            dataset="toy",
+            train_file=str(write_toy(folder / "toy.csv")),
+            data_dir=str(folder / "data"),
+            vocab_size=300,
+            out_dir=str(folder / "out"),
+            max_len=32,
+            n_layer=1,
+            d_model=32,
+            n_head=2,
+            batch_size=16,
+            epochs=6.0,
+            warmup_steps=3,
+            learning_rate=0.003,
+            wandb_mode="disabled",
+            dtype="float32",
+            device="cpu",
+        )
+    )
     shutil.rmtree(folder / "data")
     os.remove(folder / "toy.csv")
     return folder / "out"
 
 
 def start(*args):
-    command, pipe = [sys.executable, "-c", MEASURED, str(ROOT / "predict.py"), *map(str, args)], subprocess.PIPE
-    return subprocess.Popen([*command, "--dtype=float32"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=pipe,
-                            stdout=pipe, stderr=pipe)
+    command, pipe = (
+        [sys.executable, "-c", MEASURED, str(ROOT / "predict.py"), *map(str, args)],
+        subprocess.PIPE,
+    )
+    return subprocess.Popen(
+        [*command, "--dtype=float32"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+    )
 
 
 def peak(stderr):
@@ -41,7 +68,11 @@ def peak(stderr):
 
 def test_lines_are_answered_before_the_next_is_written(run):
     process = start(run, "--text=-")
-    for line, label in ((b"goal striker\n", b"sport"), (b"\nshares bank euro\r\n", b"money"), (b"laptop code", b"tech")):
+    for line, label in (
+        (b"goal striker\n", b"sport"),
+        (b"\nshares bank euro\r\n", b"money"),
+        (b"laptop code", b"tech"),
+    ):
         process.stdin.write(line)
         process.stdin.flush() if line.endswith(b"\n") else process.stdin.close()
         assert process.stdout.readline().startswith(label)
@@ -67,9 +98,17 @@ def test_memory_stays_flat_and_order_is_kept(run, tmp_path):
     assert got[9:3000] == [r["label"] for r in Classifier(run)(texts[9:3000])]
 
 
-@pytest.mark.parametrize("sent, says", [
-    (b"goal\nshares\ncaf\xe9 bank\n", "standard input, line 3: not valid utf-8 (byte 0xe9 at column 3)"),
-    (b"", "standard input: holds no texts"), (b"\n \n", "standard input: holds no texts")])
+@pytest.mark.parametrize(
+    "sent, says",
+    [
+        (
+            b"goal\nshares\ncaf\xe9 bank\n",
+            "standard input, line 3: not valid utf-8 (byte 0xe9 at column 3)",
+        ),
+        (b"", "standard input: holds no texts"),
+        (b"\n \n", "standard input: holds no texts"),
+    ],
+)
 def test_bad_standard_input(run, sent, says):
     process = start(run, "--text=-")
     out, err = process.communicate(sent)
@@ -77,12 +116,22 @@ def test_bad_standard_input(run, sent, says):
     assert len(out.splitlines()) == 2 * sent.startswith(b"goal")  # what came before it is answered
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("e.csv", b"", "holds no texts"), ("e.csv", b"text\n", "holds no texts"), ("e.csv", b"body\na\n", "no column 'text'"),
-    ("e.jsonl", b"{}\n", "line 1: there is no key 'text'"), ("e.csv", b"text\ncaf\xe9\n", "line 2: not valid utf-8"),
-    ("e.csv.gz", b"text\n", "cannot be read"), ("e.pdf", b"x", ".csv, .tsv and .jsonl")])
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("e.csv", b"", "holds no texts"),
+        ("e.csv", b"text\n", "holds no texts"),
+        ("e.csv", b"body\na\n", "no column 'text'"),
+        ("e.jsonl", b"{}\n", "line 1: there is no key 'text'"),
+        ("e.csv", b"text\ncaf\xe9\n", "line 2: not valid utf-8"),
+        ("e.csv.gz", b"text\n", "cannot be read"),
+        ("e.pdf", b"x", ".csv, .tsv and .jsonl"),
+    ],
+)
 def test_bad_files(run, tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says):
-        label_file(Classifier(run), Config(input=str(tmp_path / name), output=str(tmp_path / "out.csv")))
+        label_file(
+            Classifier(run), Config(input=str(tmp_path / name), output=str(tmp_path / "out.csv"))
+        )
     assert not list(tmp_path.glob("out.csv*"))

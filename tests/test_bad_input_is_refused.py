@@ -1,4 +1,5 @@
 """Bad input gets one sentence that names the place and the way out, a non-zero exit, and changes nothing on disk."""
+
 import gzip
 import json
 import os
@@ -21,31 +22,43 @@ from weights import load_checkpoint, save_checkpoint
 GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in range(40))
 
 
-@pytest.mark.parametrize("train_csv, says, settings", [
-    ("", "holds no examples", {}),
-    ("label,text\n", "holds no examples", {}),
-    (GOOD.replace("text\n", "body\n", 1), r"no column 'text'.*'body'.*--text_column", {}),
-    (GOOD, r"no column 5", dict(text_column=5, label_column=0)),
-    (GOOD + "a,   \n", r"train.csv, line 42: the text is empty.*drop_bad_rows", {}),
-    (GOOD + ",text\n", r"line 42: the label is empty", {}),
-    (GOOD + "a\n" + GOOD, r"line 42: 1 fields where 2 are needed", {}),
-    (GOOD.replace("b,", "a,"), "every example has the label 'a'", {}),
-    (GOOD.encode() + b"a,caf\xe9\n", r"line 42: not valid utf-8 \(byte 0xe9.*--encoding", {}),
-    (GOOD + 'a,"never closed\n' + GOOD, r"line 83: .*quote", {}),
-    (GOOD, "no encoding 'klingon'", dict(encoding="klingon")),
-    ("label,text\na,x\nb,y\na,z\n", "too few examples: val would be empty", {}),
-    (GOOD, "at least 258", dict(vocab_size=100)),
-    (GOOD, "no such file", dict(tokenizer="nowhere.json")),
-    (GOOD, "no such file", dict(train_file="nowhere.csv")),
-    (GOOD, "'.csv, .tsv and .jsonl can be read|of files, .csv", dict(train_file=__file__)),
-    (GOOD, "is built in|built-in", dict(dataset="bbc")),
-    (GOOD, "needs --train_file", dict(train_file=None)),
-    (GOOD, "--target=number is for --kind=features", dict(target="number")),
-])
+@pytest.mark.parametrize(
+    "train_csv, says, settings",
+    [
+        ("", "holds no examples", {}),
+        ("label,text\n", "holds no examples", {}),
+        (GOOD.replace("text\n", "body\n", 1), r"no column 'text'.*'body'.*--text_column", {}),
+        (GOOD, r"no column 5", dict(text_column=5, label_column=0)),
+        (GOOD + "a,   \n", r"train.csv, line 42: the text is empty.*drop_bad_rows", {}),
+        (GOOD + ",text\n", r"line 42: the label is empty", {}),
+        (GOOD + "a\n" + GOOD, r"line 42: 1 fields where 2 are needed", {}),
+        (GOOD.replace("b,", "a,"), "every example has the label 'a'", {}),
+        (GOOD.encode() + b"a,caf\xe9\n", r"line 42: not valid utf-8 \(byte 0xe9.*--encoding", {}),
+        (GOOD + 'a,"never closed\n' + GOOD, r"line 83: .*quote", {}),
+        (GOOD, "no encoding 'klingon'", dict(encoding="klingon")),
+        ("label,text\na,x\nb,y\na,z\n", "too few examples: val would be empty", {}),
+        (GOOD, "at least 258", dict(vocab_size=100)),
+        (GOOD, "no such file", dict(tokenizer="nowhere.json")),
+        (GOOD, "no such file", dict(train_file="nowhere.csv")),
+        (GOOD, "'.csv, .tsv and .jsonl can be read|of files, .csv", dict(train_file=__file__)),
+        (GOOD, "is built in|built-in", dict(dataset="bbc")),
+        (GOOD, "needs --train_file", dict(train_file=None)),
+        (GOOD, "--target=number is for --kind=features", dict(target="number")),
+    ],
+)
 def test_sources(tmp_path, train_csv, says, settings):
-    (tmp_path / "train.csv").write_bytes(train_csv if isinstance(train_csv, bytes) else train_csv.encode())
-    cfg = train.Config(**dict(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "train.csv"),
-                              vocab_size=300) | settings)
+    (tmp_path / "train.csv").write_bytes(
+        train_csv if isinstance(train_csv, bytes) else train_csv.encode()
+    )
+    cfg = train.Config(
+        **dict(
+            dataset="d",
+            data_dir=str(tmp_path / "data"),
+            train_file=str(tmp_path / "train.csv"),
+            vocab_size=300,
+        )
+        | settings
+    )
     with pytest.raises(UserError, match=says):
         data.open_or_build(cfg)
     assert not os.path.exists(tmp_path / "data") or not os.listdir(tmp_path / "data")
@@ -53,24 +66,45 @@ def test_sources(tmp_path, train_csv, says, settings):
 
 def test_bad_rows_can_be_left_out(tmp_path):
     (tmp_path / "train.csv").write_text(GOOD + "a,  \nb\n,x\n")
-    cfg = train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "train.csv"),
-                       vocab_size=300, drop_bad_rows=True)
+    cfg = train.Config(
+        dataset="d",
+        data_dir=str(tmp_path / "data"),
+        train_file=str(tmp_path / "train.csv"),
+        vocab_size=300,
+        drop_bad_rows=True,
+    )
     meta = data.build(cfg)
-    assert meta["removed"]["bad_rows"] == 3 and sum(s["examples"] for s in meta["splits"].values()) == 40
+    assert (
+        meta["removed"]["bad_rows"] == 3
+        and sum(s["examples"] for s in meta["splits"].values()) == 40
+    )
 
 
 @pytest.mark.parametrize("line", ['{"text": "x"}', '["text", "label"]', '{"text": "x", "lab', "5"])
 def test_json_lines(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n' + line + "\n")
-    with pytest.raises(UserError, match="a.jsonl, line 2: (not a JSON object|there is no key 'label')"):
-        data.build(train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.jsonl")))
+    with pytest.raises(
+        UserError, match="a.jsonl, line 2: (not a JSON object|there is no key 'label')"
+    ):
+        data.build(
+            train.Config(
+                dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.jsonl")
+            )
+        )
 
 
 def test_json_null_is_empty_and_lone_surrogates_are_replaced(tmp_path):
     with open(tmp_path / "a.jsonl", "w") as f:
-        f.writelines(json.dumps({"text": f"text \ud800 {i}", "label": i % 2}) + "\n" for i in range(40))
+        f.writelines(
+            json.dumps({"text": f"text \ud800 {i}", "label": i % 2}) + "\n" for i in range(40)
+        )
         f.write('{"text": null, "label": 1}\n')
-    cfg = train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.jsonl"), vocab_size=300)
+    cfg = train.Config(
+        dataset="d",
+        data_dir=str(tmp_path / "data"),
+        train_file=str(tmp_path / "a.jsonl"),
+        vocab_size=300,
+    )
     with pytest.raises(UserError, match="a.jsonl, line 41: the text is empty"):
         data.build(cfg)
     cfg.drop_bad_rows = True
@@ -81,15 +115,27 @@ def test_json_null_is_empty_and_lone_surrogates_are_replaced(tmp_path):
 def test_damaged_gzip(tmp_path, content):
     (tmp_path / "a.csv.gz").write_bytes(content)
     with pytest.raises(UserError, match="a.csv.gz: cannot be read"):
-        data.build(train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv.gz")))
+        data.build(
+            train.Config(
+                dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv.gz")
+            )
+        )
 
 
 def test_label_of_test_that_train_lacks(tmp_path):
     (tmp_path / "train.csv").write_text(GOOD)
     (tmp_path / "test.csv").write_text("label,text\na,x\nc,y\n")
-    with pytest.raises(UserError, match="test.csv, line 3: label 'c' does not occur in .*train.csv"):
-        data.build(train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "train.csv"),
-                                test_file=str(tmp_path / "test.csv")))
+    with pytest.raises(
+        UserError, match="test.csv, line 3: label 'c' does not occur in .*train.csv"
+    ):
+        data.build(
+            train.Config(
+                dataset="d",
+                data_dir=str(tmp_path / "data"),
+                train_file=str(tmp_path / "train.csv"),
+                test_file=str(tmp_path / "test.csv"),
+            )
+        )
 
 
 def test_damaged_data_sets(toy_config, toy):
@@ -100,13 +146,20 @@ def test_damaged_data_sets(toy_config, toy):
         whole = open(path, "rb").read()
         for damaged in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1]), None):
             os.remove(path) if damaged is None else open(path, "wb").write(damaged)
-            with pytest.raises(UserError, match=f"{name} is missing, truncated or altered.*data.py.*--overwrite=True"):
+            with pytest.raises(
+                UserError,
+                match=f"{name} is missing, truncated or altered.*data.py.*--overwrite=True",
+            ):
                 train.train(toy_config)
             open(path, "wb").write(whole)
     meta = open(f"{folder}/meta.json").read()
     for text in (None, meta[:-20], meta.replace(f'"format": {batches.FORMAT}', '"format": 9')):
-        os.remove(f"{folder}/meta.json") if text is None else open(f"{folder}/meta.json", "w").write(text)
-        with pytest.raises(UserError, match="(not a whole data set|has format 9).*python data.py --dataset=toy"):
+        os.remove(f"{folder}/meta.json") if text is None else open(
+            f"{folder}/meta.json", "w"
+        ).write(text)
+        with pytest.raises(
+            UserError, match="(not a whole data set|has format 9).*python data.py --dataset=toy"
+        ):
             train.train(toy_config)
     assert not os.path.exists(toy["out_dir"])
     open(f"{folder}/meta.json", "w").write(meta)
@@ -124,7 +177,9 @@ def test_a_build_that_is_killed_leaves_no_data_set(toy_config, toy):
     done = subprocess.run([sys.executable, "-c", killed], cwd=ROOT)
     assert done.returncode == 9 and data.open_meta(toy_config) is None
     (unfinished,) = os.listdir(toy["data_dir"])
-    assert "building" in unfinished and not os.path.exists(f"{toy['data_dir']}/{unfinished}/meta.json")
+    assert "building" in unfinished and not os.path.exists(
+        f"{toy['data_dir']}/{unfinished}/meta.json"
+    )
 
 
 class Evil:
@@ -142,6 +197,7 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
         save_checkpoint("x.pt", good | changes) if changes else None
         with pytest.raises(UserError, match=says):
             open_data(Classifier("x.pt"), "test")
+
     for cut in (0, 100, len(whole) // 2, len(whole) - 1):
         open("x.pt", "wb").write(whole[:cut])
         refused("x.pt: (truncated|refused)")
@@ -158,14 +214,20 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
     w = good["model"]
     refused("head.weight is missing", model={k: v for k, v in w.items() if k != "head.weight"})
     refused("extra is left over", model=w | {"extra": torch.zeros(1)})
-    refused(r"head.weight is \(2, 32\), not \(3, 32\)", model=w | {"head.weight": torch.zeros(2, 32)})
+    refused(
+        r"head.weight is \(2, 32\), not \(3, 32\)", model=w | {"head.weight": torch.zeros(2, 32)}
+    )
     refused("norm.weight is not finite", model=w | {"norm.weight": torch.full((32,), torch.nan)})
     with pytest.raises(UserError, match="no such checkpoint"):
         Classifier("nowhere")
     os.rename(toy["data_dir"], toy["data_dir"] + "-moved")
-    with pytest.raises(UserError, match="data set is not there; give its --data_dir.*python data.py"):
+    with pytest.raises(
+        UserError, match="data set is not there; give its --data_dir.*python data.py"
+    ):
         open_data(Classifier(best), "test")
-    assert Classifier(best)(["goal"])[0]["label"] in good["label_names"]  # predicting needs no data set
+    assert (
+        Classifier(best)(["goal"])[0]["label"] in good["label_names"]
+    )  # predicting needs no data set
     clf = Classifier(best)
     moved = eval_script.Config(data_dir=toy["data_dir"] + "-moved", resamples=10)
     assert eval_script.full_report(clf, moved)[0]["n"] == 12
@@ -173,17 +235,22 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
 
 def test_runs(toy, tmp_path):
     (tmp_path / "file").write_text("")
-    for changes, says in ((dict(out_dir=str(tmp_path / "file/out")), "out_dir=.*cannot be written to"),
-                          (dict(data_dir=str(tmp_path / "file/data")), "data_dir=.*cannot be written to"),
-                          (dict(d_model=33), "d_model=33 does not split"),
-                          (dict(micro_batch_tokens=8), "must hold an example"),
-                          (dict(dropout=1.0), "dropout=1.0 must be from 0 to below 1"),
-                          (dict(batch_size=0), "batch_size=0 must be above 0"),
-                          (dict(device="cuda" if not torch.cuda.is_available() else "xpu"), "cannot be used here"),
-                          (dict(mask_prob=0.1, tokenizer=str(tmp_path / "t.json")), "mask_prob needs a tokenizer")):
+    for changes, says in (
+        (dict(out_dir=str(tmp_path / "file/out")), "out_dir=.*cannot be written to"),
+        (dict(data_dir=str(tmp_path / "file/data")), "data_dir=.*cannot be written to"),
+        (dict(d_model=33), "d_model=33 does not split"),
+        (dict(micro_batch_tokens=8), "must hold an example"),
+        (dict(dropout=1.0), "dropout=1.0 must be from 0 to below 1"),
+        (dict(batch_size=0), "batch_size=0 must be above 0"),
+        (dict(device="cuda" if not torch.cuda.is_available() else "xpu"), "cannot be used here"),
+        (dict(mask_prob=0.1, tokenizer=str(tmp_path / "t.json")), "mask_prob needs a tokenizer"),
+    ):
         if "mask_prob" in changes:
             from tokenizers import Tokenizer, models
-            Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "t.json"))
+
+            Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(
+                str(tmp_path / "t.json")
+            )
             changes["dataset"] = "other"
         with pytest.raises(UserError, match=says):
             train.train(train.Config(**toy | changes))
@@ -206,7 +273,9 @@ def test_a_data_set_that_was_split_anew_is_not_evaluated_on(toy):
 
 
 def test_settings_of_another_kind_do_no_harm(toy):
-    train.train(train.Config(**toy | dict(flip=True, crop=64, max_len=16, epochs=0.5)))  # flip is for images; crop > max_len
+    train.train(
+        train.Config(**toy | dict(flip=True, crop=64, max_len=16, epochs=0.5))
+    )  # flip is for images; crop > max_len
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(toy, monkeypatch):
@@ -219,6 +288,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(toy, monkeypatch):
         if len(steps) > 4:
             model_with_loss.model.head.weight.grad *= torch.inf
         return result
+
     monkeypatch.setattr(train, "compute_gradient", explode)
     with pytest.raises(UserError, match="gradient of step 4 is not finite: lower --learning_rate"):
         train.train(cfg)
@@ -231,9 +301,25 @@ def test_a_script_says_it_in_one_line(tmp_path, toy):
     done = script("train.py", **toy)
     line = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert done.returncode == 2 and line.startswith("train.py: error: ") and "toy.csv, line 122: the text is empty" in line
-    for name, args in (("train.py", ["--learning_rat=1"]), ("eval.py", [str(tmp_path)]), ("eval.py", []),
-                       ("data.py", ["nowhere.py"]), ("train.py", ["config/textcls.py=3"])):
+    assert (
+        done.returncode == 2
+        and line.startswith("train.py: error: ")
+        and "toy.csv, line 122: the text is empty" in line
+    )
+    for name, args in (
+        ("train.py", ["--learning_rat=1"]),
+        ("eval.py", [str(tmp_path)]),
+        ("eval.py", []),
+        ("data.py", ["nowhere.py"]),
+        ("train.py", ["config/textcls.py=3"]),
+    ):
         done = script(name, *args)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
-    assert json.dumps(os.listdir(tmp_path)) == '["toy.csv"]' or set(os.listdir(tmp_path)) <= {"toy.csv", "data"}
+        assert (
+            done.returncode == 2
+            and len(done.stderr.splitlines()) == 1
+            and "Traceback" not in done.stderr
+        )
+    assert json.dumps(os.listdir(tmp_path)) == '["toy.csv"]' or set(os.listdir(tmp_path)) <= {
+        "toy.csv",
+        "data",
+    }

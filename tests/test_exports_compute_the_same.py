@@ -1,4 +1,5 @@
 """A model that is exported computes what the checkpoint does, on batches of other sizes than it was exported with."""
+
 import pytest
 import torch
 
@@ -17,10 +18,15 @@ TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 
 def padded(documents):
     ids = [torch.as_tensor(d) for d in documents]
-    return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(d) for d in ids]))
+    return tuple(
+        torch.nn.utils.rnn.pad_sequence(x, batch_first=True)
+        for x in (ids, [torch.ones_like(d) for d in ids])
+    )
 
 
-@pytest.mark.parametrize("kw", [*CONFIGS, *(dict(pooling=p) for p in ("mean", "max", "cls", "last"))], ids=str)
+@pytest.mark.parametrize(
+    "kw", [*CONFIGS, *(dict(pooling=p) for p in ("mean", "max", "cls", "last"))], ids=str
+)
 def test_padded_equals_packed_at_any_size(tmp_path, kw):
     if isinstance(kw, str):
         reference(kw).save_pretrained(tmp_path)
@@ -28,15 +34,21 @@ def test_padded_equals_packed_at_any_size(tmp_path, kw):
     else:
         model = random_model(**kw).eval()
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    exported = torch.export.export(Padded(model), padded(random_documents([9, 4])), dynamic_shapes=(sizes, sizes)).module()
+    exported = torch.export.export(
+        Padded(model), padded(random_documents([9, 4])), dynamic_shapes=(sizes, sizes)
+    ).module()
     for lengths in ([7, 1, 40, 40, 3, 50], [22], [1], [58, 2]):
         documents = random_documents(lengths)
-        torch.testing.assert_close(exported(*padded(documents)), model(*packed(documents)), **TOLERANCE)
+        torch.testing.assert_close(
+            exported(*padded(documents)), model(*packed(documents)), **TOLERANCE
+        )
 
 
 def test_images():
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(image_size=(1, 8, 8), patch=4, n_classes=3, d_model=32, n_head=2, d_ff=64)).eval()
+    model = Transformer(
+        ModelConfig(image_size=(1, 8, 8), patch=4, n_classes=3, d_model=32, n_head=2, d_ff=64)
+    ).eval()
     torch.nn.init.normal_(model.head.weight)
     sizes = ({0: torch.export.Dim.DYNAMIC},)
     exported = torch.export.export(model, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=sizes)
@@ -47,14 +59,18 @@ def test_images():
 def logits_of(clf, run):
     """(run's logits of test, the checkpoint's)."""
     examples = open_data(clf, "test")
-    return run(*padded([examples.document(i, None) for i in range(len(examples))])), clf.logits(examples)
+    return run(*padded([examples.document(i, None) for i in range(len(examples))])), clf.logits(
+        examples
+    )
 
 
 def test_pt2_of_a_run(toy):
     train.train(train.Config(**toy))
     clf = Classifier(toy["out_dir"])
     export(clf, "pt2")
-    torch.testing.assert_close(*logits_of(clf, torch.export.load(f"{toy['out_dir']}/model.pt2").module()), **TOLERANCE)
+    torch.testing.assert_close(
+        *logits_of(clf, torch.export.load(f"{toy['out_dir']}/model.pt2").module()), **TOLERANCE
+    )
 
 
 def test_onnx_of_a_run(toy):
@@ -64,8 +80,17 @@ def test_onnx_of_a_run(toy):
     clf = Classifier(toy["out_dir"])
     export(clf, "onnx")
     session = runtime.InferenceSession(f"{toy['out_dir']}/model.onnx")
-    torch.testing.assert_close(*logits_of(clf, lambda ids, mask: torch.from_numpy(session.run(
-        ["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])), **TOLERANCE)
+    torch.testing.assert_close(
+        *logits_of(
+            clf,
+            lambda ids, mask: torch.from_numpy(
+                session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[
+                    0
+                ]
+            ),
+        ),
+        **TOLERANCE,
+    )
 
 
 def test_what_differs_is_not_kept_and_a_bag_of_ngrams_is_refused(toy, monkeypatch, tmp_path):

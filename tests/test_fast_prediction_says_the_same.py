@@ -1,4 +1,5 @@
 """Labels computed in bfloat16 or int8 are those of float32, but for texts on the edge; what cannot be is refused."""
+
 import copy
 
 import pytest
@@ -38,11 +39,15 @@ def test_logits_are_close(tmp_path, name, dtype, error):
 @pytest.mark.parametrize("causal, window", [(False, 0), (True, 0), (False, 5), (True, 5)])
 def test_attention_without_a_backward_pass_is_attention(causal, window):
     lengths = torch.tensor([40, 40, 17, 1, 0, 5, 5])
-    qkv = torch.randn(int(lengths.sum()), 3, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    qkv = torch.randn(
+        int(lengths.sum()), 3, 4, 8, generator=torch.Generator().manual_seed(0)
+    ).bfloat16()
     layout = PackedLayout(torch.cat((torch.zeros(1), lengths.cumsum(0))).int(), len(qkv), 64)
     exact = attend(qkv.float(), layout, causal, window)
     with torch.no_grad():
-        torch.testing.assert_close(attend(qkv, layout, causal, window).float(), exact, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(
+            attend(qkv, layout, causal, window).float(), exact, atol=0.02, rtol=0.02
+        )
         got, filled = attend(qkv, layout, causal, window, first_only=True).float(), lengths > 0
         torch.testing.assert_close(got[filled], exact[layout.first[filled]], atol=0.02, rtol=0.02)
         got = attend(qkv.float(), layout, causal, window, first_only=True)
@@ -52,7 +57,10 @@ def test_attention_without_a_backward_pass_is_attention(causal, window):
 def test_labels_are_the_same(toy):
     train.train(train.Config(**toy | dict(epochs=6.0)))
     texts = [f"{'goal ' * (i % 9)} {'bank ' * (i % 7)} {'chip ' * (i % 5)}{i}" for i in range(200)]
-    exact = [max(r["probabilities"].items(), key=lambda x: x[1]) for r in Classifier(toy["out_dir"])(texts)]
+    exact = [
+        max(r["probabilities"].items(), key=lambda x: x[1])
+        for r in Classifier(toy["out_dir"])(texts)
+    ]
     for dtype in (torch.bfloat16, torch.int8):
         labels = [r["label"] for r in Classifier(toy["out_dir"], dtype=dtype)(texts)]
         assert all(a == b for a, (b, p) in zip(labels, exact) if p > 0.55)
@@ -62,21 +70,33 @@ def test_the_table_of_cheaper_ways_holds_what_each_scores(toy, capsys):
     train.train(train.Config(**toy))
     capsys.readouterr()
     compare_cheaper(toy["out_dir"], Config(split="train"))
-    rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()[2:]}
+    rows = {
+        line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()[2:]
+    }
     clf = Classifier(toy["out_dir"])
     examples = open_data(clf, "train")
     said, longest = clf.logits(examples).argmax(1).numpy(), max(examples.lengths)
-    assert rows["float32"][:2] == [f"{(said == examples.labels).mean():.2%}", "0.00%"] and rows["float32"][3] == "1.00×"
+    assert (
+        rows["float32"][:2] == [f"{(said == examples.labels).mean():.2%}", "0.00%"]
+        and rows["float32"][3] == "1.00×"
+    )
     clf.max_len = int(longest) // 4
     short = clf.logits(open_data(clf, "train")).argmax(1).numpy()
     assert rows[f"first {longest // 4} of {longest} tokens"][:2] == [
-        f"{(short == examples.labels).mean():.2%}", f"{(short != said).mean():.2%}"]
-    assert {"bfloat16", "int8", "torch.compile", f"first {longest // 2} of {longest} tokens"} < set(rows)
+        f"{(short == examples.labels).mean():.2%}",
+        f"{(short != said).mean():.2%}",
+    ]
+    assert {"bfloat16", "int8", "torch.compile", f"first {longest // 2} of {longest} tokens"} < set(
+        rows
+    )
 
 
 def test_int8_is_refused_where_it_cannot_be(toy):
     train.train(train.Config(**toy | dict(model="linear")))
-    with pytest.raises(UserError, match="--dtype=int8 is for transformers of tokens on CPUs, .* is a linear model of text"):
+    with pytest.raises(
+        UserError,
+        match="--dtype=int8 is for transformers of tokens on CPUs, .* is a linear model of text",
+    ):
         Classifier(toy["out_dir"], dtype=torch.int8)
 
 

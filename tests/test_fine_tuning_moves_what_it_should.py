@@ -1,4 +1,5 @@
 """Fine-tuning begins from the weights it is given, moves what it should, as fast as it should, and can be resumed."""
+
 import json
 
 import numpy as np
@@ -23,37 +24,58 @@ def bert(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     from tests.conftest import WORDS
+
     folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the a of and on in it was".split()]
     words += " ".join(WORDS.values()).split()
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.add_special_tokens(words[:5])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
-                                                             special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer.enable_truncation(20)  # as published tokenizers have it: ours is undone, and cuts at max_len
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.enable_truncation(
+        20
+    )  # as published tokenizers have it: ours is undone, and cuts at max_len
     tokenizer.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
-    hf.BertModel(hf.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-                               intermediate_size=64, max_position_embeddings=50,
-                               initializer_range=0.15)).save_pretrained(folder)
+    hf.BertModel(
+        hf.BertConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=50,
+            initializer_range=0.15,
+        )
+    ).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture
 def settings(toy, bert):
-    return {k: v for k, v in toy.items() if k not in ("vocab_size", "n_layer", "d_model", "n_head")} | dict(init_from=bert)
+    return {
+        k: v for k, v in toy.items() if k not in ("vocab_size", "n_layer", "d_model", "n_head")
+    } | dict(init_from=bert)
 
 
 def tuned(settings, **changes):
     finetune.finetune(finetune.Config(**settings | changes))
-    return load_checkpoint(f"{settings['out_dir']}/last.pt"), load_checkpoint(f"{settings['out_dir']}/best.pt")
+    return load_checkpoint(f"{settings['out_dir']}/last.pt"), load_checkpoint(
+        f"{settings['out_dir']}/best.pt"
+    )
 
 
-@pytest.mark.parametrize("freeze, still", [
-    (0, []), ("embeddings", ["embedding", "position", "segment"]),
-    (2, ["embedding", "position", "segment", "blocks.0", "blocks.1"]),
-    ("body", ["embedding", "position", "segment", "blocks"])])
+@pytest.mark.parametrize(
+    "freeze, still",
+    [
+        (0, []),
+        ("embeddings", ["embedding", "position", "segment"]),
+        (2, ["embedding", "position", "segment", "blocks.0", "blocks.1"]),
+        ("body", ["embedding", "position", "segment", "blocks"]),
+    ],
+)
 def test_frozen_weights_do_not_move_by_one_bit(settings, bert, freeze, still):
     last, _ = tuned(settings, freeze=freeze)
     before = from_pretrained(bert, 3).state_dict()
@@ -65,26 +87,41 @@ def test_frozen_weights_do_not_move_by_one_bit(settings, bert, freeze, still):
 def test_a_layers_learning_rate_is_the_formulas(settings, bert):
     cfg = finetune.Config(**settings | dict(layer_lr_decay=0.5, weight_decay=0.1))
     model = from_pretrained(bert, 3)
-    scale = {id(p): g["lr_scale"] for o in optim.make_optimizers(model, cfg, torch.device("cpu"), finetune.lr_scale)
-             for g in o.param_groups for p in g["params"]}
+    scale = {
+        id(p): g["lr_scale"]
+        for o in optim.make_optimizers(model, cfg, torch.device("cpu"), finetune.lr_scale)
+        for g in o.param_groups
+        for p in g["params"]
+    }
     for name, p in model.named_parameters():
-        depth = 3 + 1 if name.startswith(("embedding", "position", "segment")) else \
-            3 - int(name.split(".")[1]) if name.startswith("blocks") else 0
+        depth = (
+            3 + 1
+            if name.startswith(("embedding", "position", "segment"))
+            else 3 - int(name.split(".")[1])
+            if name.startswith("blocks")
+            else 0
+        )
         assert scale[id(p)] == 0.5**depth, name
 
 
 def test_lora_trains_little_and_merges_exactly(settings, bert):
     last, best = tuned(settings, lora_rank=2, lora_alpha=4.0, epochs=1.0, eval_interval=6)
     before = from_pretrained(bert, 3).state_dict()
-    trained = {n for n, w in last["model"].items() if n not in before or not torch.equal(w, before[n])}
-    assert all("lora" in n or n.startswith(("dense", "head")) for n in trained) and any("lora_b" in n for n in trained)
+    trained = {
+        n for n, w in last["model"].items() if n not in before or not torch.equal(w, before[n])
+    }
+    assert all("lora" in n or n.startswith(("dense", "head")) for n in trained) and any(
+        "lora_b" in n for n in trained
+    )
     merged = from_pretrained(settings["out_dir"])
     cfg = finetune.Config(**settings | dict(lora_rank=2, lora_alpha=4.0))
     meta = {"task": "classification", "kind": "text", "label_names": "abc", "vocab_size": 20}
     unmerged = finetune.make_model(cfg, meta, class_task(3), bert)
     unmerged.load_state_dict(last["model"])
     docs = packed([np.arange(1, 9), np.arange(3, 20)])
-    assert not torch.equal(best["model"]["blocks.0.mlp.up.weight"], before["blocks.0.mlp.up.weight"])
+    assert not torch.equal(
+        best["model"]["blocks.0.mlp.up.weight"], before["blocks.0.mlp.up.weight"]
+    )
     torch.testing.assert_close(merged(*docs), unmerged.eval()(*docs), atol=1e-5, rtol=1e-5)
 
 
@@ -97,14 +134,18 @@ def test_from_weights_to_a_classifier_that_transformers_loads(settings, bert, tm
     assert report["n"] == 12 and report["accuracy"] > 0.8
     done = script("eval.py", settings["out_dir"], "--export=hf")
     assert done.returncode == 0, done.stderr
-    theirs = hf.AutoModelForSequenceClassification.from_pretrained(f"{settings['out_dir']}/hf").eval()
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(
+        f"{settings['out_dir']}/hf"
+    ).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(f"{settings['out_dir']}/hf")
     clf = Classifier(settings["out_dir"])
     for text in ("goal striker of the coach", "bank", "laptop code in the network was a chip"):
         with torch.no_grad():
             p = theirs(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0]
         got = clf([text])[0]["probabilities"]
-        assert got == pytest.approx({theirs.config.id2label[i]: v.item() for i, v in enumerate(p)}, abs=1e-5)
+        assert got == pytest.approx(
+            {theirs.config.id2label[i]: v.item() for i, v in enumerate(p)}, abs=1e-5
+        )
 
 
 def test_resuming_and_from_our_own_checkpoint(settings, bert):
@@ -117,7 +158,10 @@ def test_resuming_and_from_our_own_checkpoint(settings, bert):
         if len(calls) == 8:
             raise KeyboardInterrupt
         return real(*args)
-    cut = settings | dict(out_dir=settings["out_dir"] + "-cut", eval_interval=3, lora_rank=2, ema_decay=0.9)
+
+    cut = settings | dict(
+        out_dir=settings["out_dir"] + "-cut", eval_interval=3, lora_rank=2, ema_decay=0.9
+    )
     train.compute_gradient = failing
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -129,21 +173,37 @@ def test_resuming_and_from_our_own_checkpoint(settings, bert):
     assert all(torch.equal(w, resumed["model"][k]) for k, w in whole["model"].items())
     assert all(torch.equal(a, b) for a, b in zip(whole["ema"], resumed["ema"], strict=True))
 
-    again, _ = tuned(settings | dict(init_from=settings["out_dir"], out_dir=settings["out_dir"] + "-2", learning_rate=0.0))
+    again, _ = tuned(
+        settings
+        | dict(init_from=settings["out_dir"], out_dir=settings["out_dir"] + "-2", learning_rate=0.0)
+    )
     start = load_checkpoint(f"{settings['out_dir']}/best.pt")["model"]
-    assert all(torch.equal(w, start[k]) for k, w in again["model"].items())  # began there: at rate 0 nothing moves
+    assert all(
+        torch.equal(w, start[k]) for k, w in again["model"].items()
+    )  # began there: at rate 0 nothing moves
     assert records(settings["out_dir"] + "-2")[-1]["val_loss"] > 0
 
 
 def test_errors(settings, bert, tmp_path):
-    for changes, says in ((dict(init_from=str(tmp_path / "nowhere/at all")), "no such file or folder"),
-                          (dict(max_len=51), "reads 50 tokens at the most"), (dict(freeze=9), "the model has 3 blocks"),
-                          (dict(lora_rank=2, lora_targets=["q"]), "there is no 'q'")):
+    for changes, says in (
+        (dict(init_from=str(tmp_path / "nowhere/at all")), "no such file or folder"),
+        (dict(max_len=51), "reads 50 tokens at the most"),
+        (dict(freeze=9), "the model has 3 blocks"),
+        (dict(lora_rank=2, lora_targets=["q"]), "there is no 'q'"),
+    ):
         with pytest.raises(UserError, match=says):
             finetune.finetune(finetune.Config(**settings | changes))
     small = tmp_path / "small"
-    model = hf.BertModel(hf.BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                       intermediate_size=64, max_position_embeddings=50))
+    model = hf.BertModel(
+        hf.BertConfig(
+            vocab_size=9,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=50,
+        )
+    )
     model.save_pretrained(small)
     (small / "tokenizer.json").write_text(open(f"{bert}/tokenizer.json").read())
     with pytest.raises(UserError, match="the weights know 9 tokens, their tokenizer 28"):

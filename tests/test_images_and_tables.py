@@ -1,4 +1,5 @@
 """Images and rows of numbers: what is stored is what the source holds; augmentation is reproducible, for training only."""
+
 import functools
 import gzip
 import http.server
@@ -42,10 +43,23 @@ def write_images(folder, n=120, shape=(12, 12), mode="L", seed=0):
 
 @pytest.fixture
 def images(tmp_path):
-    return dict(dataset="shapes", kind="image", train_file=write_images(tmp_path / "pictures"),
-                data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"), n_layer=2, d_model=32, n_head=2,
-                batch_size=16, epochs=25.0, warmup_steps=5, learning_rate=3e-3, wandb_mode="disabled",
-                dtype="float32", device="cpu")
+    return dict(
+        dataset="shapes",
+        kind="image",
+        train_file=write_images(tmp_path / "pictures"),
+        data_dir=str(tmp_path / "data"),
+        out_dir=str(tmp_path / "out"),
+        n_layer=2,
+        d_model=32,
+        n_head=2,
+        batch_size=16,
+        epochs=25.0,
+        warmup_steps=5,
+        learning_rate=3e-3,
+        wandb_mode="disabled",
+        dtype="float32",
+        device="cpu",
+    )
 
 
 def test_an_image_folder_is_stored_learnt_and_told_apart(images):
@@ -74,11 +88,14 @@ STRONG = dict(shift=0.2, rotate=20.0, scale=0.2, flip=True, cutout=0.5, mixup=0.
 def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
     cfg = train.Config(**images)
     meta = data.build(cfg)
-    a, b, other = (open_split(cfg, meta, "train", 9, seed, augmentation=STRONG) for seed in (1, 1, 2))
+    a, b, other = (
+        open_split(cfg, meta, "train", 9, seed, augmentation=STRONG) for seed in (1, 1, 2)
+    )
 
     def batch(d, epoch, indices):
         made = d.batch(epoch, np.array(indices))
         return made.inputs[0], made.targets
+
     x, y = batch(a, 3, [5, 2, 9])
     assert x.dtype == torch.float32 and x.shape == (3, 1, 12, 12) and y.shape == (3, 2)
     torch.testing.assert_close(y.sum(1), torch.ones(3))
@@ -98,11 +115,18 @@ def test_a_compiled_models_gradient_is_the_models_and_an_epochs_last_batch_is_fi
     cfg = train.Config(**images | dict(compile=True))
     meta = data.build(cfg)
     examples = open_split(cfg, meta, "train", 9)
-    requests = list(batches.GlobalBatches(examples, 20, 16384, 1, 0, len(examples) // 20 + 1, fixed_shapes=True))
+    requests = list(
+        batches.GlobalBatches(examples, 20, 16384, 1, 0, len(examples) // 20 + 1, fixed_shapes=True)
+    )
     assert {len(made.inputs[0]) for r in requests for made in examples.__getitems__(r)} == {20}
-    (epoch, indices, shape), = requests[-1]
+    ((epoch, indices, shape),) = requests[-1]
     batch, filled = examples.batch(epoch, indices), examples.batch(epoch, indices, shape)
-    assert compiling_leaves_the_gradient_as_it_is(cfg, meta, task_of(cfg, meta), batch, filled, 1e-5) == len(indices) == len(examples) % 20 > 0
+    assert (
+        compiling_leaves_the_gradient_as_it_is(cfg, meta, task_of(cfg, meta), batch, filled, 1e-5)
+        == len(indices)
+        == len(examples) % 20
+        > 0
+    )
 
 
 def test_each_augmentation_is_what_it_says():
@@ -112,18 +136,26 @@ def test_each_augmentation_is_what_it_says():
     same = batches.augment(x, still, shift=0.3, rotate=90.0, scale=0.5)
     torch.testing.assert_close(same, x.float(), atol=1e-3, rtol=0)  # draws of 0.5: no change
     draws[0, 4] = 0.2
-    torch.testing.assert_close(batches.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        batches.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0
+    )
     draws[0, :5] = torch.tensor([1, 0.5, 0.5, 0.5, 0.9])
-    torch.testing.assert_close(batches.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        batches.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0
+    )
     draws[0, :4] = torch.tensor([0.5, 0.5, 1, 0.5])
     turned = batches.augment(x, draws, rotate=90.0)
     assert max((turned - torch.rot90(x.float(), k, (2, 3))).abs().max() < 0.1 for k in (1, -1))
     cut = batches.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
-    assert (cut == 0).sum() == 16 and (cut[0, 0, 3:7, 3:7] == 0).all()  # half of 0.8 of the side, in the middle
+    assert (cut == 0).sum() == 16 and (
+        cut[0, 0, 3:7, 3:7] == 0
+    ).all()  # half of 0.8 of the side, in the middle
     draws = torch.full((1, 24), 0.5)
     draws[0, 11] = 0.9
     blended = batches.augment(torch.cat((x, x.flip(-1))), draws, mixup=0.5)
-    torch.testing.assert_close(blended, torch.lerp(x.float(), x.float().flip(-1), 0.225), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        blended, torch.lerp(x.float(), x.float().flip(-1), 0.225), atol=1e-2, rtol=0
+    )
 
 
 def test_augmentation_is_exact_under_autocast():
@@ -134,7 +166,9 @@ def test_augmentation_is_exact_under_autocast():
 
 
 def test_flip_averaging(images):
-    model = Transformer(ModelConfig(image_size=(1, 12, 12), n_classes=2, d_model=32, n_head=2)).eval()
+    model = Transformer(
+        ModelConfig(image_size=(1, 12, 12), n_classes=2, d_model=32, n_head=2)
+    ).eval()
     torch.nn.init.normal_(model.head.weight)
     x = torch.randint(0, 255, (3, 1, 12, 12), dtype=torch.uint8)
     batch = batches.Batch((x,), None, 3, 3)._replace(targets=torch.zeros(3))
@@ -142,17 +176,35 @@ def test_flip_averaging(images):
     torch.testing.assert_close(got, (model(x) + model(x.flip(-1))) / 2)
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("bar/bad.png", b"\x89PNG\r\n\x1a\n broken", r"bad.png: not a readable image .*drop_bad_rows"),
-    ("bar/short.png", None, r"short.png: not a readable image"),
-    ("ring/colour.png", Image.new("RGB", (12, 12)), r"colour.png: .* are \(3, 12, 12\), not \(1, 12, 12\)"),
-    ("ring/wide.png", Image.new("L", (13, 12)), r"wide.png: .* are \(1, 12, 13\), not \(1, 12, 12\)")])
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        (
+            "bar/bad.png",
+            b"\x89PNG\r\n\x1a\n broken",
+            r"bad.png: not a readable image .*drop_bad_rows",
+        ),
+        ("bar/short.png", None, r"short.png: not a readable image"),
+        (
+            "ring/colour.png",
+            Image.new("RGB", (12, 12)),
+            r"colour.png: .* are \(3, 12, 12\), not \(1, 12, 12\)",
+        ),
+        (
+            "ring/wide.png",
+            Image.new("L", (13, 12)),
+            r"wide.png: .* are \(1, 12, 13\), not \(1, 12, 12\)",
+        ),
+    ],
+)
 def test_bad_images_are_named(images, name, content, says):
     path = f"{images['train_file']}/{name}"
     if isinstance(content, Image.Image):
         content.save(path)
     else:
-        open(path, "wb").write(content or open(f"{images['train_file']}/bar/000.png", "rb").read()[:-40])
+        open(path, "wb").write(
+            content or open(f"{images['train_file']}/bar/000.png", "rb").read()[:-40]
+        )
     with pytest.raises(UserError, match=says):
         data.build(train.Config(**images))
     assert os.listdir(images["data_dir"]) == []
@@ -161,27 +213,58 @@ def test_bad_images_are_named(images, name, content, says):
 GOOD = "x,y,label\n" + "".join(f"{i},{i * i},{'ab'[i % 2]}\n" for i in range(40))
 
 
-@pytest.mark.parametrize("row, settings, says", [
-    ("1,,a", {}, "table.csv, line 42: feature 1 is empty or NaN; .*--impute=True"),
-    ("nan,2,a", {}, "line 42: feature 0 is empty or NaN"), ("1,inf,a", {}, "line 42: feature 1 is infinite"),
-    ("1,inf,a", dict(impute=True), "line 42: feature 1 is infinite"),
-    ("1,two,a", {}, "line 42: could not convert string to float: 'two': --columns must name"),
-    ("1,2,a", dict(label_column="x", target="number", columns=["label"]), "could not convert.*'a'"),
-    ("1,2,a", dict(target="number"), "line 2: label 'a' is not a number, which --target=number needs"),
-    ("1,2", {}, "line 42: 2 fields where 3 are needed"),
-    ("1,2,a", dict(kind="image"), r"line 2: 2 pixels; give --image_size"),
-    ("1,2,a", dict(kind="image", image_size=[1, 1, 2]), r"line 18: pixels are whole numbers from 0 to 255")])
+@pytest.mark.parametrize(
+    "row, settings, says",
+    [
+        ("1,,a", {}, "table.csv, line 42: feature 1 is empty or NaN; .*--impute=True"),
+        ("nan,2,a", {}, "line 42: feature 0 is empty or NaN"),
+        ("1,inf,a", {}, "line 42: feature 1 is infinite"),
+        ("1,inf,a", dict(impute=True), "line 42: feature 1 is infinite"),
+        ("1,two,a", {}, "line 42: could not convert string to float: 'two': --columns must name"),
+        (
+            "1,2,a",
+            dict(label_column="x", target="number", columns=["label"]),
+            "could not convert.*'a'",
+        ),
+        (
+            "1,2,a",
+            dict(target="number"),
+            "line 2: label 'a' is not a number, which --target=number needs",
+        ),
+        ("1,2", {}, "line 42: 2 fields where 3 are needed"),
+        ("1,2,a", dict(kind="image"), r"line 2: 2 pixels; give --image_size"),
+        (
+            "1,2,a",
+            dict(kind="image", image_size=[1, 1, 2]),
+            r"line 18: pixels are whole numbers from 0 to 255",
+        ),
+    ],
+)
 def test_bad_tables_are_named(tmp_path, row, settings, says):
     (tmp_path / "table.csv").write_text(GOOD + row + "\n")
     with pytest.raises(UserError, match=says):
-        data.build(train.Config(**dict(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features",
-                                       data_dir=str(tmp_path / "data")) | settings))
+        data.build(
+            train.Config(
+                **dict(
+                    dataset="t",
+                    train_file=str(tmp_path / "table.csv"),
+                    kind="features",
+                    data_dir=str(tmp_path / "data"),
+                )
+                | settings
+            )
+        )
 
 
 def test_an_empty_feature_becomes_trains_mean_if_asked(tmp_path):
     (tmp_path / "table.csv").write_text(GOOD + ",1600,a\n")
-    cfg = train.Config(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features", data_dir=str(tmp_path / "data"),
-                       impute=True)
+    cfg = train.Config(
+        dataset="t",
+        train_file=str(tmp_path / "table.csv"),
+        kind="features",
+        data_dir=str(tmp_path / "data"),
+        impute=True,
+    )
     meta = data.build(cfg)
     x = np.concatenate([open_split(cfg, meta, s, 1).values for s in batches.SPLITS])
     assert (x[:, 0] == 0).sum() == 1 and np.isfinite(x).all()  # 0 is the mean, standardised
@@ -189,9 +272,17 @@ def test_an_empty_feature_becomes_trains_mean_if_asked(tmp_path):
 
 def test_a_text_and_an_image_model_are_not_for_tables(tmp_path):
     (tmp_path / "table.csv").write_text(GOOD)
-    cfg = dict(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features", data_dir=str(tmp_path / "data"),
-               out_dir=str(tmp_path / "out"), wandb_mode="disabled")
-    with pytest.raises(UserError, match="reads text and images; for rows of numbers take --model=mlp or linear"):
+    cfg = dict(
+        dataset="t",
+        train_file=str(tmp_path / "table.csv"),
+        kind="features",
+        data_dir=str(tmp_path / "data"),
+        out_dir=str(tmp_path / "out"),
+        wandb_mode="disabled",
+    )
+    with pytest.raises(
+        UserError, match="reads text and images; for rows of numbers take --model=mlp or linear"
+    ):
         train.train(train.Config(**cfg))
     train.train(train.Config(**cfg, model="mlp", epochs=2.0))
 
@@ -205,9 +296,19 @@ hf = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     torch.manual_seed(0)
-    model = hf.ViTForImageClassification(hf.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
-        num_channels=1, num_labels=3, initializer_range=0.2)).eval()
+    model = hf.ViTForImageClassification(
+        hf.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=16,
+            patch_size=4,
+            num_channels=1,
+            num_labels=3,
+            initializer_range=0.2,
+        )
+    ).eval()
     model.save_pretrained(folder := tmp_path_factory.mktemp("vit"))
     return model, folder
 
@@ -218,7 +319,9 @@ def test_vit_parity_at_its_own_and_another_resolution(vit, size):
     x = torch.randint(0, 256, (5, 1, *size), dtype=torch.uint8)
     ours = from_pretrained(folder, image_size=(1, *size))
     with torch.no_grad():
-        theirs = model((x / 255 - 0.5) / 0.5, interpolate_pos_encoding=True, output_hidden_states=True)
+        theirs = model(
+            (x / 255 - 0.5) / 0.5, interpolate_pos_encoding=True, output_hidden_states=True
+        )
         torch.testing.assert_close(ours(x), theirs.logits, atol=1e-4, rtol=1e-4)
         hidden = model.vit.layernorm(theirs.hidden_states[-1])
         torch.testing.assert_close(ours.hidden(x), hidden.flatten(0, 1), atol=1e-4, rtol=1e-4)
@@ -233,13 +336,22 @@ def test_vit_refusals(vit):
 
 def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
     settings = {k: v for k, v in images.items() if k not in ("n_layer", "d_model", "n_head")}
-    still = finetune.Config(**settings | dict(init_from=str(vit[1]), new_head=True, freeze="body", epochs=1.0,
-                                              out_dir=images["out_dir"] + "-frozen"))
+    still = finetune.Config(
+        **settings
+        | dict(
+            init_from=str(vit[1]),
+            new_head=True,
+            freeze="body",
+            epochs=1.0,
+            out_dir=images["out_dir"] + "-frozen",
+        )
+    )
     finetune.finetune(still)
     moved = from_pretrained(still.out_dir).state_dict()
     start = from_pretrained(vit[1], image_size=(1, 12, 12)).state_dict()
-    assert {k for k in start if not torch.equal(start[k], moved[k]) or k.startswith("head")} == \
-        {k for k in start if k.startswith(("head", "norm"))}
+    assert {k for k in start if not torch.equal(start[k], moved[k]) or k.startswith("head")} == {
+        k for k in start if k.startswith(("head", "norm"))
+    }
     cfg = finetune.Config(**settings | dict(init_from=str(vit[1]), new_head=True, dropout=0.0))
     finetune.finetune(cfg)
     clf = Classifier(cfg.out_dir)
@@ -253,7 +365,9 @@ def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
 
 @pytest.fixture
 def server(tmp_path):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www")
+    )
     (tmp_path / "www").mkdir()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as s:
         threading.Thread(target=s.serve_forever, daemon=True).start()
@@ -264,8 +378,14 @@ def server(tmp_path):
 def test_cifars_and_mnists_files_are_read(server, tmp_path):
     folder, url = server
     rng = np.random.default_rng(0)
-    pixels, labels = rng.integers(0, 256, (60, 3, 4, 4)).astype(np.uint8), np.arange(60, dtype=np.uint8) % 3
-    parts_of_cifar = [b"".join(bytes([y]) + x.tobytes() for x, y in zip(pixels[a:b], labels[a:b])) for a, b in ((0, 25), (25, 60))]
+    pixels, labels = (
+        rng.integers(0, 256, (60, 3, 4, 4)).astype(np.uint8),
+        np.arange(60, dtype=np.uint8) % 3,
+    )
+    parts_of_cifar = [
+        b"".join(bytes([y]) + x.tobytes() for x, y in zip(pixels[a:b], labels[a:b]))
+        for a, b in ((0, 25), (25, 60))
+    ]
     with tarfile.open(folder / "cifar.tar.gz", "w:gz") as archive:
         for i, batch in enumerate(parts_of_cifar):
             info = tarfile.TarInfo(f"batches/data_batch_{i}.bin")
@@ -274,16 +394,32 @@ def test_cifars_and_mnists_files_are_read(server, tmp_path):
         archive.addfile(tarfile.TarInfo("batches/readme.html"), io.BytesIO())
     cifar = f"{url}/cifar.tar.gz!*/data_batch*.bin#sha256={file_sha256(folder / 'cifar.tar.gz')}"
     parts = []
-    for name, head, body in (("images-idx3", (2051, 60, 4, 12), pixels), ("labels-idx1", (2049, 60), labels)):
+    for name, head, body in (
+        ("images-idx3", (2051, 60, 4, 12), pixels),
+        ("labels-idx1", (2049, 60), labels),
+    ):
         with gzip.open(folder / f"t-{name}-ubyte.gz", "wb") as f:
             f.write(struct.pack(f">{len(head)}i", *head) + body.tobytes())
         parts.append(f"{url}/t-{name}-ubyte.gz#sha256={file_sha256(folder / f't-{name}-ubyte.gz')}")
     for source, shape in ((cifar, [3, 4, 4]), (" + ".join(parts), [1, 4, 12])):
-        cfg = train.Config(dataset=f"d{shape[0]}", kind="image", image_size=shape, train_file=source,
-                           data_dir=str(tmp_path / "d"))
+        cfg = train.Config(
+            dataset=f"d{shape[0]}",
+            kind="image",
+            image_size=shape,
+            train_file=source,
+            data_dir=str(tmp_path / "d"),
+        )
         meta = data.build(cfg)
         splits = [open_split(cfg, meta, s, 1) for s in batches.SPLITS]
         found = {x.tobytes(): y for d in splits for x, y in zip(d.values, d.labels)}
         assert found == {x.tobytes(): y for x, y in zip(pixels, labels)} and meta["shape"] == shape
     with pytest.raises(UserError, match="the download has SHA-256 .* not 0000"):
-        data.build(train.Config(**dict(vars(cfg), dataset="e", train_file=f"{url}/cifar.tar.gz!*.bin#sha256=" + "0" * 64)))
+        data.build(
+            train.Config(
+                **dict(
+                    vars(cfg),
+                    dataset="e",
+                    train_file=f"{url}/cifar.tar.gz!*.bin#sha256=" + "0" * 64,
+                )
+            )
+        )

@@ -1,4 +1,5 @@
 """Language models see what they may see, are measured over every token, and lose nothing on the way to a classifier."""
+
 import collections
 import json
 import math
@@ -27,7 +28,9 @@ from weights import from_pretrained, load_checkpoint
 
 def language_model(causal, **kw):
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=50, max_len=64, d_model=32, n_head=2, d_ff=64, lm_head="own", causal=causal, **kw)
+    config = ModelConfig(
+        vocab_size=50, max_len=64, d_model=32, n_head=2, d_ff=64, lm_head="own", causal=causal, **kw
+    )
     model = Transformer(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -38,7 +41,13 @@ def language_model(causal, **kw):
 def unlabelled(toy, tmp_path):
     text = (tmp_path / "toy.csv").read_text()
     (tmp_path / "toy.txt").write_text(text)
-    return toy | dict(train_file=str(tmp_path / "toy.txt"), target="none", test_fraction=0.0, objective="clm", max_len=16)
+    return toy | dict(
+        train_file=str(tmp_path / "toy.txt"),
+        target="none",
+        test_fraction=0.0,
+        objective="clm",
+        max_len=16,
+    )
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
@@ -58,8 +67,12 @@ def test_a_masked_model_never_reads_what_is_masked(tmp_path, toy):
     meta = data.open_or_build(cfg)[1]
     split = open_split(cfg, meta, "train", 512, 7, objective="mlm", mask_prob=0.4)
     (tokens, cu_seqlens, _, where), targets, *_ = split.batch(0, range(8))
-    assert (tokens[where] == meta["mask_id"]).all() and (tokens == meta["mask_id"]).sum() == len(where) > 10
-    assert not set(where.tolist()) & set(cu_seqlens.tolist())  # a document's first token, [CLS], stays
+    assert (tokens[where] == meta["mask_id"]).all() and (tokens == meta["mask_id"]).sum() == len(
+        where
+    ) > 10
+    assert not set(where.tolist()) & set(
+        cu_seqlens.tolist()
+    )  # a document's first token, [CLS], stays
     split.tokens = split.tokens.copy()  # other words under the masks: the model gets the same input
     for i in range(8):
         ids, aim = split.block(i, 0)
@@ -81,18 +94,33 @@ def test_the_loss_of_a_batch_is_a_plain_implementations(toy, objective):
     meta = data.open_or_build(cfg)[1]
     split = open_split(cfg, meta, "train", 12, objective=objective, mask_prob=cfg.mask_prob)
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=meta["vocab_size"], max_len=12, n_layer=1, d_model=32, n_head=2, d_ff=64,
-                                    lm_head="own", causal=objective == "clm", position="learned", qk_norm=False)).double()
+    model = Transformer(
+        ModelConfig(
+            vocab_size=meta["vocab_size"],
+            max_len=12,
+            n_layer=1,
+            d_model=32,
+            n_head=2,
+            d_ff=64,
+            lm_head="own",
+            causal=objective == "clm",
+            position="learned",
+            qk_norm=False,
+        )
+    ).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
 
     def norm(x):
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
     w, total, n = model.state_dict(), 0.0, 0
     for i in range(20):
         ids, targets = map(torch.from_numpy, split.block(i, 3))
         x = w["embedding.weight"][ids] + w["position.weight"][: len(ids)]
-        q, k, v = (w["blocks.0.attention.qkv.weight"] @ (norm(x) * w["blocks.0.norm1.weight"]).T).view(3, 2, 16, -1)
+        q, k, v = (
+            w["blocks.0.attention.qkv.weight"] @ (norm(x) * w["blocks.0.norm1.weight"]).T
+        ).view(3, 2, 16, -1)
         scores = q.mT @ k / 4
         if objective == "clm":
             scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -math.inf)
@@ -113,14 +141,23 @@ def test_the_loss_of_a_batch_is_a_plain_implementations(toy, objective):
 def test_evaluation_covers_every_token_once_and_training_cuts_elsewhere_each_epoch(unlabelled):
     cfg = train.Config(**unlabelled)
     meta = data.open_or_build(cfg)[1]
-    assert [meta["splits"][s]["examples"] for s in ("train", "val")] == [1, 1] and "test" not in meta["splits"]
+    assert [meta["splits"][s]["examples"] for s in ("train", "val")] == [
+        1,
+        1,
+    ] and "test" not in meta["splits"]
     for split in ("train", "val"):
         blocks = open_split(cfg, meta, split, 16, objective="clm")
-        ids, targets = (np.concatenate(x) for x in zip(*(blocks.block(i) for i in range(len(blocks)))))
+        ids, targets = (
+            np.concatenate(x) for x in zip(*(blocks.block(i) for i in range(len(blocks))))
+        )
         assert (ids == blocks.tokens[:-1]).all() and (targets == blocks.tokens[1:]).all()
-        seen = [[blocks.block(i, epoch)[0].tolist() for i in range(len(blocks))] for epoch in (0, 0, 1)]
+        seen = [
+            [blocks.block(i, epoch)[0].tolist() for i in range(len(blocks))] for epoch in (0, 0, 1)
+        ]
         assert seen[0] == seen[1] != seen[2]
-        assert all(len(block) == 16 for epoch in seen for block in epoch)  # the last one reaches back
+        assert all(
+            len(block) == 16 for epoch in seen for block in epoch
+        )  # the last one reaches back
     text = sources.clean(open(cfg.train_file).read())
     assert meta["splits"]["val"]["bytes"] == len(text[int(len(text) * 0.9) :].encode())
 
@@ -132,7 +169,11 @@ def test_every_micro_batch_of_a_compiled_language_model_has_one_shape(unlabelled
     for batch_size, limit, world in ((12, 16384, 1), (20, 100, 1), (13, 100, 2)):
         for rank in range(world):
             steps = len(blocks) // batch_size + 2
-            requests = list(batches.GlobalBatches(blocks, batch_size, limit, 1, 0, steps, rank, world, fixed_shapes=True))
+            requests = list(
+                batches.GlobalBatches(
+                    blocks, batch_size, limit, 1, 0, steps, rank, world, fixed_shapes=True
+                )
+            )
             made = [blocks.__getitems__(r) for r in requests]
             (T,) = {len(batch.inputs[0]) for step in made for batch in step}
             assert T % 16 == 0 and T <= limit
@@ -141,36 +182,53 @@ def test_every_micro_batch_of_a_compiled_language_model_has_one_shape(unlabelled
                 n_targets = sum((batch.targets >= 0).sum() for batch in of_step)
                 assert n_targets == sum(batch.n_targets for batch in of_step)
                 assert n_targets == 16 * sum(len(request.indices) for request in step)
-                assert sum(len(batch.targets) for batch in of_step) - 16 * -(-batch_size // world) < T
+                assert (
+                    sum(len(batch.targets) for batch in of_step) - 16 * -(-batch_size // world) < T
+                )
 
 
-@pytest.mark.parametrize("dtype, norm, position", [("float32", "layer", "learned"), ("bfloat16", "rms", "rope")])
+@pytest.mark.parametrize(
+    "dtype, norm, position", [("float32", "layer", "learned"), ("bfloat16", "rms", "rope")]
+)
 def test_a_compiled_models_gradient_is_the_models(unlabelled, dtype, norm, position):
-    cfg = train.Config(**unlabelled | dict(dtype=dtype, norm=norm, position=position, n_layer=2, d_model=64, compile=True))
+    cfg = train.Config(
+        **unlabelled
+        | dict(dtype=dtype, norm=norm, position=position, n_layer=2, d_model=64, compile=True)
+    )
     cfg.device = "cpu"
     meta = data.open_or_build(cfg)[1]
     blocks = open_split(cfg, meta, "train", 16, objective="clm")
     batch, filled = (blocks.batch(0, np.arange(8), batches.Shape(T, 8, 16)) for T in (128, 192))
     error = 1e-5 if dtype == "float32" else 2e-2  # bfloat16 rounds at other places
-    assert compiling_leaves_the_gradient_as_it_is(cfg, meta, task_of(cfg, meta), batch, filled, error) == 128
+    assert (
+        compiling_leaves_the_gradient_as_it_is(cfg, meta, task_of(cfg, meta), batch, filled, error)
+        == 128
+    )
 
 
 @pytest.mark.parametrize("lines", [False, True])
 def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lines):
     """A model that knows nothing needs log2(vocabulary) bits a token; one that does is added up token by token."""
     for tokenizer in ("bytes", "bpe"):
-        cfg = train.Config(**unlabelled | dict(tokenizer=tokenizer, lines=lines, dataset=f"lines{lines}", lowercase=False))
+        cfg = train.Config(
+            **unlabelled
+            | dict(tokenizer=tokenizer, lines=lines, dataset=f"lines{lines}", lowercase=False)
+        )
         meta = data.open_or_build(cfg)[1]
         val = open_split(cfg, meta, "val", 16, objective="clm")
         decode = Tokenizer.from_file(str(data.folder_of(cfg) / "tokenizer.json")).decode
-        texts = [decode(val.tokens[a:b]).removeprefix(" ") for a, b in zip(val.starts, val.starts[1:])]  # bpe puts one there
+        texts = [
+            decode(val.tokens[a:b]).removeprefix(" ") for a, b in zip(val.starts, val.starts[1:])
+        ]  # bpe puts one there
         assert val.n_bytes == len("".join(texts).encode())
         machine = train.Machine(cfg)
         task = task_of(cfg, meta)
         model = train.make_model(cfg, meta, task).eval()
         got = train.evaluate(model, task, val, cfg, machine)
         n = sum(len(val.tokens[a:b]) - 1 for a, b in zip(val.starts, val.starts[1:]))
-        assert got["val_bits_per_byte"] == pytest.approx(n * math.log2(meta["vocab_size"]) / val.n_bytes, rel=1e-6)
+        assert got["val_bits_per_byte"] == pytest.approx(
+            n * math.log2(meta["vocab_size"]) / val.n_bytes, rel=1e-6
+        )
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
         nats = 0.0
         for i in range(len(val)):
@@ -184,10 +242,14 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lin
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_eval_says_of_a_language_model_what_training_said(unlabelled, objective, capsys):
-    settings = unlabelled | dict(objective=objective, mask_prob=0.3 * (objective == "mlm"), lines=True, max_steps=10)
+    settings = unlabelled | dict(
+        objective=objective, mask_prob=0.3 * (objective == "mlm"), lines=True, max_steps=10
+    )
     train.train(train.Config(**settings))
     last = [r for r in records(settings["out_dir"]) if "val_loss" in r][-1]
-    report, *_ = eval_script.full_report(Classifier(settings["out_dir"]), eval_script.Config(split="val"))
+    report, *_ = eval_script.full_report(
+        Classifier(settings["out_dir"]), eval_script.Config(split="val")
+    )
     report_script.print_report(report)
     for k in ("loss", "token_accuracy", *["bits_per_byte"] * (objective == "clm")):
         low, high = report["interval"][k]
@@ -202,22 +264,50 @@ def test_eval_says_of_a_language_model_what_training_said(unlabelled, objective,
 def test_overfits_eight_examples_to_zero_loss(toy, tmp_path, objective, monkeypatch):
     """But for what nobody can know: with which of the 8 texts a text that begins alike will go on."""
     small = write_toy(tmp_path / "small.csv", 8)
-    cfg = train.Config(**toy | dict(objective=objective, train_file=str(small), val_file=toy["train_file"],
-                                    dataset="eight", mask_prob=0.3 * (objective == "mlm"), dedup=False, epochs=300.0,
-                                    batch_size=8, d_model=64,
-                                    learning_rate=0.01, eval_interval=300, log_interval=1, weight_decay=0.0, n_layer=2,
-                                    max_len=64))
-    block = batches.LanguageBlocks.block  # with masks that stay, or there would be new ones to fill in for ever
-    monkeypatch.setattr(batches.LanguageBlocks, "block", lambda self, i, epoch: block(self, i, None))
+    cfg = train.Config(
+        **toy
+        | dict(
+            objective=objective,
+            train_file=str(small),
+            val_file=toy["train_file"],
+            dataset="eight",
+            mask_prob=0.3 * (objective == "mlm"),
+            dedup=False,
+            epochs=300.0,
+            batch_size=8,
+            d_model=64,
+            learning_rate=0.01,
+            eval_interval=300,
+            log_interval=1,
+            weight_decay=0.0,
+            n_layer=2,
+            max_len=64,
+        )
+    )
+    block = (
+        batches.LanguageBlocks.block
+    )  # with masks that stay, or there would be new ones to fill in for ever
+    monkeypatch.setattr(
+        batches.LanguageBlocks, "block", lambda self, i, epoch: block(self, i, None)
+    )
     train.train(cfg)
     known = 0.0
     if objective == "clm":
         split = open_split(cfg, data.open_meta(cfg), "train", 64, objective="clm")
-        begun = collections.Counter(tuple(t[:k]) for i in range(8) for t in [split.block(i, None)[0].tolist()]
-                                    for k in range(1, len(t) + 1))
+        begun = collections.Counter(
+            tuple(t[:k])
+            for i in range(8)
+            for t in [split.block(i, None)[0].tolist()]
+            for k in range(1, len(t) + 1)
+        )
         blocks = [[tuple(x) for x in split.block(i, None)] for i in range(8)]
-        chances = [begun[(*ids[: k + 1], target)] / begun[ids[: k + 1]] if k + 1 < len(ids) else 1 / begun[ids]
-                   for ids, targets in blocks for k, target in enumerate(targets)]
+        chances = [
+            begun[(*ids[: k + 1], target)] / begun[ids[: k + 1]]
+            if k + 1 < len(ids)
+            else 1 / begun[ids]
+            for ids, targets in blocks
+            for k, target in enumerate(targets)
+        ]
         known = -np.log(chances).mean()
     assert min(r["loss"] for r in records(toy["out_dir"]) if "loss" in r) - known < 1e-3
 
@@ -225,12 +315,15 @@ def test_overfits_eight_examples_to_zero_loss(toy, tmp_path, objective, monkeypa
 def test_activation_checkpointing_changes_memory_not_gradients():
     batch, kept, gradients = packed(random_documents()), [], []
     for checkpointing in (False, True):
-        model = language_model(False, n_layer=3, dropout=0.2, checkpoint_activations=checkpointing).train()
+        model = language_model(
+            False, n_layer=3, dropout=0.2, checkpoint_activations=checkpointing
+        ).train()
         kept.append(0)
 
         def keep(t):
             kept[-1] += t.numel()
             return t
+
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss = model(*batch).square().mean()
@@ -241,20 +334,37 @@ def test_activation_checkpointing_changes_memory_not_gradients():
 
 
 def test_pretraining_then_classifying_begins_from_those_weights(toy):
-    pretrained = toy | dict(objective="mlm", mask_prob=0.3, epochs=1.0, out_dir=f"{toy['out_dir']}-mlm")
+    pretrained = toy | dict(
+        objective="mlm", mask_prob=0.3, epochs=1.0, out_dir=f"{toy['out_dir']}-mlm"
+    )
     train.train(train.Config(**pretrained))
     before = load_checkpoint(f"{pretrained['out_dir']}/best.pt")["model"]
     assert "lm_head.weight" in before and not any(k.startswith("head.") for k in before)
-    settings = {k: v for k, v in toy.items() if k not in ("n_layer", "d_model", "n_head", "vocab_size")}
-    finetune.finetune(finetune.Config(**settings | dict(init_from=pretrained["out_dir"], epochs=1.0, freeze="body")))
+    settings = {
+        k: v for k, v in toy.items() if k not in ("n_layer", "d_model", "n_head", "vocab_size")
+    }
+    finetune.finetune(
+        finetune.Config(
+            **settings | dict(init_from=pretrained["out_dir"], epochs=1.0, freeze="body")
+        )
+    )
     after = load_checkpoint(f"{toy['out_dir']}/last.pt")["model"]
-    assert all(torch.equal(after[k], w) for k, w in before.items() if k.startswith(("embedding", "blocks")))
+    assert all(
+        torch.equal(after[k], w) for k, w in before.items() if k.startswith(("embedding", "blocks"))
+    )
     assert not any(k.startswith("lm_head") for k in after) and "head.weight" in after
     # and pretraining goes on from either, with the head that there is
     for objective, good in (("mlm", True), ("clm", False)):
-        cfg = finetune.Config(**settings | dict(init_from=pretrained["out_dir"], objective=objective, max_steps=2,
-                                                out_dir=f"{toy['out_dir']}-{objective}2",
-                                                mask_prob=0.3 * (objective == "mlm")))
+        cfg = finetune.Config(
+            **settings
+            | dict(
+                init_from=pretrained["out_dir"],
+                objective=objective,
+                max_steps=2,
+                out_dir=f"{toy['out_dir']}-{objective}2",
+                mask_prob=0.3 * (objective == "mlm"),
+            )
+        )
         if good:
             finetune.finetune(cfg)
             assert "lm_head.weight" in load_checkpoint(f"{cfg.out_dir}/last.pt")["model"]
@@ -266,7 +376,9 @@ def test_pretraining_then_classifying_begins_from_those_weights(toy):
 def test_gpt2s_language_model_is_transformers(tmp_path):
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    theirs = hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    ).eval()
     theirs.save_pretrained(tmp_path)
     ours = from_pretrained(tmp_path, 0).eval()
     assert ours.config.lm_head == "tied" and ours.lm_head is None
@@ -278,25 +390,46 @@ def test_gpt2s_language_model_is_transformers(tmp_path):
 
 def test_two_processes_pretrain_as_one(toy):
     from tests.conftest import script
+
     losses = []
     for torchrun, objective in ((0, "mlm"), (2, "mlm"), (0, "clm"), (2, "clm")):
         out = f"{toy['out_dir']}-{objective}-{torchrun}"
-        done = script("train.py", torchrun=torchrun, **toy | dict(objective=objective, mask_prob=0.3 * (objective == "mlm"),
-                                                                  out_dir=out, optimizer="muon", max_steps=8))
+        done = script(
+            "train.py",
+            torchrun=torchrun,
+            **toy
+            | dict(
+                objective=objective,
+                mask_prob=0.3 * (objective == "mlm"),
+                out_dir=out,
+                optimizer="muon",
+                max_steps=8,
+            ),
+        )
         assert done.returncode == 0, done.stderr
-        losses.append(torch.tensor([[r["loss"], r["grad_norm"]] for r in map(json.loads, open(f"{out}/metrics.jsonl"))
-                                    if "loss" in r]))
+        losses.append(
+            torch.tensor(
+                [
+                    [r["loss"], r["grad_norm"]]
+                    for r in map(json.loads, open(f"{out}/metrics.jsonl"))
+                    if "loss" in r
+                ]
+            )
+        )
     for a, b in (losses[:2], losses[2:]):
         assert len(a) == 8
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
 
 
 def test_what_cannot_be_is_refused(toy, unlabelled):
-    for settings, message in ((toy | dict(objective="mlm"), "--mask_prob above 0"), (unlabelled | dict(mask_prob=0.1), "of 0"),
-                              (unlabelled | dict(objective="classify"), "needs labels"),
-                              (unlabelled | dict(model="mlp"), "for --model=transformer"),
-                              (toy | dict(objective="clm", class_weights="balanced"), "are for --objective=classify"),
-                              (toy | dict(model="linear", char_ngrams=0), "--char_ngrams=0 must be above 0")):
+    for settings, message in (
+        (toy | dict(objective="mlm"), "--mask_prob above 0"),
+        (unlabelled | dict(mask_prob=0.1), "of 0"),
+        (unlabelled | dict(objective="classify"), "needs labels"),
+        (unlabelled | dict(model="mlp"), "for --model=transformer"),
+        (toy | dict(objective="clm", class_weights="balanced"), "are for --objective=classify"),
+        (toy | dict(model="linear", char_ngrams=0), "--char_ngrams=0 must be above 0"),
+    ):
         with pytest.raises(UserError, match=message):
             train.train(train.Config(**settings))
 
@@ -305,8 +438,11 @@ def test_a_language_model_of_labelled_data_is_no_classifier(toy):
     train.train(train.Config(**toy | dict(objective="mlm", mask_prob=0.3, max_steps=2)))
     clf = Classifier(toy["out_dir"])
     assert clf.label_names == []
-    for work in (lambda: eval_script.compare([toy["out_dir"]] * 2, eval_script.Config()),
-                 lambda: eval_script.compare_cheaper(toy["out_dir"], eval_script.Config()), lambda: clf(["goal"])):
+    for work in (
+        lambda: eval_script.compare([toy["out_dir"]] * 2, eval_script.Config()),
+        lambda: eval_script.compare_cheaper(toy["out_dir"], eval_script.Config()),
+        lambda: clf(["goal"]),
+    ):
         with pytest.raises(UserError, match="is no classifier|is a language model"):
             work()
 

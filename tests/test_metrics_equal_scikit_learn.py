@@ -1,4 +1,5 @@
 """Every figure that eval.py reports is scikit-learn's, on random and degenerate inputs; prediction ignores batching."""
+
 import json
 
 import numpy as np
@@ -12,8 +13,10 @@ from tests.conftest import report_of, script
 sk = pytest.importorskip("sklearn.metrics")
 
 
-@pytest.mark.parametrize("case", ["random", "one class in the truth", "a class that is never predicted", "one example",
-                                  "ties"])
+@pytest.mark.parametrize(
+    "case",
+    ["random", "one class in the truth", "a class that is never predicted", "one example", "ties"],
+)
 def test_metrics(case):
     rng = np.random.default_rng(0)
     n = 1 if case == "one example" else 200
@@ -29,12 +32,18 @@ def test_metrics(case):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert m["loss"] == pytest.approx(sk.log_loss(y, p, labels=range(4)), rel=1e-9)
     assert m["accuracy"] == pytest.approx(sk.accuracy_score(y, predicted))
-    assert m["macro_f1"] == pytest.approx(sk.f1_score(y, predicted, average="macro", zero_division=0))
+    assert m["macro_f1"] == pytest.approx(
+        sk.f1_score(y, predicted, average="macro", zero_division=0)
+    )
     for average in ("micro", "weighted"):
-        assert m[f"{average}_f1"] == pytest.approx(sk.f1_score(y, predicted, average=average, zero_division=0))
+        assert m[f"{average}_f1"] == pytest.approx(
+            sk.f1_score(y, predicted, average=average, zero_division=0)
+        )
     assert m["mcc"] == pytest.approx(sk.matthews_corrcoef(y, predicted), abs=1e-12)
     both = [c for c in range(4) if 0 < (y == c).sum() < n]
-    areas = [sk.roc_auc_score(y == c, np.exp(metrics.log_softmax(logits)[:, c])) for c in both]  # the same ties
+    areas = [
+        sk.roc_auc_score(y == c, np.exp(metrics.log_softmax(logits)[:, c])) for c in both
+    ]  # the same ties
     assert m["auroc"] == (pytest.approx(np.mean(areas)) if both else None)
     expected = sk.precision_recall_fscore_support(y, predicted, labels=range(4), zero_division=0)
     for key, values in zip(("precision", "recall", "f1", "support"), expected):
@@ -46,26 +55,40 @@ def test_two_classes_and_regression():
     rng = np.random.default_rng(1)
     logits, y = rng.normal(size=(300, 2)).round(1), rng.integers(0, 2, 300)  # with ties
     score = metrics.log_softmax(logits)
-    assert metrics.class_figures(score, y)["auroc"] == pytest.approx(sk.roc_auc_score(y, np.exp(score[:, 1])))
+    assert metrics.class_figures(score, y)["auroc"] == pytest.approx(
+        sk.roc_auc_score(y, np.exp(score[:, 1]))
+    )
     a, b = rng.normal(size=(2, 50))
     assert metrics.number_figures(a, b) == pytest.approx(
-        {"rmse": sk.root_mean_squared_error(b, a), "mae": sk.mean_absolute_error(b, a), "r2": sk.r2_score(b, a)})
+        {
+            "rmse": sk.root_mean_squared_error(b, a),
+            "mae": sk.mean_absolute_error(b, a),
+            "r2": sk.r2_score(b, a),
+        }
+    )
 
 
 def test_calibration_and_temperature():
     optimize = pytest.importorskip("scipy.optimize")
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(4000, 3)) * 3
-    p = np.exp(metrics.log_softmax(logits / 2))  # the truth is drawn at temperature 2: as given, logits are too sure
+    p = np.exp(
+        metrics.log_softmax(logits / 2)
+    )  # the truth is drawn at temperature 2: as given, logits are too sure
     y = (p.cumsum(1) < rng.random((4000, 1))).sum(1)
     T = metrics.temperature(logits, y)
-    best = optimize.minimize_scalar(lambda t: -metrics.log_softmax(logits / t)[np.arange(4000), y].mean(), (1, 3))
+    best = optimize.minimize_scalar(
+        lambda t: -metrics.log_softmax(logits / t)[np.arange(4000), y].mean(), (1, 3)
+    )
     assert T == pytest.approx(best.x, rel=1e-4) and abs(T - 2) < 0.15
     before, after = (metrics.class_figures(metrics.log_softmax(logits / t), y) for t in (1, T))
     assert after["accuracy"] == before["accuracy"] and after["ece"] < 0.03 < before["ece"]
     sure, right = np.exp(metrics.log_softmax(logits)).max(1), logits.argmax(1) == y
-    by_hand = sum(abs(right[m].mean() - sure[m].mean()) * m.mean() for k in range(15)
-                  if (m := (sure >= k / 15) & (sure < (k + 1) / 15 + (k == 14))).any())
+    by_hand = sum(
+        abs(right[m].mean() - sure[m].mean()) * m.mean()
+        for k in range(15)
+        if (m := (sure >= k / 15) & (sure < (k + 1) / 15 + (k == 14))).any()
+    )
     assert before["ece"] == pytest.approx(by_hand)
 
 
@@ -73,7 +96,9 @@ def test_bootstrap_intervals_cover_at_about_their_rate():
     rng, covered = np.random.default_rng(3), 0
     for trial in range(200):
         right = (rng.random(200) < 0.8).astype(float)
-        low, high = metrics.intervals(lambda a, b: {"m": a.mean()}, right, right, 200, seed=trial)["m"]
+        low, high = metrics.intervals(lambda a, b: {"m": a.mean()}, right, right, 200, seed=trial)[
+            "m"
+        ]
         covered += low <= 0.8 <= high
     assert 0.90 <= covered / 200 <= 0.985  # 95 % ± three standard errors of 1.5
 
@@ -87,7 +112,10 @@ def test_paired_tests():
     assert p < 0.01 and metrics.paired_tests(a, a, 1000) == (1.0, 1.0)
     mirrored, _ = metrics.paired_tests(b, a, 1000)
     assert abs(p - mirrored) < 0.01
-    rejected = sum(metrics.paired_tests(*(rng.random((2, 300)) < 0.8).astype(float), 300)[0] < 0.05 for _ in range(200))
+    rejected = sum(
+        metrics.paired_tests(*(rng.random((2, 300)) < 0.8).astype(float), 300)[0] < 0.05
+        for _ in range(200)
+    )
     assert rejected <= 22  # 5 % of 200, and four standard errors
 
 
@@ -103,35 +131,62 @@ def test_eval_reports_test_and_labels_texts(trained):
     report = json.load(open(f"{trained}/eval.json"))
     assert report["split"] == "test" and report["n"] == 12 and report["accuracy"] > 0.8
     assert f"accuracy {report['accuracy']:.4f} [" in done.stdout
-    assert report["interval"]["accuracy"][0] <= report["accuracy"] <= report["interval"]["accuracy"][1]
+    assert (
+        report["interval"]["accuracy"][0] <= report["accuracy"] <= report["interval"]["accuracy"][1]
+    )
     assert report["in_train"]["share"] == 0 and report["temperature"]["fitted_on_val"] > 0
     page = open(f"{trained}/report.html").read()
-    assert page.count("data:image/png;base64,") >= 4 and "src=\"http" not in page and "</html>" in page
+    assert (
+        page.count("data:image/png;base64,") >= 4 and 'src="http' not in page and "</html>" in page
+    )
     assert all(m["text"] in open(f"{trained}/eval.json").read() for m in report["mistakes"])
-    said = script("predict.py", trained, "--text=goal striker coach", "--text=shares, profit = euro").stdout.splitlines()
+    said = script(
+        "predict.py", trained, "--text=goal striker coach", "--text=shares, profit = euro"
+    ).stdout.splitlines()
     assert said[0].startswith("sport 0.") and said[1].startswith("money 0.")
 
 
 def test_val_figures_are_those_of_training_and_prediction_ignores_batching(trained, toy):
     clf = Classifier(trained)
     report = report_of(clf, "val")
-    best = [r for r in map(json.loads, open(f"{trained}/metrics.jsonl")) if "val_loss" in r and r["step"] == clf.step][0]
-    assert report["loss"] == pytest.approx(best["val_loss"], rel=1e-6) and report["accuracy"] == best["val_accuracy"]
+    best = [
+        r
+        for r in map(json.loads, open(f"{trained}/metrics.jsonl"))
+        if "val_loss" in r and r["step"] == clf.step
+    ][0]
+    assert (
+        report["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
+        and report["accuracy"] == best["val_accuracy"]
+    )
     texts = [f"{'goal ' * (i % 50)} bank {i}" for i in range(70)] + [""]
     together = clf(texts)
     clf.micro_batch_tokens = 40
     for small, big, alone in zip(clf(texts), together, [clf([t])[0] for t in texts]):
         assert small["label"] == big["label"] == alone["label"]
-        assert list(small["probabilities"].values()) == pytest.approx(list(alone["probabilities"].values()), abs=1e-5)
+        assert list(small["probabilities"].values()) == pytest.approx(
+            list(alone["probabilities"].values()), abs=1e-5
+        )
         assert sum(big["probabilities"].values()) == pytest.approx(1)
 
 
 def test_a_file_of_texts_is_labelled_in_order(trained, tmp_path):
     import csv
-    texts = [f"{w} {i}" for i, w in enumerate(["goal striker", "shares", "laptop, code", 'a "quoted"\nmarket', ""] * 30)]
+
+    texts = [
+        f"{w} {i}"
+        for i, w in enumerate(
+            ["goal striker", "shares", "laptop, code", 'a "quoted"\nmarket', ""] * 30
+        )
+    ]
     with open(tmp_path / "in.csv", "w", newline="") as f:
         csv.writer(f).writerows([["id", "text"], *([i, t] for i, t in enumerate(texts))])
-    done = script("predict.py", trained, input=tmp_path / "in.csv", output=tmp_path / "out.csv", dtype="float32")
+    done = script(
+        "predict.py",
+        trained,
+        input=tmp_path / "in.csv",
+        output=tmp_path / "out.csv",
+        dtype="float32",
+    )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(open(tmp_path / "out.csv")))
     expected = Classifier(trained)(texts)
@@ -139,12 +194,20 @@ def test_a_file_of_texts_is_labelled_in_order(trained, tmp_path):
     surest = [max(e["probabilities"].values()) for e in expected]
     assert [float(r["probability"]) for r in rows] == pytest.approx(surest, abs=1e-5)
     (tmp_path / "in.txt").write_text("\n".join(texts[:3]) + "\n")
-    done = script("predict.py", trained, input=tmp_path / "in.txt", output=tmp_path / "out2.csv", dtype="float32")
+    done = script(
+        "predict.py",
+        trained,
+        input=tmp_path / "in.txt",
+        output=tmp_path / "out2.csv",
+        dtype="float32",
+    )
     assert done.returncode == 0, done.stderr
     assert open(tmp_path / "out2.csv").read() == "".join(open(tmp_path / "out.csv").readlines()[:4])
     for content, says in ((b"", "holds no texts"), (b"caf\xe9\n", "line 1: not valid utf-8")):
         (tmp_path / "bad.txt").write_bytes(content)
-        done = script("predict.py", trained, input=tmp_path / "bad.txt", output=tmp_path / "bad.csv")
+        done = script(
+            "predict.py", trained, input=tmp_path / "bad.txt", output=tmp_path / "bad.csv"
+        )
         assert done.returncode == 2 and says in done.stderr and not list(tmp_path.glob("bad.csv*"))
 
 
@@ -155,7 +218,12 @@ def test_comparing_runs(trained, toy, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "(×2)" in done.stdout and done.stdout.strip().splitlines()[-1].endswith(".")
     assert "cannot be told from" in done.stdout or "is better than" in done.stdout
-    other = train.Config(**toy | dict(dataset="other", split_seed=5, out_dir=str(tmp_path / "other")))
+    other = train.Config(
+        **toy | dict(dataset="other", split_seed=5, out_dir=str(tmp_path / "other"))
+    )
     train.train(other)
     done = script("eval.py", trained, str(tmp_path / "other"))
-    assert done.returncode == 2 and "only runs on the same split of the same data can be compared" in done.stderr
+    assert (
+        done.returncode == 2
+        and "only runs on the same split of the same data can be compared" in done.stderr
+    )

@@ -1,4 +1,5 @@
 """Linear models end where algebra says; every model's gradient is that of finite differences."""
+
 import numpy as np
 import pytest
 import torch
@@ -27,11 +28,27 @@ def write_table(path, n=300, classes=0, seed=0):
 
 def run(tmp_path, classes=0, **settings):
     """Trains the linear model by L-BFGS; returns (train x, train y, weights (C, F), bias (C,), eval's figures on test)."""
-    cfg = train.Config(**dict(
-        dataset="table", train_file=write_table(tmp_path / "table.csv", classes=classes), kind="features", label_column="y",
-        target="class" if classes else "number", data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"),
-        wandb_mode="disabled", device="cpu", dtype="float32", model="linear", optimizer="lbfgs", batch_size=300, epochs=20.0,
-        eval_interval=20, overwrite=True) | settings)
+    cfg = train.Config(
+        **dict(
+            dataset="table",
+            train_file=write_table(tmp_path / "table.csv", classes=classes),
+            kind="features",
+            label_column="y",
+            target="class" if classes else "number",
+            data_dir=str(tmp_path / "data"),
+            out_dir=str(tmp_path / "out"),
+            wandb_mode="disabled",
+            device="cpu",
+            dtype="float32",
+            model="linear",
+            optimizer="lbfgs",
+            batch_size=300,
+            epochs=20.0,
+            eval_interval=20,
+            overwrite=True,
+        )
+        | settings
+    )
     train.train(cfg)
     d = open_split(cfg, data.open_meta(cfg), "train", 1)
     clf = Classifier(cfg.out_dir)
@@ -43,7 +60,9 @@ def run(tmp_path, classes=0, **settings):
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_least_squares_and_ridge(tmp_path, decay):
     x, y, w, b, figures, clf = run(tmp_path, weight_decay=decay)
-    assert abs(x.mean(0)).max() < 1e-5 and abs(x.std(0) - 1).max() < 1e-5  # standardised by train's own statistics
+    assert (
+        abs(x.mean(0)).max() < 1e-5 and abs(x.std(0) - 1).max() < 1e-5
+    )  # standardised by train's own statistics
     n = len(x)
     # minimise |Xw + b - y|²/n + decay/2·|w|²; x and y have mean 0, so b = 0
     expected = np.linalg.solve(x.T @ x / n + decay / 2 * np.eye(5), x.T @ y / n)
@@ -51,25 +70,43 @@ def test_least_squares_and_ridge(tmp_path, decay):
     assert abs(b[0]) < 1e-5
     test = open_data(clf, "test")
     predicted, true = test.values @ expected, test.labels.astype(np.float64)
-    assert figures["r2"] == pytest.approx(1 - ((predicted - true) ** 2).mean() / true.var(), abs=1e-3)
+    assert figures["r2"] == pytest.approx(
+        1 - ((predicted - true) ** 2).mean() / true.var(), abs=1e-3
+    )
     raw = np.loadtxt(tmp_path / "table.csv", delimiter=",", skiprows=1)[:, 5]
-    assert true.mean() * raw.std() + raw.mean() == pytest.approx(raw.mean(), abs=raw.std())  # figures are in y's own unit:
-    assert figures["rmse"] == pytest.approx(((predicted - true) ** 2).mean() ** 0.5 * clf.scaling["target_std"], rel=1e-2)
+    assert true.mean() * raw.std() + raw.mean() == pytest.approx(
+        raw.mean(), abs=raw.std()
+    )  # figures are in y's own unit:
+    assert figures["rmse"] == pytest.approx(
+        ((predicted - true) ** 2).mean() ** 0.5 * clf.scaling["target_std"], rel=1e-2
+    )
 
 
 def test_softmax_regression_equals_scikit_learns(tmp_path):
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y, w, b, figures, clf = run(tmp_path, classes=3, weight_decay=0.02)
-    theirs = linear_model.LogisticRegression(C=1 / (0.02 * len(x)), tol=1e-8, max_iter=1000).fit(x, y)
+    theirs = linear_model.LogisticRegression(C=1 / (0.02 * len(x)), tol=1e-8, max_iter=1000).fit(
+        x, y
+    )
     np.testing.assert_allclose(w, theirs.coef_, rtol=0.01, atol=1e-3)
-    np.testing.assert_allclose(b - b.mean(), theirs.intercept_ - theirs.intercept_.mean(), rtol=0.01, atol=1e-3)
+    np.testing.assert_allclose(
+        b - b.mean(), theirs.intercept_ - theirs.intercept_.mean(), rtol=0.01, atol=1e-3
+    )
     test = open_data(clf, "test")
     assert figures["accuracy"] == pytest.approx(theirs.score(test.values, test.labels), abs=1e-9)
 
 
 def test_adamw_comes_to_the_same_line(tmp_path):
-    x, y, w, b, *_ = run(tmp_path, optimizer="adamw", batch_size=32, epochs=150.0, learning_rate=0.03, weight_decay=0.0,
-                         eval_interval=10**6, warmup_steps=0)
+    x, y, w, b, *_ = run(
+        tmp_path,
+        optimizer="adamw",
+        batch_size=32,
+        epochs=150.0,
+        learning_rate=0.03,
+        weight_decay=0.0,
+        eval_interval=10**6,
+        warmup_steps=0,
+    )
     expected, *_ = np.linalg.lstsq(x, y, rcond=None)
     ours, theirs = (1 - ((fit - y) ** 2).mean() / y.var() for fit in (x @ w[0] + b, x @ expected))
     assert ours == pytest.approx(theirs, abs=1e-3)
@@ -80,16 +117,38 @@ def test_lbfgs_needs_all_of_train(tmp_path):
         run(tmp_path, batch_size=100)
 
 
-@pytest.mark.parametrize("kw", [
-    dict(vocab_size=30, max_len=16), dict(vocab_size=30, max_len=16, mlp="swiglu", pooling="cls", causal=True),
-    dict(image_size=(2, 8, 8), patch=4),
-    dict(image_size=(1, 8, 8), patch=4, cls_token=True, pooling="cls", position="learned", norm="layer", norm_bias=True,
-         bias=True, mlp="gelu", head_bias=True),
-    dict(model="mlp", n_features=5), dict(model="mlp", vocab_size=30), dict(model="mlp", image_size=(1, 4, 4)),
-    dict(model="linear", n_features=5), dict(model="linear", vocab_size=30, buckets=64)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(vocab_size=30, max_len=16),
+        dict(vocab_size=30, max_len=16, mlp="swiglu", pooling="cls", causal=True),
+        dict(image_size=(2, 8, 8), patch=4),
+        dict(
+            image_size=(1, 8, 8),
+            patch=4,
+            cls_token=True,
+            pooling="cls",
+            position="learned",
+            norm="layer",
+            norm_bias=True,
+            bias=True,
+            mlp="gelu",
+            head_bias=True,
+        ),
+        dict(model="mlp", n_features=5),
+        dict(model="mlp", vocab_size=30),
+        dict(model="mlp", image_size=(1, 4, 4)),
+        dict(model="linear", n_features=5),
+        dict(model="linear", vocab_size=30, buckets=64),
+    ],
+)
 def test_gradients_are_those_of_finite_differences(kw):
     torch.manual_seed(0)
-    model = build_model(ModelConfig(**dict(n_classes=3, n_layer=2, d_model=16, n_head=2, d_ff=8) | kw)).double().eval()
+    model = (
+        build_model(ModelConfig(**dict(n_classes=3, n_layer=2, d_model=16, n_head=2, d_ff=8) | kw))
+        .double()
+        .eval()
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     if model.config.vocab_size:
@@ -102,6 +161,7 @@ def test_gradients_are_those_of_finite_differences(kw):
 
     def loss():
         return torch.nn.functional.cross_entropy(model(*inputs), targets)
+
     model.zero_grad()
     loss().backward()
     for name, p in model.named_parameters():
@@ -112,7 +172,9 @@ def test_gradients_are_those_of_finite_differences(kw):
                 p += h * direction
                 slopes.append(loss().item())
                 p -= h * direction
-        assert (p.grad * direction).sum().item() == pytest.approx((slopes[0] - slopes[1]) / 2e-5, rel=1e-4, abs=1e-8), name
+        assert (p.grad * direction).sum().item() == pytest.approx(
+            (slopes[0] - slopes[1]) / 2e-5, rel=1e-4, abs=1e-8
+        ), name
 
 
 def test_patches_hold_each_pixel_once_and_go_back():
@@ -121,7 +183,9 @@ def test_patches_hold_each_pixel_once_and_go_back():
     assert patches.shape == (2, 6, 48)
     for i in range(6):
         r, c = divmod(i, 3)
-        assert torch.equal(patches[:, i].view(2, 3, 4, 4), x[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4])
+        assert torch.equal(
+            patches[:, i].view(2, 3, 4, 4), x[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4]
+        )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -129,7 +193,11 @@ def test_patches_hold_each_pixel_once_and_go_back():
 def test_rms_norm_and_its_gradient_are_torchs(weighted, scale):
     torch.manual_seed(0)
     for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.02)):
-        x, grad, results = torch.randn(7, 2, 16, dtype=dtype) * scale, torch.randn(7, 2, 16, dtype=dtype), []
+        x, grad, results = (
+            torch.randn(7, 2, 16, dtype=dtype) * scale,
+            torch.randn(7, 2, 16, dtype=dtype),
+            [],
+        )
         w = torch.linspace(0.5, 2, 16, dtype=dtype)
         for norm in (rms_norm, lambda x, w: torch.nn.functional.rms_norm(x, x.shape[-1:], w)):
             inputs = [x.clone().requires_grad_(), w.clone().requires_grad_() if weighted else None]

@@ -1,4 +1,5 @@
 """The gradient of a global batch is the same as one batch, as accumulated micro-batches, and over several processes."""
+
 import json
 
 import pytest
@@ -36,10 +37,14 @@ def compiling_leaves_the_gradient_as_it_is(cfg, meta, task, batch, filled, error
             with_loss.compile(fullgraph=True)
         micro_batches = [filled if compiled else batch]
         loss, tokens = train.compute_gradient(with_loss, micro_batches, task, machine)
-        results.append((loss, torch.cat([p.grad.flatten() for p in with_loss.parameters()]), tokens))
+        results.append(
+            (loss, torch.cat([p.grad.flatten() for p in with_loss.parameters()]), tokens)
+        )
     (loss, grad, tokens), (compiled_loss, compiled_grad, compiled_tokens) = results
     assert tokens == compiled_tokens and loss > 0.1
-    assert (loss - compiled_loss).abs() < error * loss and (grad - compiled_grad).norm() < error * grad.norm()
+    assert (loss - compiled_loss).abs() < error * loss and (
+        grad - compiled_grad
+    ).norm() < error * grad.norm()
     return tokens
 
 
@@ -49,12 +54,18 @@ def test_four_micro_batches_equal_one_batch(machine):
     one = gradients(model, [labelled(documents, labels)], machine)
     runs = [[0, 1], [2], [3, 4, 5, 6, 7, 8], [9, 10]]
     four = gradients(model, [labelled([documents[i] for i in r], labels[r]) for r in runs], machine)
-    fixed = gradients(model, [labelled([documents[i] for i in r], labels[r], (512, 20, 64)) for r in runs], machine)
+    fixed = gradients(
+        model,
+        [labelled([documents[i] for i in r], labels[r], (512, 20, 64)) for r in runs],
+        machine,
+    )
     for loss, tokens, grads in (four, fixed):
         assert abs(loss - one[0]) < 1e-6 * abs(one[0]) and tokens == one[1] == sum(LENGTHS)
         for name, g in one[2].items():
             assert g.norm() > 0
-            assert (grads[name] - g).norm() <= 1e-6 * g.norm(), name  # in float64, so that only the mathematics counts
+            assert (grads[name] - g).norm() <= 1e-6 * g.norm(), (
+                name
+            )  # in float64, so that only the mathematics counts
 
 
 def test_the_loss_is_the_mean_over_the_global_batch(machine):
@@ -77,17 +88,22 @@ def test_the_gradient_of_the_rows_that_occur_is_the_whole_gradient(machine, monk
     train.compute_gradient(train.ModelWithLoss(model, task), batches, task, machine)
     norm = optim.clip_gradients(optimizers, 0.0)
     assert model.embedding.weight.grad.is_sparse
-    torch.testing.assert_close(model.embedding.weight.grad.to_dense(), expected["embedding.weight"], atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(
+        model.embedding.weight.grad.to_dense(), expected["embedding.weight"], atol=1e-7, rtol=1e-6
+    )
     torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected.values()]).norm())
 
 
 def losses(folder):
     records = [json.loads(x) for x in open(f"{folder}/metrics.jsonl")]
-    return torch.tensor([[r["loss"], r["grad_norm"]] for r in records if "loss" in r]), \
-        torch.tensor([[r["val_loss"], r["val_accuracy"]] for r in records if "val_loss" in r])
+    return torch.tensor(
+        [[r["loss"], r["grad_norm"]] for r in records if "loss" in r]
+    ), torch.tensor([[r["val_loss"], r["val_accuracy"]] for r in records if "val_loss" in r])
 
 
-@pytest.mark.parametrize("kw", [{}, dict(model="linear", optimizer="adagrad", buckets=2**20)])  # whose gradient is sparse
+@pytest.mark.parametrize(
+    "kw", [{}, dict(model="linear", optimizer="adagrad", buckets=2**20)]
+)  # whose gradient is sparse
 def test_two_processes_and_accumulation_give_the_losses_of_one(toy, kw):
     # 97 train examples / 16: the last batch of an epoch has one document, so that one of two processes has none
     toy |= dict(val_fraction=0.1, test_fraction=0.09) | kw

@@ -1,4 +1,5 @@
 """Schedules are their formulas; every parameter is optimised once, by the optimizer it should be."""
+
 import copy
 import json
 import math
@@ -20,11 +21,19 @@ from tests.test_packed_equals_one_at_a_time import random_documents, random_mode
 from weights import load_checkpoint
 
 
-@pytest.mark.parametrize("schedule, formula", [
-    ("cosine", lambda x: 0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2), ("linear", lambda x: 0.1 + 0.9 * (1 - x)),
-    ("trapezoid", lambda x: 1.0 if x < 0.75 else 0.1 + 0.9 * (1 - x) / 0.25), ("constant", lambda x: 1.0)])
+@pytest.mark.parametrize(
+    "schedule, formula",
+    [
+        ("cosine", lambda x: 0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2),
+        ("linear", lambda x: 0.1 + 0.9 * (1 - x)),
+        ("trapezoid", lambda x: 1.0 if x < 0.75 else 0.1 + 0.9 * (1 - x) / 0.25),
+        ("constant", lambda x: 1.0),
+    ],
+)
 def test_learning_rate_at_every_step(schedule, formula):
-    cfg = train.Config(learning_rate=1.0, min_lr=0.1, warmup_steps=20, schedule=schedule, cooldown=0.25)
+    cfg = train.Config(
+        learning_rate=1.0, min_lr=0.1, warmup_steps=20, schedule=schedule, cooldown=0.25
+    )
     for step in range(100):
         expected = (step + 1) / 21 if step < 20 else formula((step - 20) / 80)
         assert optim.learning_rate_at(cfg, step, 100) == pytest.approx(expected, rel=1e-12)
@@ -32,34 +41,51 @@ def test_learning_rate_at_every_step(schedule, formula):
 
 def test_the_rates_of_a_run_are_the_schedules(toy, tmp_path):
     from tests.test_evaluating_changes_nothing import records
+
     cfg = train.Config(**toy)
     train.train(cfg)
     rates = [r["lr"] for r in records(toy["out_dir"]) if "lr" in r]
-    assert rates == [optim.learning_rate_at(cfg, s, len(rates)) for s in range(len(rates))] and len(rates) == 12
+    assert (
+        rates == [optim.learning_rate_at(cfg, s, len(rates)) for s in range(len(rates))]
+        and len(rates) == 12
+    )
 
 
 def test_every_parameter_is_in_exactly_one_group():
     model = random_model(n_layer=2, mlp="swiglu")
     model.blocks[0].norm1.weight.requires_grad = False
     for optimizer in ("adamw", "muon", "adagrad", "sgd"):
-        optimizers = optim.make_optimizers(model, train.Config(weight_decay=0.3, optimizer=optimizer), torch.device("cpu"))
+        optimizers = optim.make_optimizers(
+            model, train.Config(weight_decay=0.3, optimizer=optimizer), torch.device("cpu")
+        )
         groups = [g for o in optimizers for g in o.param_groups]
         ids = [id(p) for g in groups for p in g["params"]]
-        assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
+        assert len(ids) == len(set(ids)) and set(ids) == {
+            id(p) for p in model.parameters() if p.requires_grad
+        }
         decayed = {id(p) for g in groups for p in g["params"] if g.get("weight_decay")}
-        assert decayed == {id(p) for n, p in model.named_parameters() if p.ndim >= 2 and (
-            optimizer in ("adagrad", "sgd") or n != "embedding.weight")}
+        assert decayed == {
+            id(p)
+            for n, p in model.named_parameters()
+            if p.ndim >= 2 and (optimizer in ("adagrad", "sgd") or n != "embedding.weight")
+        }
 
 
 def test_muon_gets_the_hidden_matrices_and_nothing_else():
-    for model, hidden in ((random_model(n_layer=2, bias=True, position="learned"), "blocks"),
-                          (build_model(ModelConfig(model="mlp", n_features=5, n_classes=3)), "layers")):
-        optimizers = optim.make_optimizers(model, train.Config(optimizer="muon"), torch.device("cpu"))
+    for model, hidden in (
+        (random_model(n_layer=2, bias=True, position="learned"), "blocks"),
+        (build_model(ModelConfig(model="mlp", n_features=5, n_classes=3)), "layers"),
+    ):
+        optimizers = optim.make_optimizers(
+            model, train.Config(optimizer="muon"), torch.device("cpu")
+        )
         (muon,) = (o for o in optimizers if isinstance(o, optim.Muon))
         assert {id(p) for g in muon.param_groups for p in g["params"]} == {
-            id(p) for n, p in model.named_parameters() if n.startswith(hidden) and p.ndim == 2}
+            id(p) for n, p in model.named_parameters() if n.startswith(hidden) and p.ndim == 2
+        }
         assert {p.shape for g in muon.param_groups for p in g["params"] if g["parts"] == 3} == {
-            p.shape for n, p in model.named_parameters() if "qkv.weight" in n}
+            p.shape for n, p in model.named_parameters() if "qkv.weight" in n
+        }
 
 
 def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
@@ -67,8 +93,16 @@ def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
     shapes = [(24, 8), (24, 8), (8, 24), (16, 16)]
     start = [torch.randn(s) for s in shapes]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
-    stacked = torch.nn.Parameter(torch.cat([w.detach() for w in ours[:2]] + [ours[0].detach()]))  # as q, k and v are
-    a = optim.Muon([{"params": ours, "weight_decay": 0.1}, {"params": [stacked], "weight_decay": 0.1, "parts": 3}], 0.02)
+    stacked = torch.nn.Parameter(
+        torch.cat([w.detach() for w in ours[:2]] + [ours[0].detach()])
+    )  # as q, k and v are
+    a = optim.Muon(
+        [
+            {"params": ours, "weight_decay": 0.1},
+            {"params": [stacked], "weight_decay": 0.1, "parts": 3},
+        ],
+        0.02,
+    )
     b = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         before = ours[0].detach().clone()
@@ -85,13 +119,20 @@ def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
         torch.testing.assert_close(x, y.detach(), atol=1e-5, rtol=0)
 
 
-def test_rows_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_without_momentum(monkeypatch):
+def test_rows_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_without_momentum(
+    monkeypatch,
+):
     monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
     cfg, read = train.Config(optimizer="adamw", weight_decay=0.0), torch.tensor([3, 5, 6])
-    model, dense = (build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8)) for _ in range(2))
+    model, dense = (
+        build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8))
+        for _ in range(2)
+    )
     dense.load_state_dict(before := copy.deepcopy(model.state_dict()))
-    ours, plain = optim.make_optimizers(model, cfg, torch.device("cpu")), torch.optim.AdamW(
-        dense.parameters(), cfg.learning_rate, (0.0, cfg.beta2), weight_decay=0)
+    ours, plain = (
+        optim.make_optimizers(model, cfg, torch.device("cpu")),
+        torch.optim.AdamW(dense.parameters(), cfg.learning_rate, (0.0, cfg.beta2), weight_decay=0),
+    )
     for m, optimizers in ((model, ours), (dense, [plain])):
         torch.manual_seed(0)
         for _ in range(3):
@@ -115,8 +156,15 @@ def test_a_word_that_is_read_once_moves_as_far_as_adamws_momentum_takes_it(monke
         torch.manual_seed(0)
         model = build_model(ModelConfig(model="mlp", vocab_size=20, n_classes=3, d_model=8))
         start, weight = model.embedding.weight.detach().clone(), model.embedding.weight
-        optimizers = optim.make_optimizers(model, cfg, torch.device("cpu")) if lazy else \
-            [torch.optim.AdamW([weight], cfg.learning_rate, (cfg.beta1, cfg.beta2), weight_decay=0)]
+        optimizers = (
+            optim.make_optimizers(model, cfg, torch.device("cpu"))
+            if lazy
+            else [
+                torch.optim.AdamW(
+                    [weight], cfg.learning_rate, (cfg.beta1, cfg.beta2), weight_decay=0
+                )
+            ]
+        )
         for step in range(300):  # word 3 in the first two hundred steps once, at the last of them
             word = 3 if step == 199 else 5
             (model.embedding(torch.tensor([word])) * torch.linspace(-1, 1, 8)).sum().backward()
@@ -132,9 +180,20 @@ def test_adagrad_is_torchs(decay, monkeypatch):
     """Without decay the gradient of a text embedding is sparse."""
     monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
     ours, plain = random_model(), random_model()
-    optimizers = (optim.make_optimizers(ours, train.Config(optimizer="adagrad", weight_decay=decay), torch.device("cpu")),
-                  [torch.optim.Adagrad([{"params": [p], "weight_decay": decay * (p.ndim >= 2)} for p in plain.parameters()],
-                                       lr=1e-3)])
+    optimizers = (
+        optim.make_optimizers(
+            ours, train.Config(optimizer="adagrad", weight_decay=decay), torch.device("cpu")
+        ),
+        [
+            torch.optim.Adagrad(
+                [
+                    {"params": [p], "weight_decay": decay * (p.ndim >= 2)}
+                    for p in plain.parameters()
+                ],
+                lr=1e-3,
+            )
+        ],
+    )
     for _ in range(3):
         for model, of_model in zip((ours, plain), optimizers):
             model(*packed(random_documents())).square().sum().backward()
@@ -169,10 +228,16 @@ def test_a_gradient_above_the_limit_is_scaled_down_to_it(optimizer, large, monke
     results = []
     for by_hand in (True, False):
         model = random_model()
-        optimizers = optim.make_optimizers(model, train.Config(optimizer=optimizer, beta1=0.9), torch.device("cpu"))
+        optimizers = optim.make_optimizers(
+            model, train.Config(optimizer=optimizer, beta1=0.9), torch.device("cpu")
+        )
         model(*packed(random_documents())).square().sum().backward()
-        norm = torch.stack([p.grad.to_dense().norm() if p.grad.is_sparse else p.grad.norm()
-                            for p in model.parameters()]).norm()
+        norm = torch.stack(
+            [
+                p.grad.to_dense().norm() if p.grad.is_sparse else p.grad.norm()
+                for p in model.parameters()
+            ]
+        ).norm()
         if by_hand:
             for p in model.parameters():
                 p.grad = p.grad * (0.01 / norm)
@@ -201,7 +266,9 @@ def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
     n = x.numel()
     assert abs(kept.sum() - 0.7 * n) < 5 * (n * 0.21) ** 0.5  # binomial
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.7), atol=1e-4, rtol=0)
-    neighbours = (kept[:, 1:] & kept[:, :-1]).float().mean()  # independent, though drawn four at a time
+    neighbours = (
+        (kept[:, 1:] & kept[:, :-1]).float().mean()
+    )  # independent, though drawn four at a time
     assert abs(neighbours - 0.49) < 0.002
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
@@ -250,14 +317,26 @@ def test_the_range_test_finds_a_rate_that_trains_and_leaves_no_run(toy):
     assert found[0] == found[1]  # the same seed, the same suggestion
     assert sorted(os.listdir(f"{toy['out_dir']}/a")) == ["lr_find.json", "lr_find.png"]
     rates, losses = np.array(found[0]["rates"]), found[0]["losses"]
-    assert rates[0] == 1e-6 and np.diff(np.log10(rates)) == pytest.approx(1 / 20)  # 20 steps for each factor of 10
-    trained = toy | dict(learning_rate=found[0]["suggestion"], warmup_steps=0, epochs=10.0, out_dir=f"{toy['out_dir']}/a")
+    assert rates[0] == 1e-6 and np.diff(np.log10(rates)) == pytest.approx(
+        1 / 20
+    )  # 20 steps for each factor of 10
+    trained = toy | dict(
+        learning_rate=found[0]["suggestion"],
+        warmup_steps=0,
+        epochs=10.0,
+        out_dir=f"{toy['out_dir']}/a",
+    )
     train.train(train.Config(**trained))  # the folder is free for a run
-    run = [f"{toy['out_dir']}/a/{name}" for name in ("metrics.jsonl", "config.json", "last.pt", "best.pt")]
+    run = [
+        f"{toy['out_dir']}/a/{name}"
+        for name in ("metrics.jsonl", "config.json", "last.pt", "best.pt")
+    ]
     assert json.loads(open(run[0]).readlines()[-1])["val_loss"] < losses[0] / 2
     before = [open(f, "rb").read() for f in run]
     train.train(train.Config(**trained | dict(lr_find=True)))
-    assert before == [open(f, "rb").read() for f in run]  # a range test beside a run touches nothing of it
+    assert before == [
+        open(f, "rb").read() for f in run
+    ]  # a range test beside a run touches nothing of it
 
 
 def test_what_the_range_test_suggests():
@@ -266,5 +345,8 @@ def test_what_the_range_test_suggests():
     assert smooth[found] <= 2 - (2 - min(smooth)) / 4 < smooth[found - 1] and not diverged
     smooth, found, diverged = optim.read_range_test(flat)
     assert smooth == pytest.approx(flat) and found is None and not diverged
-    rises = [next(n for n in range(1, 40) if optim.read_range_test(losses + [9.0] * n)[2]) for losses in (flat, flat + fall)]
+    rises = [
+        next(n for n in range(1, 40) if optim.read_range_test(losses + [9.0] * n)[2])
+        for losses in (flat, flat + fall)
+    ]
     assert rises == [2, 1]  # a tenth of 9 at a time: above 3.0, above 1.5 times the lowest

@@ -1,4 +1,5 @@
 """Documents packed in one row get the outputs they get alone, whatever stands beside them."""
+
 import re
 
 import numpy as np
@@ -14,7 +15,11 @@ LENGTHS = [7, 1, 40, 40, 3, 64, 1, 22, 63, 12, 40]
 
 def random_model(seed=0, **kw):
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(**{"n_classes": 4} | kw, vocab_size=50, max_len=64, d_model=32, n_head=2, d_ff=64))
+    model = Transformer(
+        ModelConfig(
+            **{"n_classes": 4} | kw, vocab_size=50, max_len=64, d_model=32, n_head=2, d_ff=64
+        )
+    )
     for p in model.parameters():  # the zero-initialised ones too, so that every weight matters
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()
@@ -25,8 +30,17 @@ def random_documents(lengths=LENGTHS, seed=0):
     return [torch.randint(0, 50, (n,), generator=g).numpy() for n in lengths]
 
 
-@pytest.mark.parametrize("kw", [{}, {"pooling": "max"}, {"pooling": "cls"}, {"pooling": "last", "causal": True},
-                                {"mlp": "swiglu", "qk_norm": False}, {"mlp": "gelu", "n_layer": 1}])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {},
+        {"pooling": "max"},
+        {"pooling": "cls"},
+        {"pooling": "last", "causal": True},
+        {"mlp": "swiglu", "qk_norm": False},
+        {"mlp": "gelu", "n_layer": 1},
+    ],
+)
 def test_packed_logits_and_hidden_states(kw, monkeypatch):
     model, documents = random_model(**kw), random_documents()
     alone = torch.cat([model(*packed([d])) for d in documents])
@@ -36,12 +50,23 @@ def test_packed_logits_and_hidden_states(kw, monkeypatch):
         monkeypatch.setattr("cpu.MAX_WASTE", max_waste)
         torch.testing.assert_close(model(*packed(documents)), alone, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model.hidden(*packed(documents)), hidden, atol=1e-5, rtol=1e-5)
-        filled = model(*packed(documents, shape=(512, 20, 64)))  # the fixed shape that torch.compile gets
+        filled = model(
+            *packed(documents, shape=(512, 20, 64))
+        )  # the fixed shape that torch.compile gets
         torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kw", [{}, {"pooling": "max", "position": "learned"}, {"pooling": "cls"}, {"window": 3},
-                                {"pooling": "last", "causal": True}, {"lm_head": "own", "causal": True, "window": 3}])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {},
+        {"pooling": "max", "position": "learned"},
+        {"pooling": "cls"},
+        {"window": 3},
+        {"pooling": "last", "causal": True},
+        {"lm_head": "own", "causal": True, "window": 3},
+    ],
+)
 def test_documents_of_one_length_may_be_told_by_it(kw):
     kw = {"n_classes": 0} | kw if "lm_head" in kw else kw
     model, documents = random_model(**kw), random_documents([24] * 5)
@@ -67,7 +92,9 @@ def test_what_fills_a_batch_up_leaves_the_gradient_as_it_is(pooling):
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_the_baselines_too(kind):
     torch.manual_seed(0)
-    model = build_model(ModelConfig(model=kind, vocab_size=50, n_classes=4, d_model=32, buckets=512, ngrams=3)).eval()
+    model = build_model(
+        ModelConfig(model=kind, vocab_size=50, n_classes=4, d_model=32, buckets=512, ngrams=3)
+    ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p)
     documents = random_documents()
@@ -76,7 +103,9 @@ def test_the_baselines_too(kind):
     filled = model(*packed(documents, shape=(512, 20, 64)))
     torch.testing.assert_close(filled[: len(documents)], alone, atol=1e-5, rtol=1e-5)
     swapped = model(*packed([d[[1, 0, *range(2, len(d))]] if len(d) > 1 else d for d in documents]))
-    assert torch.allclose(swapped, alone, atol=1e-5) == (kind == "mlp")  # only n-grams know about order
+    assert torch.allclose(swapped, alone, atol=1e-5) == (
+        kind == "mlp"
+    )  # only n-grams know about order
 
 
 def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
@@ -87,7 +116,9 @@ def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
     documents = [np.array([0, *(ids[b] for b in t.encode())]) for t in texts]
     letters = tuple(ids[b] for b in spelt if b > 127 or chr(b).isalnum())
     for kw in ({}, {"letters": letters, "blanks": (0, 1, ids[32]), "char_ngrams": 3}):
-        model = build_model(ModelConfig(model="linear", vocab_size=40, n_classes=2, buckets=2**20, ngrams=2, **kw))
+        model = build_model(
+            ModelConfig(model="linear", vocab_size=40, n_classes=2, buckets=2**20, ngrams=2, **kw)
+        )
         torch.nn.init.normal_(model.embedding.weight)
         tokens, cu_seqlens = packed(documents)
         doc = torch.repeat_interleave(torch.arange(4), cu_seqlens.diff())
@@ -95,20 +126,38 @@ def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
         if kw:
             hashes, first_byte = hash_words(model.byte_class, tokens, doc)
             word_doc = doc[first_byte]
-        words = [d.tolist() for d in documents] if not kw else \
-            [re.findall(rb"[0-9a-z\x80-\xff]+|[^ ]", t.encode()) for t in texts]
+        words = (
+            [d.tolist() for d in documents]
+            if not kw
+            else [re.findall(rb"[0-9a-z\x80-\xff]+|[^ ]", t.encode()) for t in texts]
+        )
         flat = [(i, w) for i, d in enumerate(words) for w in d]
         assert word_doc.tolist() == [i for i, _ in flat]
-        assert all((a == b) == (v == w) for a, (_, v) in zip(hashes, flat) for b, (_, w) in zip(hashes, flat))
+        assert all(
+            (a == b) == (v == w)
+            for a, (_, v) in zip(hashes, flat)
+            for b, (_, w) in zip(hashes, flat)
+        )
         expected = 0
         for units, n, values in ((words, 2, hashes), (documents, 3, tokens))[: 1 + bool(kw)]:
             where = torch.repeat_interleave(torch.arange(4), torch.tensor([len(d) for d in units]))
             bucket, inside, _ = ngram_bag(values, where, n, 2**20)
-            runs = [(i, *d[e - k : e + 1]) for i, d in enumerate(units) for e in range(len(d)) for k in range(n) if k <= e]
+            runs = [
+                (i, *d[e - k : e + 1])
+                for i, d in enumerate(units)
+                for e in range(len(d))
+                for k in range(n)
+                if k <= e
+            ]
             assert len(runs) == inside.sum()
-            assert len({r[1:] for r in runs}) == len(bucket[inside].unique())  # equal runs and no others share a row
-            rows = [model.embedding(bucket[where == i][inside[where == i]]).sum(0) / inside[where == i].sum() ** 0.5
-                    for i in range(4)]
+            assert len({r[1:] for r in runs}) == len(
+                bucket[inside].unique()
+            )  # equal runs and no others share a row
+            rows = [
+                model.embedding(bucket[where == i][inside[where == i]]).sum(0)
+                / inside[where == i].sum() ** 0.5
+                for i in range(4)
+            ]
             expected = expected + torch.stack(rows)
         torch.testing.assert_close(model(tokens, cu_seqlens), expected)
 
@@ -131,7 +180,9 @@ def test_attention_of_documents_of_one_length_in_bfloat16_is_its_formula(causal)
             y = (s.softmax(-1) @ v).transpose(1, 2).reshape(96, 2, 8)
         y.backward(grad.to(dtype))
         results.append(torch.cat((y[:, None], x.grad), 1).double())
-    error = (results[0] - results[1]).square().sum((0, 2, 3)) / results[1].square().sum((0, 2, 3))  # of y and of q, k, v
+    error = (results[0] - results[1]).square().sum((0, 2, 3)) / results[1].square().sum(
+        (0, 2, 3)
+    )  # of y and of q, k, v
     assert (error < 0.01**2).all()
 
 
@@ -145,7 +196,9 @@ def test_attention_equals_its_formula():
             s = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / 8**0.5
             if causal:
                 s = s.masked_fill(torch.ones(b - a, b - a, dtype=bool).triu(1), -torch.inf)
-            torch.testing.assert_close(out[a:b], torch.einsum("hij,jhd->ihd", s.softmax(-1), v[a:b]), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                out[a:b], torch.einsum("hij,jhd->ihd", s.softmax(-1), v[a:b]), atol=1e-5, rtol=1e-5
+            )
 
 
 def test_first_loss_is_log_of_the_number_of_classes():
@@ -160,6 +213,8 @@ def test_first_loss_is_log_of_the_number_of_classes():
 def test_the_varlen_kernel_agrees():
     model, documents = random_model().cuda(), random_documents()
     with torch.autocast("cuda", torch.bfloat16):
-        together = model(*(t.cuda() for t in packed(documents, shape=(512, 20, 64))))[: len(documents)].float()
+        together = model(*(t.cuda() for t in packed(documents, shape=(512, 20, 64))))[
+            : len(documents)
+        ].float()
     expected = random_model()(*packed(documents))
     assert (together.cpu() - expected).abs().max() < 0.05 * expected.std()

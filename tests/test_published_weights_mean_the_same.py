@@ -1,4 +1,5 @@
 """A published model computes here what it computes in transformers; what we fine-tune computes there what it does here."""
+
 import json
 
 import numpy as np
@@ -15,15 +16,35 @@ from weights import from_pretrained
 
 hf = pytest.importorskip("transformers")
 TINY = dict(vocab_size=90, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-TRUNK = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, max_position_embeddings=60)
+TRUNK = dict(
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=60,
+)
 CONFIGS = {
     "bert": hf.BertConfig(**TINY, **TRUNK),
     "roberta": hf.RobertaConfig(**TINY | {"pad_token_id": 1}, **TRUNK),
-    "distilbert": hf.DistilBertConfig(**TINY, dim=32, n_layers=3, n_heads=2, hidden_dim=64, max_position_embeddings=60),
-    "modernbert": hf.ModernBertConfig(**TINY, **TRUNK | {"num_hidden_layers": 5}, cls_token_id=1, sep_token_id=2,
-                                      local_attention=8),
-    "modernbert-mean": hf.ModernBertConfig(**TINY, **TRUNK, cls_token_id=1, sep_token_id=2, local_attention=20,
-                                           classifier_pooling="mean", classifier_bias=True),
+    "distilbert": hf.DistilBertConfig(
+        **TINY, dim=32, n_layers=3, n_heads=2, hidden_dim=64, max_position_embeddings=60
+    ),
+    "modernbert": hf.ModernBertConfig(
+        **TINY,
+        **TRUNK | {"num_hidden_layers": 5},
+        cls_token_id=1,
+        sep_token_id=2,
+        local_attention=8,
+    ),
+    "modernbert-mean": hf.ModernBertConfig(
+        **TINY,
+        **TRUNK,
+        cls_token_id=1,
+        sep_token_id=2,
+        local_attention=20,
+        classifier_pooling="mean",
+        classifier_bias=True,
+    ),
     "gpt2": hf.GPT2Config(**TINY, n_embd=32, n_layer=3, n_head=2, n_positions=60),
 }
 
@@ -38,7 +59,10 @@ def reference(name, cls=hf.AutoModelForSequenceClassification):
 
 def documents(longest, vocab=90):
     g = torch.Generator().manual_seed(1)
-    return [torch.randint(3, vocab, (n,), generator=g) for n in (5, longest, 1, 23, longest, 2, longest - 1)]
+    return [
+        torch.randint(3, vocab, (n,), generator=g)
+        for n in (5, longest, 1, 23, longest, 2, longest - 1)
+    ]
 
 
 @torch.no_grad()
@@ -47,7 +71,9 @@ def theirs(model, docs, pad):
     ids = torch.nn.utils.rnn.pad_sequence(docs, batch_first=True, padding_value=pad)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in docs], batch_first=True)
     trunk = getattr(model, model.base_model_prefix)
-    return model(input_ids=ids, attention_mask=mask).logits, trunk(input_ids=ids, attention_mask=mask)[0][mask.bool()]
+    return model(input_ids=ids, attention_mask=mask).logits, trunk(
+        input_ids=ids, attention_mask=mask
+    )[0][mask.bool()]
 
 
 @torch.no_grad()
@@ -71,7 +97,9 @@ def test_parity_and_round_trip(tmp_path, name):
 
     pad = {"content": "<pad>" if name == "roberta" else "[PAD]", "id": CONFIGS[name].pad_token_id}
     save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], json.dumps({"added_tokens": [pad]}))
-    back = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    back = hf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    ).eval()
     assert type(back) is type(model) and back.config.id2label == {0: "x", 1: "y", 2: "z"}
     for got, want in zip(theirs(back, docs, CONFIGS[name].pad_token_id), ours(loaded, docs)):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -82,7 +110,9 @@ def test_parity_and_round_trip(tmp_path, name):
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "gpt2"])
 @pytest.mark.parametrize("cls", [hf.AutoModel, hf.AutoModelForMaskedLM])
 def test_a_bare_trunk_gets_a_fresh_head(tmp_path, name, cls):
-    model = reference(name, hf.AutoModelForCausalLM if name == "gpt2" and cls is not hf.AutoModel else cls)
+    model = reference(
+        name, hf.AutoModelForCausalLM if name == "gpt2" and cls is not hf.AutoModel else cls
+    )
     model.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path, n_classes=7)
     docs = documents(58)
@@ -90,13 +120,21 @@ def test_a_bare_trunk_gets_a_fresh_head(tmp_path, name, cls):
     trunk = model if cls is hf.AutoModel else getattr(model, model.base_model_prefix)
     for i, d in enumerate(docs):
         start, end = inputs[1][i], inputs[1][i + 1]
-        torch.testing.assert_close(loaded.hidden(*inputs)[start:end], trunk(input_ids=d[None])[0][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            loaded.hidden(*inputs)[start:end], trunk(input_ids=d[None])[0][0], atol=1e-4, rtol=1e-4
+        )
     assert loaded(*inputs).shape == (7, 7)
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(model_type="t5"), "'t5' is not supported; bert"), (dict(position_embedding_type="relative_key"), "relative_key"),
-    (dict(hidden_act="relu"), "hidden_act='relu'"), (dict(is_decoder=True), "is_decoder=True")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(model_type="t5"), "'t5' is not supported; bert"),
+        (dict(position_embedding_type="relative_key"), "relative_key"),
+        (dict(hidden_act="relu"), "hidden_act='relu'"),
+        (dict(is_decoder=True), "is_decoder=True"),
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name(tmp_path, change, says):
     reference("bert").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -107,14 +145,22 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, says):
 
 def test_damaged_weights_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
+
     reference("bert").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     key = "bert.encoder.layer.1.attention.self.key.weight"
     for changed, says in (
-            ({k: v for k, v in weights.items() if k != key}, f"{key}.* is missing"),
-            (weights | {"bert.extra": torch.zeros(1)}, "bert.extra is left over"),
-            (weights | {key: torch.full((32, 32), torch.inf)}, "blocks.1.attention.qkv.weight is not finite"),
-            (weights | {key: torch.zeros(31, 32)}, r"blocks.1.attention.qkv.weight is \(95, 32\), not \(96, 32\)")):
+        ({k: v for k, v in weights.items() if k != key}, f"{key}.* is missing"),
+        (weights | {"bert.extra": torch.zeros(1)}, "bert.extra is left over"),
+        (
+            weights | {key: torch.full((32, 32), torch.inf)},
+            "blocks.1.attention.qkv.weight is not finite",
+        ),
+        (
+            weights | {key: torch.zeros(31, 32)},
+            r"blocks.1.attention.qkv.weight is \(95, 32\), not \(96, 32\)",
+        ),
+    ):
         save_file(changed, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=says):
             from_pretrained(tmp_path)
@@ -122,7 +168,9 @@ def test_damaged_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="there is no model.safetensors|model.safetensors.* is needed"):
+    with pytest.raises(
+        UserError, match="there is no model.safetensors|model.safetensors.* is needed"
+    ):
         from_pretrained(tmp_path)
 
 
@@ -149,12 +197,15 @@ def test_the_real_minilm_up_to_its_longest_text(tmp_path):
         hidden = ours.hidden(*inputs)
         for d, start in zip(docs, inputs[1]):
             expected = theirs(input_ids=torch.tensor([d]))[0][0]
-            torch.testing.assert_close(hidden[start : start + len(d)], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                hidden[start : start + len(d)], expected, atol=1e-4, rtol=1e-4
+            )
     assert max(map(len, docs)) == 512
 
 
 def test_our_own_trunk_goes_out_and_comes_back(tmp_path):
     from tests.test_packed_equals_one_at_a_time import random_documents, random_model
+
     model = random_model()
     save_hf(model, tmp_path, list("abcd"), json.dumps({"added_tokens": []}))
     back = from_pretrained(tmp_path)

@@ -1,4 +1,5 @@
 """report.html opens in Chromium without an error on its console, and with every picture in it."""
+
 import json
 import re
 import shutil
@@ -9,16 +10,25 @@ import pytest
 import train
 from tests.conftest import script
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-SAY = ("<script>onload = () => document.title = JSON.stringify([...document.images].map(i => i.complete && i.naturalWidth))"
-       "</script>")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
+SAY = (
+    "<script>onload = () => document.title = JSON.stringify([...document.images].map(i => i.complete && i.naturalWidth))"
+    "</script>"
+)
 
 
 def opened(path):
     """(the document after loading, what it wrote to the console)."""
     flags = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --dump-dom".split()
-    done = subprocess.run([BROWSER, *flags, f"--user-data-dir={path.parent}/profile", path.as_uri()], capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run(
+        [BROWSER, *flags, f"--user-data-dir={path.parent}/profile", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -34,5 +44,7 @@ def test_report_opens(toy, tmp_path):
     widths = json.loads(re.search("<title>(.*)</title>", document)[1])
     assert len(widths) == page.count("<img") >= 4 and all(w > 100 for w in widths)
     assert not errors
-    (tmp_path / "page.html").write_text(page.replace("</html>", "<script>throw Error('seen')</script></html>"))
+    (tmp_path / "page.html").write_text(
+        page.replace("</html>", "<script>throw Error('seen')</script></html>")
+    )
     assert any("seen" in e for e in opened(tmp_path / "page.html")[1])  # an error would have been

@@ -1,4 +1,5 @@
 """A run that is killed and started again ends as one that was not, bit for bit."""
+
 import os
 import shutil
 import signal
@@ -18,9 +19,21 @@ from weights import load_checkpoint
 
 def state(folder):
     last, best = load_checkpoint(f"{folder}/last.pt"), load_checkpoint(f"{folder}/best.pt")
-    moments = [v for o in last["optimizers"] for s in o["state"].values() for v in s.values() if isinstance(v, torch.Tensor)]
-    return [*last["model"].values(), *moments, *best["model"].values()], last["best"], \
-        [[r.get(k) for k in ("step", "loss", "lr", "grad_norm", "val_loss", "val_accuracy")] for r in records(folder)]
+    moments = [
+        v
+        for o in last["optimizers"]
+        for s in o["state"].values()
+        for v in s.values()
+        if isinstance(v, torch.Tensor)
+    ]
+    return (
+        [*last["model"].values(), *moments, *best["model"].values()],
+        last["best"],
+        [
+            [r.get(k) for k in ("step", "loss", "lr", "grad_norm", "val_loss", "val_accuracy")]
+            for r in records(folder)
+        ],
+    )
 
 
 def assert_same(a, b):
@@ -30,10 +43,15 @@ def assert_same(a, b):
 def test_killed_and_continued_equals_uninterrupted(toy):
     toy |= dict(dropout=0.2, mask_prob=0.2, eval_interval=5, epochs=40.0)  # 240 steps
     args = [f"--{k}={v}" for k, v in toy.items()]
-    running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stdout=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *args],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     metrics = f"{toy['out_dir']}/metrics.jsonl"
-    while running.poll() is None and not (os.path.exists(metrics) and open(metrics).read().count("val_loss") >= 3):
+    while running.poll() is None and not (
+        os.path.exists(metrics) and open(metrics).read().count("val_loss") >= 3
+    ):
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
@@ -64,7 +82,9 @@ def test_another_config_in_the_same_folder_is_refused_and_harmless(toy):
     before = {f: open(f"{toy['out_dir']}/{f}", "rb").read() for f in os.listdir(toy["out_dir"])}
     with pytest.raises(UserError, match="learning_rate=0.003 there, 0.5 here.*--out_dir"):
         train.train(train.Config(**toy | dict(learning_rate=0.5)))
-    assert before == {f: open(f"{toy['out_dir']}/{f}", "rb").read() for f in os.listdir(toy["out_dir"])}
+    assert before == {
+        f: open(f"{toy['out_dir']}/{f}", "rb").read() for f in os.listdir(toy["out_dir"])
+    }
     train.train(train.Config(**toy | dict(learning_rate=0.01, overwrite=True)))
     assert load_checkpoint(f"{toy['out_dir']}/best.pt")["config"]["learning_rate"] == 0.01
     shutil.rmtree(toy["out_dir"])

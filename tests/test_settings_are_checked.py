@@ -1,4 +1,5 @@
 """A setting of an unknown name or the wrong type is an error that names the way out, wherever it comes from."""
+
 import json
 import os
 import subprocess
@@ -27,27 +28,59 @@ class Config:
 
 
 def test_values_arrive_as_their_types(tmp_path):
-    c = configure(Config, ["--rate=1", "--steps=7", "--name=a=b", "--limit=None", "--flag=True", "--kind=y",
-                           "--sizes=[1, 2]", "--column=1"])
+    c = configure(
+        Config,
+        [
+            "--rate=1",
+            "--steps=7",
+            "--name=a=b",
+            "--limit=None",
+            "--flag=True",
+            "--kind=y",
+            "--sizes=[1, 2]",
+            "--column=1",
+        ],
+    )
     assert c == Config(1.0, 7, "a=b", None, True, "y", [1, 2], 1, c.out) and type(c.rate) is float
-    assert configure(Config, ["--name=None", "--column='1'", "--sizes=4", "--sizes=5"]).sizes == [4, 5]
+    assert configure(Config, ["--name=None", "--column='1'", "--sizes=4", "--sizes=5"]).sizes == [
+        4,
+        5,
+    ]
     assert configure(Config, ["--name=None"]).name == "None"
     assert configure(Config, ["--name='q'"]).name == "'q'"
     assert configure(Config, ["--column='1'"]).column == "1"
 
 
-@pytest.mark.parametrize("arg, says", [
-    ("--rat=1", "did you mean 'rate'"), ("--flag=maybe", "True or False"), ("--steps=1.5", "steps='1.5'"),
-    ("--rate=None", "float"), ("--kind=z", "'x' or 'y'"), ("--sizes=[1, 'a']", "list of int"), ("--flag=1", "True or False"),
-    ("--steps", "--key=value"), ("-x=1", "--key=value"), ("nowhere.py", "does not exist")])
+@pytest.mark.parametrize(
+    "arg, says",
+    [
+        ("--rat=1", "did you mean 'rate'"),
+        ("--flag=maybe", "True or False"),
+        ("--steps=1.5", "steps='1.5'"),
+        ("--rate=None", "float"),
+        ("--kind=z", "'x' or 'y'"),
+        ("--sizes=[1, 'a']", "list of int"),
+        ("--flag=1", "True or False"),
+        ("--steps", "--key=value"),
+        ("-x=1", "--key=value"),
+        ("nowhere.py", "does not exist"),
+    ],
+)
 def test_errors_on_the_command_line(arg, says):
     with pytest.raises(UserError, match=says):
         configure(Config, [arg])
 
 
-@pytest.mark.parametrize("text, says", [
-    ("rte = 1", "did you mean 'rate'"), ("steps = 'x'", r"steps='x' \(.*c.py\) is not int"), ("steps = = 1", "SyntaxError"),
-    ("x = 1 / 0", "c.py:1 cannot be run: ZeroDivisionError"), ("flag = 1", "True or False")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("rte = 1", "did you mean 'rate'"),
+        ("steps = 'x'", r"steps='x' \(.*c.py\) is not int"),
+        ("steps = = 1", "SyntaxError"),
+        ("x = 1 / 0", "c.py:1 cannot be run: ZeroDivisionError"),
+        ("flag = 1", "True or False"),
+    ],
+)
 def test_errors_in_a_file(tmp_path, text, says):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(UserError, match=says):
@@ -55,15 +88,25 @@ def test_errors_in_a_file(tmp_path, text, says):
 
 
 def test_files_compute_and_build_on_each_other_and_the_line_wins(tmp_path):
-    (tmp_path / "base_of_test.py").write_text("import math\nsteps = int(math.sqrt(81))\nrate = 2\n_hidden = 5\n")
-    (tmp_path / "more.py").write_text("from base_of_test import *\nname = 'n' * 3\ndef helper(): pass\n")
+    (tmp_path / "base_of_test.py").write_text(
+        "import math\nsteps = int(math.sqrt(81))\nrate = 2\n_hidden = 5\n"
+    )
+    (tmp_path / "more.py").write_text(
+        "from base_of_test import *\nname = 'n' * 3\ndef helper(): pass\n"
+    )
     c = configure(Config, ["--rate=3", str(tmp_path / "more.py")])
     assert (c.steps, c.rate, c.name, c.out) == (9, 3.0, "nnn", "out/more")
 
 
-@pytest.mark.parametrize("cls, comment", [
-    (Config, "raise it when bored"), (train.Config, "more for large models or rates"),
-    (train.Config, "your name for the files below"), (eval_script.Config, "at the end")])
+@pytest.mark.parametrize(
+    "cls, comment",
+    [
+        (Config, "raise it when bored"),
+        (train.Config, "more for large models or rates"),
+        (train.Config, "your name for the files below"),
+        (eval_script.Config, "at the end"),
+    ],
+)
 def test_help_shows_every_field_with_its_comment(capsys, cls, comment):
     with pytest.raises(SystemExit) as e:
         configure(cls, ["--help"])
@@ -79,14 +122,29 @@ def test_a_sweep_runs_as_wandbs_agent_calls_it(toy, tmp_path):
     for name in ("train.py", "config"):
         (tmp_path / name).symlink_to(ROOT / name)
     for trial in ("first", "second"):
-        chosen = {k: v["values"][-1] if "values" in v else v["min"] for k, v in sweep["parameters"].items()}
+        chosen = {
+            k: v["values"][-1] if "values" in v else v["min"]
+            for k, v in sweep["parameters"].items()
+        }
         settings = {k: v for k, v in toy.items() if k not in chosen and k != "out_dir"}
-        filled = agent.create_sweep_command_args({"args": {k: {"value": v} for k, v in (chosen | settings).items()}})
+        filled = agent.create_sweep_command_args(
+            {"args": {k: {"value": v} for k, v in (chosen | settings).items()}}
+        )
         filled["program"] = [sweep["program"]]
-        command = [part for c in agent.create_sweep_command(sweep["command"])
-                   for part in (filled[c[2:-1]] if c.startswith("${") else [c])]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"WANDB_RUN_ID": trial, "OMP_NUM_THREADS": "1"})
+        command = [
+            part
+            for c in agent.create_sweep_command(sweep["command"])
+            for part in (filled[c[2:-1]] if c.startswith("${") else [c])
+        ]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"WANDB_RUN_ID": trial, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr
         config = json.load(open(tmp_path / f"out/sweep-{trial}/config.json"))
-        assert {k: config[k] for k in chosen} == chosen and config["crop"] == 128  # and config/textcls.py's own
+        assert {k: config[k] for k in chosen} == chosen and config[
+            "crop"
+        ] == 128  # and config/textcls.py's own

@@ -1,4 +1,5 @@
 """An offline W&B run, read back from its file, holds the losses that metrics.jsonl holds."""
+
 import glob
 import json
 import struct
@@ -27,7 +28,9 @@ def wandb_rows(path, field="history"):
             record, part = pb.Record.FromString(part), b""
             if record.HasField(field):
                 items = record.history.item if field == "history" else record.summary.update
-                rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+                rows.append(
+                    {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
+                )
     return rows
 
 
@@ -39,7 +42,9 @@ def test_offline_run_holds_the_losses(toy):
     logged = wandb_rows(path)
     for key in ("loss", "lr", "grad_norm", "val_loss", "val_accuracy"):
         expected = [(r["step"], r[key]) for r in records(toy["out_dir"]) if key in r]
-        assert [(r["step"], r[key]) for r in logged if key in r] == expected and len(expected) >= 2, key
+        assert [(r["step"], r[key]) for r in logged if key in r] == expected and len(
+            expected
+        ) >= 2, key
 
 
 def test_evaluation_adds_to_the_run_of_training(toy):
@@ -56,7 +61,9 @@ def test_evaluation_adds_to_the_run_of_training(toy):
     (logged,) = [row for row in wandb_rows(path) if "val_per_class.path" in row]
     files = f"{path.rsplit('/', 1)[0]}/files/"
     rows = json.load(open(files + logged["val_per_class.path"]))["data"]
-    assert [r[0] for r in rows] == report["label_names"] and [r[3] for r in rows] == report["per_class"]["f1"]
+    assert [r[0] for r in rows] == report["label_names"] and [r[3] for r in rows] == report[
+        "per_class"
+    ]["f1"]
     mistakes = json.load(open(files + logged["val_mistakes.path"]))["data"]
     assert [r[4] for r in mistakes] == [m["text"] for m in report["mistakes"]] and mistakes
     assert open(files + logged["val_confusion.path"], "rb").read(4) == b"\x89PNG"
