@@ -128,6 +128,9 @@ class Config(DataConfig):
 # settings that may differ between a run and its continuation
 FREE = {"overwrite", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval",
         "data_dir", "out_dir"}
+MODEL_SETTINGS = (  # that are ModelConfig's, too
+    "model", "n_layer", "n_head", "d_model", "mlp", "norm", "qk_norm", "pooling", "position",
+    "dropout", "max_len", "ngrams", "char_ngrams", "buckets", "patch", "checkpoint_activations")
 PEAK_FLOPS = {  # bf16 dense, from data sheets
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
     "RTX 4090": 165e12}
@@ -417,10 +420,8 @@ def peak_flops(machine):
 
 
 def make_model(cfg, meta, task):
-    """A fresh model for a data set and a task: ModelConfig takes the settings of its fields' names.
-    finetune.py has its own."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)} & vars(cfg).keys()
-    c = ModelConfig(**{name: getattr(cfg, name) for name in names} | task.head)
+    """A fresh model for a data set and a task. finetune.py has its own."""
+    c = ModelConfig(**{name: getattr(cfg, name) for name in MODEL_SETTINGS}, **task.head)
     c.d_ff = cfg.d_ff or 4 * cfg.d_model
     if meta["kind"] == "text":
         c.vocab_size = meta["vocab_size"]
