@@ -157,10 +157,9 @@ def report_overlap(clf, cfg, examples, z):
 
 def report_language(clf, examples, resamples):
     """The figures of a language model over a whole split, intervals over its blocks."""
-    limit = max(clf.micro_batch_tokens, clf.max_len)
     sums = np.zeros((len(examples), 2))  # of each block: loss in nats, right guesses
     n_targets = np.zeros(len(examples))
-    for request in tqdm(eval_requests(examples.lengths, limit), unit=" batches"):
+    for request in tqdm(eval_requests(examples.lengths, clf.micro_batch_tokens), unit=" batches"):
         batch = examples.batch(*request)
         tokens, cu_seqlens, *rest = batch.inputs
         logits = run_model(clf.model, batch, clf.device, clf.dtype)

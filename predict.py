@@ -26,7 +26,7 @@ import cpu
 from batches import PackedText, eval_requests, open_split, read_meta
 from configurator import UserError, configure, run
 from sources import DataConfig, clean, data_settings, decoded_lines, rebuild_command, rows
-from tasks import bf16_is_native, open_device, run_model
+from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from weights import checkpoint_file, load_checkpoint, load_model
 
 
@@ -61,14 +61,15 @@ class Classifier:
         self.path = checkpoint_file(path)
         checkpoint = load_checkpoint(path)
         self.device, self.dtype = open_device(device), dtype
-        on_cpu = self.device.type == "cpu"
-        self.micro_batch_tokens = micro_batch_tokens or (2048 if on_cpu else 16384)
         self.model = load_model(checkpoint, self.path).to(self.device)
         self.config, self.step = checkpoint["config"], checkpoint["step"]
         self.modality, self.max_len = checkpoint["kind"], checkpoint["max_len"]
         self.n_suffix, self.scaling = checkpoint["n_suffix"], checkpoint["scaling"]
         self.data_folder = checkpoint["data_folder"]
         self.data_sha256 = checkpoint["data_sha256"]
+        self.micro_batch_tokens = max(micro_batch_tokens or 0, self.max_len)
+        if not micro_batch_tokens:
+            self.micro_batch_tokens = eval_tokens(self.device, self.max_len)
         self.objective = self.config.get("objective", "classify")
         self.is_language_model = self.objective != "classify"
         self.label_names = [] if self.is_language_model else checkpoint["label_names"]
@@ -105,8 +106,7 @@ class Classifier:
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a data set's examples (see batches.py), in their order;
         independent of how they are batched."""
-        limit = max(self.micro_batch_tokens, self.max_len)
-        requests = eval_requests(examples.lengths, limit)
+        requests = eval_requests(examples.lengths, self.micro_batch_tokens)
         out = torch.empty(len(examples), self.model.config.n_classes)
         mirror = self.modality == "image" and self.config.get("flip", False)
 

@@ -269,6 +269,12 @@ def bf16_is_native(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def eval_tokens(device, max_len):
+    """Most tokens of a batch without gradients: on CPUs what their cache holds, one document at
+    least."""
+    return max(2048 if device.type == "cpu" else 16384, max_len)
+
+
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 

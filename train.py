@@ -6,14 +6,12 @@ in step i is a function of (seed, i) alone: the batch, its masks, and the random
 are seeded anew at each step.
 """
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import json
 import math
 import netrc
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
+import cpu
 import data
 import optim
 from baselines import build_model
@@ -30,7 +29,7 @@ from batches import GlobalBatches, eval_requests, open_split, stratified_subset
 from configurator import UserError, configure, run, write_text
 from model import ModelConfig, flops_per_token
 from sources import DataConfig, rebuild_command, resolve
-from tasks import autocast, bf16_is_native, describe, open_device, run_model, task_class
+from tasks import autocast, bf16_is_native, describe, eval_tokens, open_device, run_model, task_class
 from weights import CHECKPOINT_FORMAT, load_checkpoint, load_weights, save_checkpoint
 
 
@@ -170,7 +169,7 @@ class Machine:
         if on_cuda:
             torch.cuda.set_device(self.device)
         if self.device.type == "cpu":
-            keep_freed_memory()
+            cpu.keep_freed_memory()
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -220,16 +219,6 @@ class Machine:
         if self.world > 1 and self.rank == 0:
             dist.barrier()
         return result
-
-
-def keep_freed_memory():
-    """Tell glibc to keep freed memory, which the next step needs again: a page's first touch costs
-    1-2 µs."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 def start_wandb(settings, run_id):
@@ -303,7 +292,8 @@ def compute_gradient(model_with_loss, micro_batches, task, machine):
 def evaluate(model, task, examples, cfg, machine, mirror=False):
     """The task's figures over all of a split, on all processes; touches no generator. mirror: see
     tasks.run_model."""
-    requests = eval_requests(examples.lengths, cfg.micro_batch_tokens, machine.rank, machine.world)
+    limit = min(cfg.micro_batch_tokens, eval_tokens(machine.device, examples.max_len))
+    requests = eval_requests(examples.lengths, limit, machine.rank, machine.world)
     totals = []
     model.eval()
     for request in requests:
