@@ -30,7 +30,8 @@ def n_inputs(c):
 
 
 class MLP(nn.Module):
-    """n_layer hidden layers of d_model ReLU units, on numbers, pixels, or a text's mean embedding."""
+    """n_layer hidden layers of d_model ReLU units, on numbers, pixels, or the mean of a text's
+    embeddings."""
 
     def __init__(self, config):
         super().__init__()
@@ -157,6 +158,6 @@ def embedding_bag_sum(weight, rows, count, sparse):
     """Sums of rows of `weight` (V, D): the first count[0] of `rows` (N,), the next count[1], …:
     → (len(count), D). sparse: whether the gradient is."""
     if cpu.handles(weight):
-        return cpu.embedding_bag_sum(weight, rows, count, sparse)  # delete: the same, slower
+        return cpu.embedding_bag_sum(weight, rows, count, sparse)  # optional: see model.py
     start = F.pad(count.cumsum(0)[:-1], (1, 0))
     return F.embedding_bag(rows, weight, start, mode="sum", sparse=sparse)

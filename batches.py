@@ -29,7 +29,7 @@ from configurator import UserError, file_sha256
 FORMAT = 3
 SPLITS = "train", "val", "test"
 TARGET_DTYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
-IGNORE = -100  # the target of what has none (of numbers: NaN)
+IGNORE = -100  # the target where there is none, F.cross_entropy's default (for numbers: NaN)
 
 
 class Batch(NamedTuple):
@@ -44,22 +44,27 @@ class Batch(NamedTuple):
         return self._replace(inputs=inputs, targets=move(self.targets, device))
 
 
+def ceil_div(a, b):
+    return -(-a // b)
+
+
 def move(x, device):
     return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
 
 
-class Shape(NamedTuple):
-    """What a micro-batch of text is filled up to."""
+class PaddedShape(NamedTuple):
+    """The size that a micro-batch is filled up to."""
     n_tokens: int
     n_documents: int
     max_len: int
 
 
 class Request(NamedTuple):
-    """A micro-batch to be made. epoch None: for evaluation, without windows, masks, augmentation."""
+    """A micro-batch to be made. epoch None: for evaluation, without windows, masks and
+    augmentation."""
     epoch: int | None
     indices: np.ndarray
-    shape: Shape | None = None
+    shape: PaddedShape | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,7 +72,8 @@ class Request(NamedTuple):
 
 
 def read_meta(folder, rebuild):
-    """meta.json of a data set, or None where there is no folder. Raises UserError for half a one.
+    """meta.json of a data set, or None where there is no folder. Raises UserError for an incomplete
+    one.
 
     rebuild: the command that builds the data set anew, for messages.
     """
@@ -152,8 +158,8 @@ class PackedText(Examples):
                             "set --mask_prob=0")
 
     def document(self, i, epoch=None):
-        """Token ids (L,) int64 of example i. In training (epoch given) windowed and masked; the
-        first token, [CLS], stays, as do special tokens at the end."""
+        """Token ids (L,) int64 of example i. In training (epoch given) a window of it, which keeps
+        the first token, [CLS], and the special tokens at the end, with tokens masked."""
         start, end = self.starts[i], self.starts[i + 1]
         if epoch is None or not (self.crop or self.mask_prob):
             return truncate(self.tokens[start:end].astype(np.int64), self.max_len, self.n_suffix)
@@ -191,8 +197,8 @@ class PackedText(Examples):
 class LanguageBlocks(Examples):
     """Text for a language model: documents cut into blocks of up to max_len tokens.
 
-    In training all blocks of a longer document are full (the last one reaches back), and move by up
-    to half their length either way, so that each epoch cuts elsewhere.
+    In training every block of a longer document is full: the last one starts earlier. All of them
+    move by up to half a block either way, so that each epoch cuts elsewhere.
 
     clm: the target of each token is the one that follows it. mlm (Devlin et al. 2019): a block's
     first token is the document's, [CLS]; mask_prob of the others become [MASK], and only these have
@@ -202,12 +208,13 @@ class LanguageBlocks(Examples):
 
     def __init__(self, tokens, starts, max_len, objective, n_suffix, n_bytes=0, mask_id=None,
                  seed=0, mask_prob=0.0):
-        self.tokens, self.starts, self.objective, self.max_len = tokens, starts, objective, max_len
+        self.tokens, self.starts = tokens, starts
+        self.objective, self.max_len = objective, max_len
         self.seed, self.mask_prob, self.mask_id = seed, mask_prob, mask_id
         if objective == "mlm" and mask_id is None:
             raise UserError("--objective=mlm needs a tokenizer with a [MASK] or <mask> token")
         n_readable = np.diff(starts) - (objective == "clm")  # a last token has none to predict
-        n_blocks = -(-n_readable // max_len)
+        n_blocks = ceil_div(n_readable, max_len)
         document = np.repeat(np.arange(len(n_blocks)), n_blocks)
         block_in_document = np.arange(len(document)) - np.repeat(n_blocks.cumsum() - n_blocks,
                                                                  n_blocks)
@@ -219,7 +226,8 @@ class LanguageBlocks(Examples):
             raise UserError(f"--objective={objective}: no document has two tokens, so there is "
                             "nothing to learn")
         self.same_length = objective == "clm" and self.lengths.min() == max_len
-        self.moved_in, self.moves = None, None  # an epoch, and how far it moves each block
+        self.moves_epoch, self.moves = None, None  # an epoch, and how far it moves each block
+        self.labels = np.zeros(len(document), np.int64)  # none, for stratified_subset
         # bits per byte can be said only where every byte is predicted, as after a [CLS]
         begins_with_special = (tokens[starts[:-1]] == tokens[0]).all()
         self.n_bytes = n_bytes if begins_with_special and objective == "clm" else 0
@@ -244,11 +252,11 @@ class LanguageBlocks(Examples):
         return np.where(masked, self.mask_id, ids), np.where(masked, ids, IGNORE)
 
     def epoch_moves(self, epoch):
-        if epoch != self.moved_in:
+        if epoch != self.moves_epoch:
             rng = np.random.default_rng((self.seed, epoch))
             half = self.max_len // 2
             self.moves = rng.integers(-half, half, len(self), np.int32, endpoint=True)
-            self.moved_in = epoch
+            self.moves_epoch = epoch
         return self.moves
 
     def batch(self, epoch, indices, shape=None):
@@ -295,8 +303,8 @@ class Arrays(Examples):
         self.ignore = math.nan if labels.dtype == np.float32 else IGNORE
 
     def batch(self, epoch, indices, shape=None):
-        """inputs (x,): (B, C, H, W) or (B, F); targets (B,). B is what `shape` says: the last
-        example stands there again, without a target."""
+        """inputs (x,): (B, C, H, W) or (B, F); targets (B,). With `shape`, the last example is
+        repeated, without a target, until they are as many as it says."""
         n = len(indices)
         if shape and not self.mixup:
             indices = np.pad(indices, (0, shape.n_tokens // self.max_len - n), "edge")
@@ -368,8 +376,8 @@ def truncate(ids, max_len, n_suffix):
 def pack(documents, shape=None):
     """Documents end to end: (tokens (T,) int64, cu_seqlens (B+1,) int32).
 
-    With a Shape, filled up to just that, so that torch.compile sees one: by documents of a token
-    that is there anyway, none longer than max_len, and by empty ones.
+    With a PaddedShape, filled up to exactly that, so that torch.compile sees one size: by documents
+    of up to max_len copies of the first token, and by empty documents.
     """
     lengths = [len(document) for document in documents]
     if shape:
@@ -400,12 +408,12 @@ class GlobalBatches(torch.utils.data.Sampler):
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
         self.micro_batch_tokens, self.fixed_shapes = micro_batch_tokens, fixed_shapes
         self.subset = np.arange(len(examples)) if subset is None else subset
-        self.steps_per_epoch = -(-len(self.subset) // batch_size)
+        self.steps_per_epoch = ceil_div(len(self.subset), batch_size)
         self.limit = micro_batch_tokens  # of tokens in a micro-batch
         if examples.same_length:  # micro-batches of one size
-            share = -(-batch_size // world)
-            n_micro_batches = -(-share * examples.max_len // micro_batch_tokens)
-            self.limit = -(-share // n_micro_batches) * examples.max_len
+            share = ceil_div(batch_size, world)
+            n_micro_batches = ceil_div(share * examples.max_len, micro_batch_tokens)
+            self.limit = ceil_div(share, n_micro_batches) * examples.max_len
 
     def __len__(self):
         return self.stop - self.start
@@ -426,16 +434,16 @@ class GlobalBatches(torch.utils.data.Sampler):
     def shape(self, n_tokens, n_documents):
         max_len = self.examples.max_len
         if self.examples.same_length:
-            return Shape(self.limit if self.fixed_shapes else n_tokens, n_documents, max_len)
+            return PaddedShape(self.limit if self.fixed_shapes else n_tokens, n_documents, max_len)
         if not self.fixed_shapes:
             # multiples of 16: matrix products of ragged sizes are up to 15 % slower on CPUs, and
             # each new size is new to oneDNN
-            return Shape(-(-n_tokens // 16) * 16, n_documents + 1, max_len)
+            return PaddedShape(16 * ceil_div(n_tokens, 16), n_documents + 1, max_len)
         T = self.micro_batch_tokens
         while T % 2 == 0 and n_tokens <= T // 2 and T > self.micro_batch_tokens // 32:
             T //= 2
-        B = -(-self.batch_size // self.world) + self.micro_batch_tokens // max_len + 1
-        return Shape(T, B, max_len)
+        B = ceil_div(self.batch_size, self.world) + self.micro_batch_tokens // max_len + 1
+        return PaddedShape(T, B, max_len)
 
 
 def eval_requests(lengths, micro_batch_tokens, rank=0, world=1):
@@ -447,9 +455,9 @@ def eval_requests(lengths, micro_batch_tokens, rank=0, world=1):
 
 def split_by_tokens(indices, lengths, limit):
     """Cut a list of examples into parts whose lengths add up to at most `limit`."""
-    parts, total = [], limit
+    parts, total = [], 0
     for i in indices:
-        if total + lengths[i] > limit:
+        if not parts or total + lengths[i] > limit:
             parts.append([])
             total = 0
         parts[-1].append(i)
@@ -458,9 +466,9 @@ def split_by_tokens(indices, lengths, limit):
 
 
 def stratified_subset(labels, fraction, seed):
-    """Sorted indices of round(fraction · N) of N examples: the same share of each class, give or
-    take one example, and a smaller fraction's are among a larger one's. (Numbers, and sets of
-    labels: at random.)"""
+    """Sorted indices of round(fraction · N) of N examples, with the same share of each class, give
+    or take one example. A smaller fraction's examples are among a larger one's. (Numbers and sets
+    of labels are drawn at random.)"""
     classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))
     rank = np.empty(len(labels))
     rng = np.random.default_rng(seed)

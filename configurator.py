@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 def run(main):
-    """Call a script's `main()`. A UserError becomes one line on standard error and exit status 2."""
+    """Call a script's `main()`. A UserError becomes one line on standard error, and status 2."""
     status = 0
     try:
         main()
@@ -81,7 +81,7 @@ def configure(cls, argv=None, positional=None):
 
 
 def read_file(path):
-    """The settings that a config file assigns: its public names, less modules and functions."""
+    """The settings that a config file assigns: its public names, without modules and functions."""
     if not os.path.isfile(path):
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         hint = f"did you mean '{near[0]}'?" if near else "settings are written --key=value"
@@ -101,7 +101,7 @@ def read_file(path):
 
 
 def is_setting(name, value):
-    """Is a name of a config file a setting, and no helper of its own?"""
+    """Is a name in a config file a setting, rather than an import or a helper?"""
     helper = callable(value) or isinstance(value, types.ModuleType)
     return not name.startswith("_") and not helper
 
@@ -126,7 +126,7 @@ def check(cls, key, value, where):
 
 
 def conform(annotation, value):
-    """(does the value fit the annotation, the value converted to it)."""
+    """Return (whether the value fits the annotation, the value converted to it)."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         # an exact match before a conversion

@@ -44,7 +44,8 @@ from sources import (
     split_labels,
 )
 
-TASKS = {"class": "classification", "labels": "multilabel", "number": "regression", "none": "none"}
+TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "number": "regression",
+                  "none": "none"}  # as meta.json names it
 OWN_TOKENIZERS = "bpe", "bytes", "words"  # made from train; others are given
 
 
@@ -92,7 +93,7 @@ def open_meta(cfg):
     built = os.path.getmtime(folder / "meta.json")
     for split, file in meta["source"].items():
         touched = os.path.isfile(file) and os.path.getmtime(file) > built
-        if touched and file_sha256(file) != meta["source_sha256"][split]:
+        if touched and file_sha256(file) != meta["source_sha256"].get(split):
             raise UserError(f"{file} has changed since {folder} was built from it; "
                             f"rebuild it with: {rebuild}")
     return meta
@@ -133,7 +134,7 @@ def build(cfg):
 def build_into(work, cfg):
     source = resolve(cfg)
     files = {split: file for split in SPLITS if (file := getattr(source, f"{split}_file"))}
-    print(f"building {cfg.data_dir}/{cfg.dataset} from {files['train']}", flush=True)
+    print(f"building {folder_of(cfg)} from {files['train']}", flush=True)
     survey = Survey(source, files)
     source = survey.source
     assignment, removed, overlaps = assign_splits(survey, source)
@@ -172,7 +173,7 @@ def build_into(work, cfg):
                 bar.update()
     splits = {split: writer.close(len(survey.names)) for split, writer in writers.items()}
     meta = {
-        "format": FORMAT, "kind": source.kind, "task": TASKS[source.target],
+        "format": FORMAT, "kind": source.kind, "task": TASK_OF_TARGET[source.target],
         "dataset": cfg.dataset, "label_names": survey.names, "dtype": encode.dtype,
         "vocab_size": vocab_size, "shape": writers["train"].shape, "scaling": scaling,
         "build": build_settings(cfg), "source": files,
@@ -330,7 +331,8 @@ def stratify(assignment, labels, fractions, seed):
         exact = sizes * fraction
         take = np.floor(exact).astype(int)
         n_missing = round(exact.sum()) - take.sum()
-        take[np.argsort(take - exact, kind="stable")[:n_missing]] += 1  # largest remainders first
+        largest_remainders = np.argsort(take - exact, kind="stable")[:n_missing]
+        take[largest_remainders] += 1
         for pool, start, n in zip(pools, taken, take):
             assignment[pool[start : start + n]] = SPLITS.index(split)
         taken += take

@@ -42,9 +42,9 @@ def export(clf, how, data_dir=None):
         save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel)
         print(f"written to {folder}")
         return
-    kind, is_text = clf.model.config.model, clf.modality == "text"
-    if is_text and kind != "transformer":
-        raise UserError(f"{clf.path}: a {kind} model of text cannot be written as {how}; "
+    model_name, is_text = clf.model.config.model, clf.modality == "text"
+    if is_text and model_name != "transformer":
+        raise UserError(f"{clf.path}: a {model_name} model of text cannot be written as {how}; "
                         "transformers of tokens, and models of images and of numbers, can")
     write = write_pt2 if how == "pt2" else write_onnx
     model = Padded(clf.model).eval() if is_text else clf.model

@@ -39,10 +39,10 @@ class Config(train.Config):
     pooling: Literal["mean", "max", "cls", "last"] | None = None  # None: the family's own
     dropout: float | None = None  # None: the weights' own, most often 0.1
     # what moves, and how fast
-    freeze: int | Literal["embeddings", "body"] = 0  # k: the embeddings and the first k blocks;
-    #   body: all but the head
-    layer_lr_decay: float = 0.8  # a block learns this much slower than that above it (Howard &
-    #   Ruder 2018); 0.9 for 12 blocks
+    freeze: int | Literal["embeddings", "body"] = 0  # 0: nothing; k: the embeddings and the first k
+    #   blocks; body: everything but the head
+    layer_lr_decay: float = 0.8  # a block's learning rate as a share of that of the one above it
+    #   (Howard & Ruder 2018); 0.9 for 12 blocks
     lora_rank: int = 0  # 8-32: train low-rank updates of the matrices below, and the head, instead
     #   (Hu et al. 2021)
     lora_alpha: float = 16.0  # their scale is alpha / rank
@@ -135,10 +135,10 @@ def make_model(cfg, meta, task, path):
     image_size = meta["shape"] if meta["kind"] == "image" else None
     loaded = from_pretrained(path, task.head["n_classes"], cfg.new_head, cfg.max_len, image_size)
     if loaded.config.lm_head and loaded.config.causal != task.head["causal"]:
-        way = "both ways: continue with --objective=mlm --mask_prob=0.3"
+        way_out = "both ways: continue with --objective=mlm --mask_prob=0.3"
         if loaded.config.causal:
-            way = "left to right: continue with --objective=clm"
-        raise UserError(f"{path}: reads {way}")
+            way_out = "left to right: continue with --objective=clm"
+        raise UserError(f"{path}: reads {way_out}")
     if loaded.config.vocab_size < meta["vocab_size"]:
         raise UserError(f"{path}: the weights know {loaded.config.vocab_size} tokens, their "
                         f"tokenizer {meta['vocab_size']}")
@@ -168,8 +168,8 @@ def freeze(model, cfg):
     for name, p in model.named_parameters():
         p.requires_grad = layer_of(name, model) > (n_blocks if cfg.lora_rank else n_frozen)
     if not cfg.lora_rank and not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"--freeze={cfg.freeze} leaves nothing to train: the head is the "
-                        "embedding's")
+        raise UserError(f"--freeze={cfg.freeze} leaves nothing to train: the head is tied to the "
+                        "embedding")
 
 
 def add_lora(model, cfg):

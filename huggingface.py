@@ -5,7 +5,7 @@ it. What we would not compute exactly is refused by name. A new family is one mo
 function in ADJUST where names alone do not say it).
 """
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +24,13 @@ class Family:
     # Our module → theirs; several where ours is theirs stacked. "/" in front: without the root.
     # "!" behind: the name of a parameter, not of a module.
     names: dict
-    ignored: tuple  # weights that are not read: those that begin with, or from "." on hold, these
+    ignored: tuple  # weights that are not read, by prefix; "." in front: by any part of the name
     settings: dict  # ModelConfig → config.json
     constants: dict = field(default_factory=dict)  # ModelConfig's other settings
     written: dict = field(default_factory=dict)  # what config.json holds besides
     defaults: dict = field(default_factory=dict)  # of config.json, where a key is missing or null
     only: dict = field(default_factory=dict)  # config.json → the values that are supported
+    pads_positions: bool = False  # learned positions begin behind pad_token_id
 
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size",
@@ -53,12 +54,10 @@ BERT = Family(
     defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_dropout_prob": 0.1,
               "classifier_dropout": None},
     only={"hidden_act": ("gelu",)})
-ROBERTA = Family(
-    "RobertaForSequenceClassification", "roberta.", BERT.layer,
+ROBERTA = replace(
+    BERT, classifier="RobertaForSequenceClassification", root="roberta.", pads_positions=True,
     names=BERT.names | {"dense": "/classifier.dense", "head": "/classifier.out_proj"},
-    ignored=("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids"),
-    settings=BERT.settings, constants=BERT.constants, written=BERT.written,
-    defaults=BERT.defaults, only=BERT.only)
+    ignored=("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids"))
 DISTILBERT = Family(
     "DistilBertForSequenceClassification", "distilbert.", "transformer.layer.{}.",
     names={
@@ -124,8 +123,10 @@ VIT = Family(
                       "patch": "patch_size"},
     constants={"cls_token": True, "head_bias": True},
     only={"hidden_act": ("gelu",), "qkv_bias": (True,)})
-FAMILIES = {"bert": BERT, "roberta": ROBERTA, "distilbert": DISTILBERT, "modernbert": MODERNBERT,
-            "gpt2": GPT2, "vit": VIT}
+FAMILIES = {
+    "bert": BERT, "roberta": ROBERTA, "distilbert": DISTILBERT, "modernbert": MODERNBERT,
+    "gpt2": GPT2, "vit": VIT,
+}
 ONLY = {"is_decoder": (False, None), "add_cross_attention": (False, None),
         "is_encoder_decoder": (False, None), "position_embedding_type": ("absolute", None)}
 
@@ -208,15 +209,13 @@ def read_config(hf, folder):
         value = hf.get(theirs)
         settings[ours] = family.defaults[theirs] if value is None else value
     config = ModelConfig(**settings)
+    if family.pads_positions:
+        config.max_len -= hf.get("pad_token_id", 1) + 1
     if name in ADJUST:
         ADJUST[name](config, hf, folder)
     if config.head_dropout is None:
         config.head_dropout = config.dropout
     return config
-
-
-def adjust_roberta(c, hf, folder):
-    c.max_len -= hf.get("pad_token_id", 1) + 1  # positions begin behind the padding's
 
 
 def adjust_gpt2(c, hf, folder):
@@ -262,8 +261,7 @@ def adjust_vit(c, hf, folder):
         setattr(c, ours, values[0])
 
 
-ADJUST = {"roberta": adjust_roberta, "gpt2": adjust_gpt2, "modernbert": adjust_modernbert,
-          "vit": adjust_vit}
+ADJUST = {"gpt2": adjust_gpt2, "modernbert": adjust_modernbert, "vit": adjust_vit}
 
 
 def rename_weights(config, theirs, folder):
@@ -293,7 +291,7 @@ def rename_weights(config, theirs, folder):
         if family is VIT and w.numel() == meta.numel():
             w = w.reshape(meta.shape)  # a convolution's, or with a first dimension of 1
         if name == "position.weight":
-            w = w[len(w) - len(meta) :]  # RoBERTa's begin at pad_token_id + 1
+            w = w[len(w) - len(meta) :]  # without those up to pad_token_id
         ours[name] = w
     if theirs:
         more = f" (and {len(theirs) - 1} more)" if len(theirs) > 1 else ""
@@ -354,7 +352,7 @@ def their_config(c, pad_token_id):
     config = {"model_type": c.family, "architectures": [family.classifier],
               "vocab_size": c.vocab_size, "pad_token_id": pad_token_id} | family.written
     config |= {theirs: getattr(c, ours) for ours, theirs in family.settings.items()}
-    if c.family == "roberta":
+    if family.pads_positions:
         config["max_position_embeddings"] += pad_token_id + 1
     if c.family == "modernbert":
         rope = {"full_attention": c.rope_theta, "sliding_attention": c.window_rope_theta}
@@ -370,7 +368,7 @@ def their_weights(c, weights, config):
     """Our state dict under their names."""
     family, theirs = FAMILIES[c.family], {}
     for name, w in weights.items():
-        if c.family == "roberta" and name == "position.weight":
+        if family.pads_positions and name == "position.weight":
             w = torch.cat((w.new_zeros(config["pad_token_id"] + 1, c.d_model), w))
         if is_transposed(name, family):
             w = w.T

@@ -1,8 +1,8 @@
 """Figures, intervals, tests, calibration: NumPy in, numbers out.
 
 Of classes: log-probabilities logp or logits z (N, C) float64, and true classes y (N,) int64. Of
-several labels: logits z (N, C) and multi-hot y (N, C). A new metric is one more entry in the figures
-of its task.
+several labels: logits z (N, C) and multi-hot y (N, C). A new metric is one more entry in the
+figures of its task.
 """
 import math
 

@@ -19,8 +19,8 @@ A batch of text is packed: one row of T tokens, with cu_seqlens marking where ea
 Everything but attention works on (T, D), so nothing is computed for padding. Only attention knows
 about documents. B: documents, T: tokens, D: d_model, H: heads, d = D / H, L: tokens of a document.
 
-Each operation has one plain path here. A line that calls `cpu` hands it to a faster one on CPUs;
-delete the line and the numbers stay the same.
+Each operation has one plain path here. The lines that call `cpu` hand it to a faster one on CPUs.
+They are optional: what follows them computes the same.
 """
 import functools
 import math
@@ -42,7 +42,7 @@ class ModelConfig:
     image_size: tuple = ()  # (channels, height, width) of images
     patch: int = 4  # images: side of the squares that are its tokens
     n_classes: int = 0  # outputs; 0: no classification head
-    lm_head: str = ""  # instead of it, a language model's head: own, or tied to the embedding
+    lm_head: str = ""  # of a language model, instead of n_classes: own, or tied to the embedding
     max_len: int = 512  # tokens of the longest document
     n_layer: int = 2
     n_head: int = 4
@@ -98,11 +98,11 @@ class ModelConfig:
 
 
 class PackedLayout:
-    """Documents of any lengths end to end.
+    """Documents of any lengths, end to end.
 
     cu_seqlens (B+1,) int32; lengths (B,); document (T,): each token's document; position (T,): its
-    index in that document; first, last (B,): each document's outer tokens (of an empty document:
-    some token, whose value is not to be used).
+    index in that document; first, last (B,): the index of each document's first and last token
+    (arbitrary for empty documents).
     """
     same_length, valid = False, None
 
@@ -172,7 +172,7 @@ class DenseLayout:
         return (x * valid).sum(1) / valid.sum(1)
 
     def pad(self, qkv):
-        """(B·L, 3, H, d) → q, k, v, each (B, H, L, d), and which keys are tokens, (B, L) or None."""
+        """(B·L, 3, H, d) → q, k, v, each (B, H, L, d), and which keys are tokens, (B, L)."""
         return *qkv.unflatten(0, self.shape).permute(2, 0, 3, 1, 4), self.valid
 
     def unpad(self, y):
@@ -194,8 +194,8 @@ def attend(qkv, layout, causal=False, window=0, first_only=False):
     window: how many tokens it reaches to either side; 0: all. first_only: only the first token of
     each document asks: → (B, H, d), undefined for empty documents.
     """
-    if cpu.attends(qkv, layout):
-        return cpu.attend(qkv, layout, causal, window, first_only)  # delete: the same, slower
+    if cpu.attends(qkv, layout):  # optional: what follows computes the same
+        return cpu.attend(qkv, layout, causal, window, first_only)
     if qkv.is_cuda and not layout.same_length and qkv.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
         reach = (window or -1, 0 if causal else window or -1)  # to the left, to the right
@@ -210,10 +210,8 @@ def attend(qkv, layout, causal=False, window=0, first_only=False):
 
 
 def attention_mask(valid, L, causal, window, device):
-    """Which keys each query sees: bool (B or 1, 1, L or 1, L), or None where `causal` says it all.
-
-    valid (B, L): False at padding; None: there is none.
-    """
+    """Which keys each query sees: bool (B or 1, 1, L or 1, L), or None where the kernel's is_causal
+    is enough. valid (B, L): False at padding; None: there is none."""
     if valid is None and not window:
         return None
     index = torch.arange(L, device=device)
@@ -230,7 +228,7 @@ def attention_mask(valid, L, causal, window, device):
 
 def dropout(x, p, training):
     if cpu.handles(x):
-        return cpu.dropout(x, p, training)  # delete: as random, slower
+        return cpu.dropout(x, p, training)  # optional, too
     return F.dropout(x, p, training)
 
 
@@ -240,9 +238,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rms_norm(x, weight=None, eps=None):
-    """Divide the last dimension by its root mean square; eps None: that of float32."""
+    """Divide the last dimension by its root mean square. eps None: float32's machine epsilon."""
     if cpu.handles(x):
-        return cpu.rms_norm(x, weight, eps)  # delete: the same, slower
+        return cpu.rms_norm(x, weight, eps)  # optional, too
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
@@ -252,7 +250,7 @@ def make_norm(c):
     return nn.LayerNorm(c.d_model, eps=c.norm_eps or 1e-5, bias=c.norm_bias)
 
 
-def rotate(x, cos, sin):
+def apply_rope(x, cos, sin):
     """Rotary position embedding: x (T, 2, H, d) with cos, sin (T, 1, 1, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -266,7 +264,8 @@ def rope_table(c, theta):
     if c.image_size:
         _, H, W = c.image_size
         patches = torch.cartesian_prod(torch.arange(H // c.patch), torch.arange(W // c.patch))
-        frequency = 100.0 ** -torch.arange(0, 1, 4 * c.n_head / c.d_model)  # (d/4,): few rows
+        # (d/4,); 100 and not 10,000, as images have few rows and columns
+        frequency = 100.0 ** -torch.arange(0, 1, 4 * c.n_head / c.d_model)
         angle = (patches[:, :, None] * frequency).flatten(1)
     else:
         frequency = theta ** -torch.arange(0, 1, 2 * c.n_head / c.d_model)  # (d/2,)
@@ -301,7 +300,7 @@ class Attention(nn.Module):
             if self.qk_norm:
                 qk = rms_norm(qk)
             if rope is not None:
-                qk = rotate(qk, *rope)
+                qk = apply_rope(qk, *rope)
             qkv = torch.cat((qk.to(v.dtype), v), 1)  # CUDA's autocast makes norms float32
         y = attend(qkv, layout, self.causal, self.window, first_only).flatten(1)
         if rows is not None and not first_only:
@@ -338,8 +337,9 @@ class Block(nn.Module):
         self.dropout, self.post_norm = c.dropout, c.post_norm
 
     def forward(self, x, layout, rope, rows=None, first_only=False):
-        """(T, D) → (T, D). Where only some rows are read later, the last block computes these:
-        rows (B,) → (B, D); first_only: they are the first tokens of all documents."""
+        """(T, D) → (T, D). If only some rows are needed, the last block is given their indices,
+        rows (M,), and returns (M, D). first_only: these are the first tokens of all documents,
+        which allows cheaper attention."""
         normed = x if self.post_norm else self.norm1(x)
         y = self.drop(self.attention(normed, layout, rope, rows, first_only))
         x = y + (x if rows is None else x[rows])
@@ -485,9 +485,8 @@ class Transformer(nn.Module):
 def flops_per_token(model, length):
     """Floating-point operations of a forward and backward pass per token.
 
-    (Per example for models that are no transformer.) 6 for each weight of a matrix, and
-    12·length·d_model a layer for attention in documents of `length` tokens (Chowdhery et al. 2022,
-    appendix B).
+    6 for each weight of a matrix, and 12·length·d_model a layer for attention in documents of
+    `length` tokens (Chowdhery et al. 2022, appendix B). Of an MLP or linear model: per example.
     """
     c = model.config
     weights = 0

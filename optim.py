@@ -1,7 +1,7 @@
 """Optimizers, parameter groups, clipping, schedules, weight averaging.
 
-A new optimizer is a branch in `optimizer_of` and an entry in `make`; a new schedule an entry in
-`learning_rate_at`.
+A new optimizer is an entry in `make`, a new schedule one in `learning_rate_at`; each also gets its
+name in train.Config.
 """
 import math
 
@@ -27,53 +27,53 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
     grouped = {}  # optimizer → group's settings → parameters
     for name, p in parameters.items():
         is_embedding = embedding is not None and p is embedding.weight
-        kind = optimizer_of(name, p, cfg, embedding if is_embedding else None)
+        optimizer = cfg.optimizer
+        if optimizer == "muon":
+            optimizer = "muon" if is_hidden_matrix(name, p) else "adamw"
+        if optimizer == "adamw" and is_embedding and embedding.sparse:
+            optimizer = "sparse"
         decay = cfg.weight_decay if p.ndim >= 2 else 0.0
-        if is_embedding and kind in ("adamw", "sparse"):
+        if is_embedding and optimizer not in ("adagrad", "sgd"):
             decay = 0.0
         parts = 3 if cfg.optimizer == "muon" and name.endswith("qkv.weight") else 1
         scale = lr_scale(name, model, cfg) if lr_scale else 1.0
-        grouped.setdefault(kind, {}).setdefault((scale, decay, parts), []).append(p)
+        grouped.setdefault(optimizer, {}).setdefault((scale, decay, parts), []).append(p)
     lr, betas = cfg.learning_rate or 1.0, (cfg.beta1, cfg.beta2)  # each step sets lr
     fused = embedding is None or not embedding.sparse
     make = {
         "adamw": lambda groups: torch.optim.AdamW(groups, lr, betas, fused=True),
-        # beta1 = 0: with momentum a row that is seen once would take a tenth of its step
+        # beta1 = 0: with 0.9 a row that is read once would move by a tenth of its step
         "sparse": lambda groups: torch.optim.SparseAdam(groups, lr, (0.0, cfg.beta2)),
         "muon": lambda groups: Muon(groups, lr, dtype=dtype),
         "adagrad": lambda groups: Adagrad(groups, lr),
         "sgd": lambda groups: torch.optim.SGD(groups, lr, cfg.beta1, nesterov=cfg.beta1 > 0,
                                               fused=fused)}
     optimizers = []
-    for kind, by_settings in grouped.items():
+    for name, by_settings in grouped.items():
         groups = []
         for (scale, decay, parts), group in by_settings.items():
             groups.append({"params": group, "lr_scale": scale})
-            if kind != "sparse":
+            if name != "sparse":
                 groups[-1]["weight_decay"] = decay
-            if kind == "muon":
+            if name == "muon":
                 groups[-1]["parts"] = parts
-        optimizers.append(make[kind](groups))
+        optimizers.append(make[name](groups))
     in_groups = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(in_groups) == sorted(map(id, parameters.values()))
     return optimizers
 
 
-def optimizer_of(name, p, cfg, embedding):
-    """Which optimizer a parameter gets. embedding: the text embedding it belongs to, if any."""
-    hidden_matrix = p.ndim == 2 and name.startswith(("blocks", "layers"))
-    if cfg.optimizer == "muon" and hidden_matrix:
-        return "muon"
-    if cfg.optimizer in ("adamw", "muon"):
-        return "sparse" if embedding and embedding.sparse else "adamw"
-    return cfg.optimizer
+def is_hidden_matrix(name, p):
+    """Is it a matrix of the blocks (MLP: of the layers)?"""
+    return p.ndim == 2 and name.startswith(("blocks", "layers"))
 
 
 def uses_sparse_gradients(model, weight, cfg, device):
     """Are only the rows of a text embedding updated that a batch reads?
 
-    To decay the moments of all rows would take a sixth of a fine-tuning step. Rows that are read
-    move without momentum, at once as far as AdamW moves them in the steps to come (NOTES.md).
+    Updating AdamW's moments of all rows would take a sixth of a fine-tuning step. SparseAdam
+    updates the rows that are read, without momentum: they move at once as far as AdamW moves them
+    in the steps that follow (NOTES.md).
     """
     large = weight.numel() > LARGE_EMBEDDING and model.config.lm_head != "tied"
     if device.type != "cpu" or not large:
@@ -219,8 +219,8 @@ def make_lbfgs(model):
 def step_lbfgs(optimizer, compute_gradient, weight_decay):
     """One step of L-BFGS on a loss plus weight_decay / 2 · |W|², in up to 20 evaluations.
 
-    compute_gradient() adds the loss's gradient and returns (loss, …); what it returned at first, at
-    the weights before the step, is returned.
+    compute_gradient() adds the loss's gradient and returns (loss, …). Returns what it returned at
+    first, at the weights before the step.
     """
     results = []
 
@@ -290,8 +290,9 @@ def range_test_rate(step):
 def read_range_test(losses):
     """(losses smoothed, index of the rate to suggest or None, whether the losses diverge).
 
-    Suggested is where a quarter of the fall is made. The steepest point, or a tenth of the lowest
-    one, as others take, differ by a factor of up to 30 between seeds; this by 2 (NOTES.md).
+    The suggestion is the rate at which the loss has made a quarter of its fall. The usual rules
+    (the steepest slope, a tenth of the rate at the minimum) vary up to 30-fold between seeds, this
+    one 2-fold (NOTES.md).
     """
     smooth, mean = [], 0.0
     for i, loss in enumerate(losses):

@@ -41,6 +41,7 @@ class Config:
     text_column: str | int | list[str | int] = "text"  # of input
     header: bool | None = None  # of input: is the first row names? None: yes where text_column is
     #   a name
+    encoding: str = "utf-8"  # of input; comma-separated: each is tried in turn
     micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache
     #   holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
@@ -191,7 +192,8 @@ def open_data(clf, split, data_dir=None):
             (clf.label_names, names, f"labels are {clf.label_names}, not {names}"),
             (tokenizer_sha256, meta.get("tokenizer_sha256"), "tokenizer differs"),
             (clf.scaling, meta["scaling"], "scaling differs"),
-            (clf.data_sha256, meta["sha256"], "files differ: what is test now may have been train")):
+            (clf.data_sha256, meta["sha256"],
+             "files differ: what is test now may have been train")):
         if ours != theirs:
             raise UserError(f"{clf.path} was trained on other data than {folder} is now: "
                             f"its {difference}")
@@ -259,12 +261,12 @@ def label_file(clf, cfg):
 def input_texts(cfg):
     if cfg.input.endswith((".txt", ".txt.gz")):
         opener = gzip.open if cfg.input.endswith(".gz") else open
-        for _, line in decoded_lines(opener(cfg.input, "rb"), cfg.input, "utf-8"):
+        for _, line in decoded_lines(opener(cfg.input, "rb"), cfg.input, cfg.encoding):
             yield line.rstrip("\r\n")
         return
     columns = cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]
     source = DataConfig(text_column=columns, header=cfg.header, label_column=columns[0],
-                        drop_bad_rows=True)
+                        encoding=cfg.encoding, drop_bad_rows=True)
     for _, text, _ in rows(cfg.input, source):
         yield text
 

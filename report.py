@@ -257,15 +257,16 @@ def plot_range_test(rates, losses, smooth, suggestion, path):
 # report.html
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-img{max-width:100%;margin:1em 1em 0 0;vertical-align:top}table{border-collapse:collapse;margin:1em 0}
+img{max-width:100%;margin:1em 1em 0 0;vertical-align:top}
+table{border-collapse:collapse;margin:1em 0}
 td,th{border-bottom:1px solid #ddd;padding:.2em .8em;text-align:left;vertical-align:top}"""
 
 
 def write_page(r, folder, plots):
     """report.html: figures, plots and the worst mistakes on one page that needs no other file."""
     title = html.escape(r["checkpoint"])
-    parts = [f"<h1>{title}</h1>",
-             f"<p>{html.escape(r['dataset'])}, {r['split']}, {r['n']} examples</p>", figures_table(r)]
+    summary = f"{html.escape(r['dataset'])}, {r['split']}, {r['n']} examples"
+    parts = [f"<h1>{title}</h1><p>{summary}</p>", figures_table(r)]
     if "temperature" in r:
         t = r["temperature"]
         parts.append(f"<p>With temperature {t['fitted_on_val']:.2f}, fitted on val: "

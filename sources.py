@@ -467,8 +467,8 @@ def column_indices(row, cfg, header, name):
     for column in indices:
         if isinstance(column, str) or not 0 <= column < len(row):
             raise UserError(f"{name}: there is no column {column!r} in its first row, "
-                            f"{[field[:40] for field in row]}; give --text_column and "
-                            "--label_column by name, or by number from 0 without a header")
+                            f"{[field[:40] for field in row]}; give its columns by name, or "
+                            "by number from 0 without a header (--text_column, --label_column)")
     return indices
 
 
@@ -494,7 +494,9 @@ def read_json_lines(name, lines, cfg):
         yield where, fields, label
 
 
-READERS = {".txt": read_txt, ".csv": read_csv, ".tsv": read_tsv, ".jsonl": read_json_lines}
+READERS = {
+    ".txt": read_txt, ".csv": read_csv, ".tsv": read_tsv, ".jsonl": read_json_lines,
+}
 
 
 def join_labels(names, separator, where):

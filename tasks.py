@@ -1,7 +1,8 @@
 """What is learnt: one small class per task, and how a model is run on a batch.
 
 A task knows its loss, its figures on val, and which of two results is better; train.py knows no
-task by name. A new loss or a new kind of target is one more class and its line in TASKS.
+task by name. A new kind of target is one more class with an entry in TASKS; a new loss is a
+subclass that takes an entry over.
 """
 import math
 
@@ -11,13 +12,15 @@ import torch.nn.functional as F
 from configurator import UserError
 
 
-def task_class(cfg, target):
-    """The class of a training config's task, its settings checked. target: what the data set has
-    (class, labels, number or none). Raises UserError."""
-    if cfg.objective == "classify" and target == "none":
-        raise UserError("--objective=classify needs labels, and with --target=none there are none: "
-                        "mlm and clm do without")
-    task = TASKS[target if cfg.objective == "classify" else cfg.objective]
+def task_class(cfg, source):
+    """The class of a training config's task, its settings checked. source: the settings of the data
+    set (sources.resolve). Raises UserError."""
+    if cfg.objective == "classify" and source.target == "none":
+        raise UserError("--objective=classify needs labels, and --target=none has none; use "
+                        "--objective=mlm or clm")
+    if cfg.objective != "classify" and source.kind != "text":
+        raise UserError(f"--objective={cfg.objective} needs text, not --kind={source.kind}")
+    task = TASKS[source.target if cfg.objective == "classify" else cfg.objective]
     task.check_settings(cfg)
     return task
 
@@ -35,7 +38,7 @@ class Task:
 
     @staticmethod
     def check_settings(cfg):
-        """Raise UserError for settings that say nothing of this task."""
+        """Raise UserError for settings that do not apply to this task."""
 
     def example_settings(self, cfg, modality, training):
         """Settings of batches.open_split: what is read, and in training, how it is varied."""
@@ -170,8 +173,9 @@ class NumberTask(Task):
 
     @staticmethod
     def check_settings(cfg):
-        if cfg.class_weights:
-            raise UserError("--class_weights is for classes, not for --target=number")
+        if cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing or cfg.mixup:
+            raise UserError("--class_weights, --focal_gamma, --label_smoothing and --mixup are for "
+                            "classes, not for --target=number")
 
     def loss_sum(self, logits, targets):
         """logits (B, 1); targets (B,) float32, NaN where there is none."""
@@ -228,8 +232,10 @@ class LanguageTask(Task):
         return figures
 
 
-TASKS = {"class": ClassTask, "labels": LabelsTask, "number": NumberTask,
-         "mlm": LanguageTask, "clm": LanguageTask}  # by --target, or by --objective
+TASKS = {  # by --target, or by --objective
+    "class": ClassTask, "labels": LabelsTask, "number": NumberTask,
+    "mlm": LanguageTask, "clm": LanguageTask,
+}
 FORMATS = {"val_loss": "val loss {:.4f}", "val_accuracy": "accuracy {:.2%}", "val_r2": "R² {:.4f}",
            "val_token_accuracy": "token accuracy {:.2%}", "val_bits_per_byte": "bits/byte {:.4f}",
            "val_micro_f1": "micro-F1 {:.4f}"}
@@ -248,13 +254,13 @@ def open_device(name, local_rank=0):
     """The torch.device that a setting names; auto: the first of cuda, mps and cpu that is there.
 
     Raises UserError where it cannot be used."""
-    kind = name
+    device_type = name
     if name == "auto" and torch.cuda.is_available():
-        kind = "cuda"
+        device_type = "cuda"
     elif name == "auto":
-        kind = "mps" if torch.backends.mps.is_available() else "cpu"
+        device_type = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(kind, local_rank if kind == "cuda" else None)
+        device = torch.device(device_type, local_rank if device_type == "cuda" else None)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -29,7 +29,15 @@ from batches import GlobalBatches, eval_requests, open_split, stratified_subset
 from configurator import UserError, configure, run, write_text
 from model import ModelConfig, flops_per_token
 from sources import DataConfig, rebuild_command, resolve
-from tasks import autocast, bf16_is_native, describe, eval_tokens, open_device, run_model, task_class
+from tasks import (
+    autocast,
+    bf16_is_native,
+    describe,
+    eval_tokens,
+    open_device,
+    run_model,
+    task_class,
+)
 from weights import CHECKPOINT_FORMAT, load_checkpoint, load_weights, save_checkpoint
 
 
@@ -47,7 +55,7 @@ class Config(DataConfig):
     n_head: int = 4  # d_model / n_head of 32-64 for small models, 64-128 for large ones
     d_model: int = 128  # wider for more data
     d_ff: int | None = None  # None: 4·d_model
-    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # swiglu has half as many weights again
+    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # swiglu has 1.5 times as many weights
     norm: Literal["rms", "layer"] = "rms"  # layer: a little faster on CPUs
     qk_norm: bool = True  # bounds attention logits, so that higher learning rates stay stable
     pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how tokens become one vector
@@ -80,12 +88,12 @@ class Config(DataConfig):
     #   memory runs out
     epochs: float = 10.0  # passes over train
     max_steps: int | None = None  # stops (and ends the schedule) sooner than epochs
-    optimizer: Literal["adamw", "muon", "adagrad", "sgd", "lbfgs"] = "adamw"  # adamw: decoupled
-    #   weight decay (Loshchilov & Hutter 2019). muon: for the matrices of blocks (MLP: of layers),
-    #   with adamw for the rest; fewer steps to the same loss. adagrad: for linear models of text
-    #   (Duchi et al. 2011). sgd: with Nesterov momentum beta1. lbfgs: for convex models, with all
-    #   of train in one batch. In these three weight_decay is ridge's: weight_decay / 2 · |W|² is
-    #   added to the loss
+    optimizer: Literal["adamw", "muon", "adagrad", "sgd", "lbfgs"] = "adamw"
+    #   adamw: decoupled weight decay (Loshchilov & Hutter 2019). muon: for the matrices of blocks
+    #   (MLP: of layers), with adamw for the rest; fewer steps to the same loss. adagrad: for linear
+    #   models of text (Duchi et al. 2011). sgd: with Nesterov momentum beta1. lbfgs: for convex
+    #   models, with all of train in one batch. For adagrad, sgd and lbfgs weight_decay is ridge's:
+    #   weight_decay / 2 · |W|² is added to the loss
     learning_rate: float = 1e-3  # the peak; 1e-3 for small models from scratch, less for larger
     min_lr: float = 0.0  # where the schedule ends
     warmup_steps: int = 50  # linear from 0; more for large models or rates
@@ -99,7 +107,7 @@ class Config(DataConfig):
     label_smoothing: float = 0.0  # 0.1 where labels are noisy
     class_weights: str | list[float] | None = None  # for rare classes: "balanced"
     #   (n / (n_classes · count)), or one per class
-    focal_gamma: float = 0.0  # for rare classes: 1-3 weighs easy examples down by (1 - p)^gamma
+    focal_gamma: float = 0.0  # for rare classes: 1-3 weights easy examples less, by (1 - p)^gamma
     #   (Lin et al. 2017)
     ema_decay: float = 0.0  # 0.99-0.9999: evaluate and keep an exponential moving average of the
     #   weights
@@ -119,7 +127,7 @@ class Config(DataConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is native
     compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster).
     #   True, on CPUs: images train 1.4 times as fast after half a minute, language models 1.2
-    #   times; packed texts do not, as their lengths differ
+    #   times; packed texts gain nothing, as their lengths differ
     deterministic: bool = False  # True: bitwise repeatable on CUDA too, slower (on CPUs it always
     #   is)
 
@@ -138,9 +146,13 @@ PEAK_FLOPS = {  # bf16 dense, from data sheets
 def check_settings(cfg):
     """Raise UserError for values that cannot work on any data."""
     for name in ("batch_size", "micro_batch_tokens", "log_interval", "n_head", "d_model", "patch",
-                 "max_len", "epochs", "ngrams", "char_ngrams", "buckets"):
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
+                 "max_len", "epochs", "ngrams", "char_ngrams", "buckets", "crop", "max_steps",
+                 "patience", "eval_interval", "d_ff"):
+        value = getattr(cfg, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name}={value} must be above 0")
+    if cfg.n_layer < 0:
+        raise UserError(f"--n_layer={cfg.n_layer} must be 0 or more")
     for name in ("dropout", "mask_prob", "ema_decay", "label_smoothing"):
         if not 0 <= (getattr(cfg, name) or 0) < 1:
             raise UserError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
@@ -203,7 +215,7 @@ class Machine:
             torch.manual_seed(seed)
 
     def sum(self, values):
-        """A list of floats, each added up over all processes."""
+        """Add up each of a list of numbers over all processes."""
         if self.world == 1:
             return [float(value) for value in values]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -212,7 +224,7 @@ class Machine:
         return total.tolist()
 
     def rank0_first(self, work):
-        """work() on rank 0 before the others, which find what it wrote."""
+        """Run work() on rank 0 first; the others wait, then run it and find what it wrote."""
         if self.world > 1 and self.rank > 0:
             dist.barrier()
         result = work()
@@ -272,8 +284,9 @@ class ModelWithLoss(torch.nn.Module):
 
 
 def compute_gradient(model_with_loss, micro_batches, task, machine):
-    """Add the gradient of the mean loss over a global batch, of which this process has
-    `micro_batches`. Returns (this process's part of that loss, tokens of all processes)."""
+    """Accumulate the gradient of a global batch's mean loss over this process's micro-batches.
+
+    Returns (this process's share of that loss, the number of tokens over all processes)."""
     counts = [sum(task.weight_sum(batch) for batch in micro_batches),
               sum(batch.n_tokens for batch in micro_batches)]
     weight_sum, n_tokens = machine.sum(counts)
@@ -325,12 +338,12 @@ def open_run(cfg):
         saved = json.loads((out / "config.json").read_text())
     except ValueError:
         raise UserError(f"{out}/config.json is damaged; start anew with --overwrite=True") from None
-    config = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    for key, value in config.items():
-        if key not in FREE and value != saved.get(key):
-            raise UserError(f"{out} holds a run with other settings ({key}={saved.get(key)!r} "
-                            f"there, {value!r} here); choose another --out_dir=…, or replace it "
-                            "with --overwrite=True")
+    saved = dataclasses.asdict(type(cfg)()) | saved  # a setting that is newer than the run
+    for key, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
+        if key not in FREE and value != saved[key]:
+            raise UserError(f"{out} holds a run with other settings ({key}={saved[key]!r} there, "
+                            f"{value!r} here); choose another --out_dir=…, or replace it with "
+                            "--overwrite=True")
     return load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
 
 
@@ -357,7 +370,7 @@ def begin_run(cfg, checkpoint):
 
 
 class Log:
-    """metrics.jsonl, W&B, and a line on the terminal. Its clock stands still while evaluating."""
+    """Writes metrics.jsonl and W&B, and prints a line. Its clock does not run while `paused`."""
 
     def __init__(self, cfg, machine, step, total_steps, elapsed, flops_per_second, unit, wandb_run):
         self.cfg, self.machine, self.wandb_run = cfg, machine, wandb_run
@@ -444,16 +457,15 @@ def tokens_per_example(cfg, meta):
     return height // cfg.patch * (width // cfg.patch)
 
 
-def plain_state(model):
-    return model.state_dict()
+def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Module.state_dict):
+    """Run the training that `cfg` describes. What finetune.py replaces:
 
-
-def train(cfg, make_model=make_model, lr_scale=None, state_for_best=plain_state):
-    """Run `cfg`. finetune.py has its own make_model(cfg, meta, task), lr_scale (see
-    optim.make_optimizers), and state_for_best(model), the weights that best.pt gets."""
+    make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
+    learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets.
+    """
     started = time.time()
     check_settings(cfg)
-    make_task = task_class(cfg, resolve(cfg).target)
+    make_task = task_class(cfg, resolve(cfg))  # checked before a data set is built
     machine = Machine(cfg)
     checkpoint = open_run(cfg)
     if checkpoint and checkpoint["finished"]:
@@ -574,7 +586,7 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=plain_state)
         if not grad_norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate="
                             f"{cfg.learning_rate}, raise --warmup_steps={cfg.warmup_steps}, or try "
-                            f"--dtype=float32; {cfg.out_dir} is as it was before")
+                            f"--dtype=float32; {cfg.out_dir} is as its last checkpoint left it")
         if cfg.optimizer != "lbfgs":  # which has moved already
             optim.step_all(optimizers)
         average.update(step)

@@ -105,12 +105,13 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     """The Transformer of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in
     eval mode.
 
-    n_classes: give it a classifier's head: the weights' own, or a fresh one where they have none or
-    with new_head. n_classes=0: give it a language model's: of ours its own; of others one tied to
-    the embedding, which is GPT-2's exactly, and for the rest a new beginning without the layer that
-    theirs has before it. max_len: tokens that it must read. image_size: images of another size have
-    learned positions interpolated (bicubic; Dosovitskiy et al. 2021, section 3.2). Raises UserError
-    for what is not supported, missing, left over, of the wrong shape, or not finite.
+    n_classes: return a classifier, with the weights' own head, or a fresh one where they have none
+    or with new_head. n_classes=0: return a language model. Our checkpoints keep their own head;
+    others get one that is tied to the embedding. For GPT-2 that is exact; the rest lack the layer
+    before their head, so that it has to be trained. max_len: tokens that the model must read.
+    image_size: for images of another size, learned positions are interpolated (bicubic; Dosovitskiy
+    et al. 2021, section 3.2). Raises UserError for what is not supported, missing, left over, of
+    the wrong shape, or not finite.
     """
     if is_huggingface(path):
         config, weights = read_hf(path)

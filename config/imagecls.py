@@ -1,4 +1,5 @@
-# Handwritten digits, 4,000 to train on: the transformer of config/textcls.py on patches of 4×4 pixels.
+# Handwritten digits, 4,000 to train on: the transformer of config/textcls.py on patches of 4×4
+# pixels.
 dataset = "mnist5k"
 
 patch = 4  # 7×7 tokens of 16 pixels

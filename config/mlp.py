@@ -1,4 +1,5 @@
-# A plain network on 28×28 digits. For rows of numbers: --dataset=NAME --train_file=FILE.csv --kind=features.
+# A plain network on 28×28 digits. For rows of numbers: --dataset=NAME --train_file=FILE.csv
+# --kind=features.
 dataset = "mnist5k"
 model = "mlp"
 

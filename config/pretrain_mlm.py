@@ -1,5 +1,6 @@
-# Pretraining on text alone, by filling in masked tokens: here BBC News without its labels. For text of your own:
-# --dataset=NAME --train_file=FILE.txt --target=none --lines=True. Then: python finetune.py config/textcls_from_pretrain.py
+# Pretraining on text alone, by filling in masked tokens: here BBC News without its labels. For
+# text of your own: --dataset=NAME --train_file=FILE.txt --target=none --lines=True. Then: python
+# finetune.py config/textcls_from_pretrain.py
 dataset = "bbc"
 
 objective = "mlm"

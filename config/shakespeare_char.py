@@ -1,5 +1,6 @@
-# A character GPT on tinyshakespeare (1.1 MB, downloaded once), the data of nanoGPT's smallest example, with no more
-# parameters than its CPU run has (4 layers of width 128, block 64). --max_steps=370 ends where that does, much sooner.
+# A character GPT on tinyshakespeare (1.1 MB, downloaded once), the data of nanoGPT's smallest
+# example, with no more parameters than its CPU run has (4 layers of width 128, block 64).
+# --max_steps=370 ends where that does, much sooner.
 dataset = "shakespeare"
 tokenizer = "bytes"
 lowercase = False
@@ -11,7 +12,7 @@ n_layer = 4
 n_head = 4
 d_model = 128
 mlp = "gelu"
-d_ff = 448  # its embedding is tied to its head and has no bytes that do not occur; this makes up for it
+d_ff = 448  # nanoGPT ties embedding and head and has fewer characters: this keeps the size equal
 batch_size = 16
 epochs = 1.0
 optimizer = "muon"

@@ -1,5 +1,6 @@
-# Topics of BBC News, from scratch on a laptop: about a minute on 2 CPU cores. Everything was chosen on val, with seeds
-# 1-3; NOTES.md has the table. The articles are few (1,700) and long (half exceed 450 tokens), so overfitting is the enemy.
+# Topics of BBC News, from scratch on a laptop: half a minute on 2 CPU cores. Everything was
+# chosen on val, with seeds 1-3; NOTES.md has the table. The articles are few (1,700) and long
+# (half exceed 450 tokens), so overfitting is the enemy.
 dataset = "bbc"
 
 crop = 128  # a new random window of each article in each epoch: the choice that mattered most

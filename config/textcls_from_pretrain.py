@@ -1,5 +1,6 @@
-# Classifying from our own pretrained weights: python train.py config/pretrain_mlm.py && python finetune.py
-# config/textcls_from_pretrain.py. The recipe of config/textcls.py, with the layers below learning slower than the head.
+# Classifying from our own pretrained weights: python train.py config/pretrain_mlm.py && python
+# finetune.py config/textcls_from_pretrain.py. The recipe of config/textcls.py, with the layers
+# below learning slower than the head.
 dataset = "bbc"
 init_from = "out/pretrain_mlm"
 

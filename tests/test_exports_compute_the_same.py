@@ -1,4 +1,5 @@
-"""A model that is exported computes what the checkpoint does, on batches of other sizes than it was exported with."""
+"""A model that is exported computes what the checkpoint does, on batches of other sizes than it
+was exported with."""
 
 import pytest
 import torch

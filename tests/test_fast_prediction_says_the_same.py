@@ -1,4 +1,5 @@
-"""Labels computed in bfloat16 or int8 are those of float32, but for texts on the edge; what cannot be is refused."""
+"""Labels computed in bfloat16 or int8 are those of float32, but for texts on the edge; what
+cannot be is refused."""
 
 import copy
 
@@ -9,7 +10,6 @@ import train
 from configurator import UserError
 from cpu import quantize_for_inference
 from eval import Config, compare_cheaper
-from model import PackedLayout, attend
 from predict import Classifier, open_data
 from tests.conftest import packed
 from tests.test_packed_equals_one_at_a_time import random_documents, random_model
@@ -34,24 +34,6 @@ def test_logits_are_close(tmp_path, name, dtype, error):
     with torch.no_grad():
         exact, got = model.eval()(*inputs), low(*inputs)
     assert (got - exact).square().mean().sqrt() < error * exact.std() and got.dtype == torch.float32
-
-
-@pytest.mark.parametrize("causal, window", [(False, 0), (True, 0), (False, 5), (True, 5)])
-def test_attention_without_a_backward_pass_is_attention(causal, window):
-    lengths = torch.tensor([40, 40, 17, 1, 0, 5, 5])
-    qkv = torch.randn(
-        int(lengths.sum()), 3, 4, 8, generator=torch.Generator().manual_seed(0)
-    ).bfloat16()
-    layout = PackedLayout(torch.cat((torch.zeros(1), lengths.cumsum(0))).int(), len(qkv), 64)
-    exact = attend(qkv.float(), layout, causal, window)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            attend(qkv, layout, causal, window).float(), exact, atol=0.02, rtol=0.02
-        )
-        got, filled = attend(qkv, layout, causal, window, first_only=True).float(), lengths > 0
-        torch.testing.assert_close(got[filled], exact[layout.first[filled]], atol=0.02, rtol=0.02)
-        got = attend(qkv.float(), layout, causal, window, first_only=True)
-        torch.testing.assert_close(got[filled], exact[layout.first[filled]])
 
 
 def test_labels_are_the_same(toy):

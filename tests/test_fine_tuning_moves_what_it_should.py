@@ -1,4 +1,5 @@
-"""Fine-tuning begins from the weights it is given, moves what it should, as fast as it should, and can be resumed."""
+"""Fine-tuning begins from the weights it is given, moves what it should, as fast as it should,
+and can be resumed."""
 
 import json
 
@@ -20,7 +21,8 @@ hf = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A Hugging Face folder: a small random BERT, and a WordPiece-like tokenizer with [CLS] and [SEP]."""
+    """A Hugging Face folder: a small random BERT, and a WordPiece-like tokenizer with [CLS] and
+    [SEP]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     from tests.conftest import WORDS
@@ -149,7 +151,8 @@ def test_from_weights_to_a_classifier_that_transformers_loads(settings, bert, tm
 
 
 def test_resuming_and_from_our_own_checkpoint(settings, bert):
-    """A run that ends by an error after half its steps, then goes on, equals one that did not end."""
+    """A run that ends by an error after half its steps, then goes on, equals one that did not
+    end."""
     whole, _ = tuned(settings, eval_interval=3, lora_rank=2, ema_decay=0.9)
     real, calls = train.compute_gradient, []
 

@@ -1,4 +1,5 @@
-"""Images and rows of numbers: what is stored is what the source holds; augmentation is reproducible, for training only."""
+"""Images and rows of numbers: what is stored is what the source holds; augmentation is
+reproducible, for training only."""
 
 import functools
 import gzip
@@ -287,7 +288,7 @@ def test_a_text_and_an_image_model_are_not_for_tables(tmp_path):
     train.train(train.Config(**cfg, model="mlp", epochs=2.0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Published ViT weights
 
 hf = pytest.importorskip("transformers")
@@ -359,7 +360,7 @@ def test_a_vit_is_fine_tuned_on_an_image_folder(images, vit):
     assert report_of(clf, "test")["accuracy"] > 0.7
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The formats of CIFAR and MNIST, from a server
 
 

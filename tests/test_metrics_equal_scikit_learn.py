@@ -1,4 +1,5 @@
-"""Every figure that eval.py reports is scikit-learn's, on random and degenerate inputs; prediction ignores batching."""
+"""Every figure that eval.py reports is scikit-learn's, on random and degenerate inputs;
+prediction ignores batching."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""train_fraction: nested, stratified, the same each time, and nothing else of train is read; eval.py draws the curve."""
+"""train_fraction: nested, stratified, the same each time, and nothing else of train is read;
+eval.py draws the curve."""
 
 import numpy as np
 import pytest

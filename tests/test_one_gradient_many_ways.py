@@ -1,4 +1,5 @@
-"""The gradient of a global batch is the same as one batch, as accumulated micro-batches, and over several processes."""
+"""The gradient of a global batch is the same as one batch, as accumulated micro-batches, and over
+several processes."""
 
 import json
 
@@ -25,7 +26,8 @@ def gradients(model, micro_batches, machine):
 
 
 def compiling_leaves_the_gradient_as_it_is(cfg, meta, task, batch, filled, error):
-    """Of the model of cfg on the batch; compiled, on the same one `filled` up. Returns the tokens (examples) it counts."""
+    """Of the model of cfg on the batch; compiled, on the same one `filled` up. Returns the tokens
+    (examples) it counts."""
     machine, results = train.Machine(cfg), []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -33,7 +35,8 @@ def compiling_leaves_the_gradient_as_it_is(cfg, meta, task, batch, filled, error
         for p in with_loss.parameters():
             torch.nn.init.normal_(p, std=0.1)
         if compiled:
-            torch.compiler.reset()  # or what other tests compiled would make the sizes symbols: minutes of algebra
+            # or what other tests compiled would make the sizes symbols: minutes of algebra
+            torch.compiler.reset()
             with_loss.compile(fullgraph=True)
         micro_batches = [filled if compiled else batch]
         loss, tokens = train.compute_gradient(with_loss, micro_batches, task, machine)
@@ -105,7 +108,8 @@ def losses(folder):
     "kw", [{}, dict(model="linear", optimizer="adagrad", buckets=2**20)]
 )  # whose gradient is sparse
 def test_two_processes_and_accumulation_give_the_losses_of_one(toy, kw):
-    # 97 train examples / 16: the last batch of an epoch has one document, so that one of two processes has none
+    # 97 train examples / 16: the last batch of an epoch has one document, so that one of two
+    # processes has none
     toy |= dict(val_fraction=0.1, test_fraction=0.09) | kw
     expected = train.train(train.Config(**toy)) or losses(toy["out_dir"])
     assert len(expected[0]) == 14

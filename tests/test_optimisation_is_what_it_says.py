@@ -1,4 +1,5 @@
-"""Schedules are their formulas; every parameter is optimised once, by the optimizer it should be."""
+"""Schedules are their formulas; every parameter is optimised once, by the optimizer it should
+be."""
 
 import copy
 import json
@@ -9,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import cpu
 import optim
 import tasks
 import train
 from baselines import build_model
 from configurator import UserError
-from model import ModelConfig, dropout
+from model import ModelConfig
 from tests.conftest import class_task, packed
 from tests.test_packed_equals_one_at_a_time import random_documents, random_model
 from weights import load_checkpoint
@@ -149,7 +149,8 @@ def test_rows_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_witho
 
 
 def test_a_word_that_is_read_once_moves_as_far_as_adamws_momentum_takes_it(monkeypatch):
-    """Within 3 %: meanwhile AdamW's second moment decays, and its correction for a young run goes on."""
+    """Within 3 %: meanwhile AdamW's second moment decays, and its correction for a young run goes
+    on."""
     monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
     moved, cfg = [], train.Config(optimizer="adamw", beta2=0.999)
     for lazy in (True, False):
@@ -206,20 +207,6 @@ def test_adagrad_is_torchs(decay, monkeypatch):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
 
 
-def test_the_gradient_of_hashed_runs_is_that_of_adding_up_their_rows():
-    table = torch.nn.Embedding(50, 3).double()
-    rows, count = torch.randint(50, (40,)), torch.tensor([7, 0, 30, 3])
-    grad = torch.randn(4, 3, dtype=torch.float64)
-    sums = torch.stack([r.sum(0) for r in table(rows).split(count.tolist())])
-    (expected,) = torch.autograd.grad(sums, table.weight, grad)
-    for sparse in (False, True):
-        ours = cpu.embedding_bag_sum(table.weight, rows, count, sparse)
-        torch.testing.assert_close(ours, sums)
-        (got,) = torch.autograd.grad(ours, table.weight, grad)
-        assert got.is_sparse == sparse
-        torch.testing.assert_close(got.to_dense(), expected)
-
-
 @pytest.mark.parametrize("large", [0, 2**20])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adagrad", "sgd"])
 def test_a_gradient_above_the_limit_is_scaled_down_to_it(optimizer, large, monkeypatch):
@@ -256,25 +243,6 @@ def test_label_smoothing_and_ignored_targets():
     q = torch.nn.functional.one_hot(targets[keep], 3) * 0.8 + 0.2 / 3
     expected = -(q * logits[keep].log_softmax(1)).sum()
     assert task.loss_sum(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
-    x = torch.ones(1000, 1001, requires_grad=True)
-    torch.manual_seed(3)
-    y = dropout(x, 0.3, training=True)
-    kept = y != 0
-    n = x.numel()
-    assert abs(kept.sum() - 0.7 * n) < 5 * (n * 0.21) ** 0.5  # binomial
-    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.7), atol=1e-4, rtol=0)
-    neighbours = (
-        (kept[:, 1:] & kept[:, :-1]).float().mean()
-    )  # independent, though drawn four at a time
-    assert abs(neighbours - 0.49) < 0.002
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-    torch.manual_seed(3)
-    assert torch.equal(dropout(x, 0.3, training=True), y)
-    assert dropout(x, 0.3, training=False) is x and dropout(x, 0.0, training=True) is x
 
 
 def test_class_weights_and_focal_loss():

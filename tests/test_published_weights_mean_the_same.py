@@ -1,4 +1,5 @@
-"""A published model computes here what it computes in transformers; what we fine-tune computes there what it does here."""
+"""A published model computes here what it computes in transformers; what we fine-tune computes
+there what it does here."""
 
 import json
 

@@ -15,7 +15,8 @@ BROWSER = next(
     None,
 )
 SAY = (
-    "<script>onload = () => document.title = JSON.stringify([...document.images].map(i => i.complete && i.naturalWidth))"
+    "<script>onload = () => document.title = "
+    "JSON.stringify([...document.images].map(i => i.complete && i.naturalWidth))"
     "</script>"
 )
 

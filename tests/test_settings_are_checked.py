@@ -1,4 +1,5 @@
-"""A setting of an unknown name or the wrong type is an error that names the way out, wherever it comes from."""
+"""A setting of an unknown name or the wrong type is an error that names the way out, wherever it
+comes from."""
 
 import json
 import os

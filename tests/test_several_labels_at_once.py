@@ -1,5 +1,5 @@
-"""Multi-label classification: what the source says is what is trained on, every figure is scikit-learn's, and the thresholds
-come from val alone."""
+"""Multi-label classification: what the source says is what is trained on, every figure is
+scikit-learn's, and the thresholds come from val alone."""
 
 import csv
 import json
@@ -27,7 +27,8 @@ NAMES = sorted(WORDS)
 
 
 def write_labels(path, n=240, separator=","):
-    """n texts with none to three labels, each told by two of its words; returns {text: set of labels}."""
+    """n texts with none to three labels, each told by two of its words; returns {text: set of
+    labels}."""
     rng, truth = random.Random(0), {}
     for i in range(n):
         has = {name for name in NAMES if rng.random() < 0.4}

@@ -15,8 +15,9 @@ pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 
 def wandb_rows(path, field="history"):
-    """The logged rows (or the updates of the summary) of a .wandb file: LevelDB's log format (32 KiB blocks; crc32, length,
-    type) behind a 7-byte header, with a protobuf Record in each entry."""
+    """The logged rows (or the updates of the summary) of a .wandb file: LevelDB's log format (32
+    KiB blocks; crc32, length, type) behind a 7-byte header, with a protobuf Record in each entry.
+    """
     raw, at, part, rows = open(path, "rb").read(), 7, b"", []
     while at + 7 <= len(raw):
         if 32768 - at % 32768 < 7:
