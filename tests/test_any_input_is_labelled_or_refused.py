@@ -139,3 +139,10 @@ def test_bad_files(run, tmp_path, name, content, says):
             Classifier(run), Config(input=str(tmp_path / name), output=str(tmp_path / "out.csv"))
         )
     assert not list(tmp_path.glob("out.csv*"))
+
+
+def test_a_file_in_another_encoding(run, tmp_path):
+    (tmp_path / "e.csv").write_bytes("text\ncafé striker goal\n".encode("cp1252"))
+    settings = dict(input=str(tmp_path / "e.csv"), output=str(tmp_path / "out.csv"))
+    label_file(Classifier(run), Config(**settings, encoding="utf-8,cp1252"))
+    assert [r["label"] for r in csv.DictReader(open(tmp_path / "out.csv"))] == ["sport"]

@@ -94,7 +94,7 @@ def test_json_lines(tmp_path, line):
         )
 
 
-def test_json_null_is_empty_and_lone_surrogates_are_replaced(tmp_path):
+def test_json_null_is_missing_and_lone_surrogates_are_replaced(tmp_path):
     with open(tmp_path / "a.jsonl", "w") as f:
         f.writelines(
             json.dumps({"text": f"text \ud800 {i}", "label": i % 2}) + "\n" for i in range(40)
@@ -213,6 +213,11 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
     open("x.pt", "w").write("hello")
     refused("x.pt")
     refused("format", format=99)
+    old = good["model_config"]
+    save_checkpoint("x.pt", good | {"model_config": old | {"stem": "tokens"}})
+    Classifier("x.pt")  # as checkpoints were written until 2026-11-25
+    refused("reads hashed words", model_config=old | {"stem": "words"})
+    refused("has a setting 'extra' that this code lacks", model_config=old | {"extra": 1})
     refused("trained on other data.*labels are", label_names=["x", "y", "z"])
     refused("tokenizer differs", tokenizer=good["tokenizer"].replace("[MASK]", "[MUSK]"))
     w = good["model"]
@@ -237,7 +242,7 @@ def test_checkpoints(toy, toy_config, tmp_path, monkeypatch):
     assert eval_script.full_report(clf, moved)[0]["n"] == 12
 
 
-def test_runs(toy, tmp_path):
+def test_runs_that_cannot_start_are_refused(toy, tmp_path):
     (tmp_path / "file").write_text("")
     for changes, says in (
         (dict(out_dir=str(tmp_path / "file/out")), "out_dir=.*cannot be written to"),
@@ -276,7 +281,7 @@ def test_a_data_set_that_was_split_anew_is_not_evaluated_on(toy):
         open_data(Classifier(toy["out_dir"]), "test")
 
 
-def test_settings_of_another_kind_do_no_harm(toy):
+def test_settings_for_images_do_no_harm_to_text(toy):
     train.train(
         train.Config(**toy | dict(flip=True, crop=64, max_len=16, epochs=0.5))
     )  # flip is for images; crop > max_len

@@ -187,7 +187,7 @@ def test_resuming_and_from_our_own_checkpoint(settings, bert):
     assert records(settings["out_dir"] + "-2")[-1]["val_loss"] > 0
 
 
-def test_errors(settings, bert, tmp_path):
+def test_settings_that_cannot_work_are_refused(settings, bert, tmp_path):
     for changes, says in (
         (dict(init_from=str(tmp_path / "nowhere/at all")), "no such file or folder"),
         (dict(max_len=51), "reads 50 tokens at the most"),

@@ -24,7 +24,7 @@ from configurator import UserError, file_sha256
 from model import ModelConfig, Transformer
 from predict import Classifier
 from tests.conftest import open_split, report_of, script, task_of
-from tests.test_one_gradient_many_ways import compiling_leaves_the_gradient_as_it_is
+from tests.test_one_gradient_many_ways import compiling_keeps_the_gradient
 from weights import from_pretrained
 
 
@@ -112,7 +112,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example(images):
         assert np.array_equal(y.numpy(), d.labels[:10])
 
 
-def test_a_compiled_models_gradient_is_the_models_and_an_epochs_last_batch_is_filled_up(images):
+def test_compiling_keeps_the_gradient_of_images(images):
     cfg = train.Config(**images | dict(compile=True))
     meta = data.build(cfg)
     examples = open_split(cfg, meta, "train", 9)
@@ -123,7 +123,7 @@ def test_a_compiled_models_gradient_is_the_models_and_an_epochs_last_batch_is_fi
     ((epoch, indices, shape),) = requests[-1]
     batch, filled = examples.batch(epoch, indices), examples.batch(epoch, indices, shape)
     assert (
-        compiling_leaves_the_gradient_as_it_is(cfg, meta, task_of(cfg, meta), batch, filled, 1e-5)
+        compiling_keeps_the_gradient(cfg, meta, task_of(cfg, meta), batch, filled, 1e-5)
         == len(indices)
         == len(examples) % 20
         > 0

@@ -147,7 +147,7 @@ def test_eval_reports_test_and_labels_texts(trained):
     assert said[0].startswith("sport 0.") and said[1].startswith("money 0.")
 
 
-def test_val_figures_are_those_of_training_and_prediction_ignores_batching(trained, toy):
+def test_val_figures_equal_those_of_training_and_ignore_batching(trained, toy):
     clf = Classifier(trained)
     report = report_of(clf, "val")
     best = [

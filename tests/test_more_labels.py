@@ -63,6 +63,11 @@ def test_a_run_reads_its_share_and_no_more(toy, monkeypatch):
             train.train(train.Config(**toy | wrong))
 
 
+def test_a_language_model_reads_its_share_of_the_blocks(toy):
+    settings = toy | dict(objective="mlm", mask_prob=0.3, train_fraction=0.5, max_steps=2)
+    train.train(train.Config(**settings))
+
+
 def test_eval_draws_the_curve(toy, tmp_path):
     runs = [(0.2, 1), (0.2, 2), (1.0, 1)]
     for fraction, seed in runs:

@@ -25,7 +25,7 @@ def gradients(model, micro_batches, machine):
     return loss, tokens, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def compiling_leaves_the_gradient_as_it_is(cfg, meta, task, batch, filled, error):
+def compiling_keeps_the_gradient(cfg, meta, task, batch, filled, error):
     """Of the model of cfg on the batch; compiled, on the same one `filled` up. Returns the tokens
     (examples) it counts."""
     machine, results = train.Machine(cfg), []

@@ -88,7 +88,7 @@ def test_muon_gets_the_hidden_matrices_and_nothing_else():
         }
 
 
-def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
+def test_muon_equals_torchs_and_is_nearly_orthogonal():
     torch.manual_seed(0)
     shapes = [(24, 8), (24, 8), (8, 24), (16, 16)]
     start = [torch.randn(s) for s in shapes]
@@ -119,7 +119,7 @@ def test_muon_is_torchs_and_its_updates_have_singular_values_near_one():
         torch.testing.assert_close(x, y.detach(), atol=1e-5, rtol=0)
 
 
-def test_rows_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_without_momentum(
+def test_sparse_embeddings_move_only_the_rows_that_are_read(
     monkeypatch,
 ):
     monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)
@@ -148,7 +148,7 @@ def test_rows_that_a_batch_does_not_read_stay_and_the_others_move_as_adams_witho
     assert not torch.isclose(after[read], before["embedding.weight"][read]).any()
 
 
-def test_a_word_that_is_read_once_moves_as_far_as_adamws_momentum_takes_it(monkeypatch):
+def test_a_row_that_is_read_once_moves_as_far_as_with_adamw(monkeypatch):
     """Within 3 %: meanwhile AdamW's second moment decays, and its correction for a young run goes
     on."""
     monkeypatch.setattr(optim, "LARGE_EMBEDDING", 0)

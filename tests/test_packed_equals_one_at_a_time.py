@@ -67,7 +67,7 @@ def test_packed_logits_and_hidden_states(kw, monkeypatch):
         {"lm_head": "own", "causal": True, "window": 3},
     ],
 )
-def test_documents_of_one_length_may_be_told_by_it(kw):
+def test_one_length_equals_cu_seqlens(kw):
     kw = {"n_classes": 0} | kw if "lm_head" in kw else kw
     model, documents = random_model(**kw), random_documents([24] * 5)
     tokens, cu_seqlens = packed(documents)
@@ -77,7 +77,7 @@ def test_documents_of_one_length_may_be_told_by_it(kw):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "cls", "last"])
-def test_what_fills_a_batch_up_leaves_the_gradient_as_it_is(pooling):
+def test_filling_a_batch_up_does_not_change_the_gradient(pooling):
     documents, targets = random_documents(), torch.arange(len(LENGTHS)) % 4
     gradients = []
     for shape in (None, (512, 20, 64)):
@@ -90,7 +90,7 @@ def test_what_fills_a_batch_up_leaves_the_gradient_as_it_is(pooling):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_the_baselines_too(kind):
+def test_packed_baselines(kind):
     torch.manual_seed(0)
     model = build_model(
         ModelConfig(model=kind, vocab_size=50, n_classes=4, d_model=32, buckets=512, ngrams=3)
@@ -108,7 +108,7 @@ def test_the_baselines_too(kind):
     )  # only n-grams know about order
 
 
-def test_a_linear_models_features_are_the_runs_of_its_words_and_bytes():
+def test_the_linear_models_features_are_its_ngrams():
     torch.manual_seed(0)
     texts = ["the cat, the cats", "a", "x1 the-cat  sat", "é ünder the"]
     spelt = sorted({c for t in texts for c in t.encode()})

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends as one that was not, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -67,6 +68,18 @@ def test_killed_and_continued_equals_uninterrupted(toy):
 
     again = script("train.py", **toy)  # finished: says so, and changes nothing
     assert again.returncode == 0 and "finished" in again.stdout and "eval.py" in again.stdout
+
+
+def test_a_run_that_is_older_than_a_setting_is_still_its_run(toy, capsys):
+    train.train(train.Config(**toy))
+    path = f"{toy['out_dir']}/config.json"
+    config = json.load(open(path))
+    del config["grad_clip"]  # as if the setting had been added since
+    json.dump(config, open(path, "w"))
+    train.train(train.Config(**toy))
+    assert "this run is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="grad_clip=1.0 there, 2.0 here"):
+        train.train(train.Config(**toy | dict(grad_clip=2.0)))
 
 
 def test_two_runs_are_bitwise_identical(toy):

@@ -12,7 +12,7 @@ import pytest
 import eval as eval_script
 import train
 from configurator import UserError, configure
-from tests.conftest import ROOT
+from tests.conftest import ROOT, script
 
 
 @dataclass
@@ -149,3 +149,44 @@ def test_a_sweep_runs_as_wandbs_agent_calls_it(toy, tmp_path):
         assert {k: config[k] for k in chosen} == chosen and config[
             "crop"
         ] == 128  # and config/textcls.py's own
+
+
+def test_the_preparation_script_checks_a_whole_config_file(tmp_path, toy):
+    """Settings of training may stand in it, also those of finetune.py; misspelt ones may not."""
+    (tmp_path / "c.py").write_text("epochs = 3\nlora_rank = 8\ncrop = None\n")
+    options = [f"--{k}={toy[k]}" for k in ("dataset", "train_file", "data_dir", "vocab_size")]
+    done = script("data.py", str(tmp_path / "c.py"), *options)
+    assert done.returncode == 0 and "toy: 3 classes" in done.stdout, done.stderr
+    for text, says in (("epoch = 3", "did you mean 'epochs'"), ("epochs = 'x'", "is not float")):
+        (tmp_path / "c.py").write_text(text)
+        done = script("data.py", str(tmp_path / "c.py"), *options)
+        assert done.returncode == 2 and says in done.stderr
+    shown = script("data.py", "--help").stdout
+    assert "--split_seed" in shown and "--epochs" not in shown
+
+
+@pytest.mark.parametrize("option", ["--text=goal", "--input=a.csv", "--output=b.csv"])
+def test_eval_says_where_labelling_went(option):
+    done = script("eval.py", "out/a", option)
+    expected = f"labelling has moved: python predict.py out/textcls {option}"
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(crop=-1), "--crop=-1 must be above 0"),
+        (dict(max_steps=0), "--max_steps=0 must be above 0"),
+        (dict(patience=0), "--patience=0 must be above 0"),
+        (dict(n_layer=-1), "--n_layer=-1 must be 0 or more"),
+        (dict(dataset="mnist5k", train_file=None, objective="clm"), "needs text, not --kind=image"),
+        (
+            dict(kind="features", target="number", mixup=0.5),
+            "are for classes, not for --target=number",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_built(toy, change, says):
+    with pytest.raises(UserError, match=says):
+        train.train(train.Config(**toy | change))
+    assert not os.path.exists(toy["data_dir"]) and not os.path.exists(toy["out_dir"])

@@ -124,7 +124,7 @@ def test_bad_sources(tmp_path, rows, says, settings):
         )
 
 
-def test_a_row_cut_short_is_left_out_though_an_empty_label_would_be_none(tmp_path):
+def test_a_row_that_is_cut_short_is_left_out_with_several_labels(tmp_path):
     truth = write_labels(tmp_path / "a.csv")
     with open(tmp_path / "a.csv", "a") as f:
         f.write("no label follows\n")
