@@ -130,7 +130,9 @@ def ngram_bag(tokens, document, n, buckets):
     Returns (bucket (T, n), exists (T, n) bool: the run begins in the document, document). Equal
     n-grams share a bucket; different ones rarely collide.
     """
-    bucket, exists, hashes = [], [], torch.zeros_like(tokens)
+    bucket = []
+    exists = []
+    hashes = torch.zeros_like(tokens)
     for k in range(n):
         before = F.pad(tokens, (k, 0))[: len(tokens)]
         # Fibonacci hashing (Knuth, vol. 3, 6.4) in wrapping int64

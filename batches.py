@@ -160,7 +160,8 @@ class PackedText(Examples):
     def document(self, i, epoch=None):
         """Token ids (L,) int64 of example i. In training (epoch given) a window of it, which keeps
         the first token, [CLS], and the special tokens at the end, with tokens masked."""
-        start, end = self.starts[i], self.starts[i + 1]
+        start = self.starts[i]
+        end = self.starts[i + 1]
         if epoch is None or not (self.crop or self.mask_prob):
             return truncate(self.tokens[start:end].astype(np.int64), self.max_len, self.n_suffix)
         rng = np.random.default_rng((self.seed, epoch, i))
@@ -234,7 +235,9 @@ class LanguageBlocks(Examples):
 
     def block(self, i, epoch=None):
         """(input ids (L,), targets (L,), IGNORE where there is none), int64."""
-        start, end, L = self.start[i], self.document_end[i], self.lengths[i]
+        start = self.start[i]
+        end = self.document_end[i]
+        L = self.lengths[i]
         if epoch is None:
             L = min(L, end - start)
         else:
@@ -308,7 +311,8 @@ class Arrays(Examples):
         n = len(indices)
         if shape and not self.mixup:
             indices = np.pad(indices, (0, shape.n_tokens // self.max_len - n), "edge")
-        x, targets = torch.from_numpy(self.values[indices]), torch.from_numpy(self.labels[indices])
+        x = torch.from_numpy(self.values[indices])
+        targets = torch.from_numpy(self.labels[indices])
         targets[n:] = self.ignore
         if epoch is None or not self.augmentation:
             return Batch((x,), targets, n, n)
@@ -349,9 +353,11 @@ def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0, 
         return torch.lerp(augment(x, draws, *settings), others, blend)
     _, _, H, W = x.shape
     u = draws * 2 - 1
-    angle, zoom = u[:, 2] * rotate * math.pi / 180, (1 + scale) ** u[:, 3]
+    angle = u[:, 2] * rotate * math.pi / 180
+    zoom = (1 + scale) ** u[:, 3]
     mirror = torch.where(u[:, 4] < 0, -1.0, 1.0) if flip else torch.ones_like(angle)
-    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    cos = torch.cos(angle) * zoom
+    sin = torch.sin(angle) * zoom
     theta = torch.stack((cos * mirror, -sin, u[:, 0] * 2 * shift,
                          sin * mirror, cos, u[:, 1] * 2 * shift), 1).view(-1, 2, 3)
     with torch.autocast(x.device.type, enabled=False):  # in bfloat16 pixels would be misplaced
@@ -359,7 +365,8 @@ def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0, 
         x = F.grid_sample(x.float(), grid, align_corners=False)
     if cutout:
         half_side = cutout / 2 * (u[:, 7:8] + 1) / 2
-        center_y, center_x = (u[:, 5:6] + 1) / 2 * H, (u[:, 6:7] + 1) / 2 * W
+        center_y = (u[:, 5:6] + 1) / 2 * H
+        center_x = (u[:, 6:7] + 1) / 2 * W
         in_rows = (torch.arange(H) + 0.5 - center_y).abs() < half_side * H
         in_columns = (torch.arange(W) + 0.5 - center_x).abs() < half_side * W
         x = x.masked_fill((in_rows[:, :, None] & in_columns[:, None])[:, None], 0)

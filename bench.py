@@ -122,7 +122,8 @@ def svm(cfg):
     from sklearn.svm import SVC, LinearSVC
     meta, learn, test = splits(cfg)
     if meta["kind"] == "text":
-        x, x_test = texts(cfg, learn), texts(cfg, test)
+        x = texts(cfg, learn)
+        x_test = texts(cfg, test)
         tfidf = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
         model = make_pipeline(tfidf, LinearSVC())
     else:
@@ -141,7 +142,8 @@ def prediction(make):
     def contender(cfg):
         cfg = finetune.with_weights_settings(cfg, finetune.find_weights(cfg))
         _, _, test = splits(cfg)
-        x, exact = texts(cfg, test), Classifier(cfg.init_from)
+        x = texts(cfg, test)
+        exact = Classifier(cfg.init_from)
         label = make(cfg, exact)
         label(x[:64])
         times = [time.time()]
@@ -229,7 +231,8 @@ def run_alone(name, options, seed):
 
 def main():
     names = [arg for arg in sys.argv[1:] if arg in CONTENDERS]
-    seeds, options = ["1"], []
+    seeds = ["1"]
+    options = []
     for arg in sys.argv[1:]:
         if arg.startswith("--seeds="):
             seeds = arg.removeprefix("--seeds=").split(",")

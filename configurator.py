@@ -50,13 +50,16 @@ def configure(cls, argv=None, positional=None):
         sys.exit(0)
     files = [arg for arg in argv if not arg.startswith("-")]
     options = [arg for arg in argv if arg.startswith("-")]
-    values, origin, name = {}, {}, Path(sys.argv[0]).stem
+    values = {}
+    origin = {}
+    name = Path(sys.argv[0]).stem
     if positional:
         values[positional], files = files, []
     for path in files:
         name = Path(path).stem
         for key, value in read_file(path).items():
-            values[key], origin[key] = check(cls, key, value, path), path
+            values[key] = check(cls, key, value, path)
+            origin[key] = path
     given = {}
     for option in options:
         key, equals, text = option.removeprefix("--").partition("=")
@@ -127,7 +130,8 @@ def check(cls, key, value, where):
 
 def conform(annotation, value):
     """Return (whether the value fits the annotation, the value converted to it)."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    args = typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         # an exact match before a conversion
         for option in sorted(args, key=lambda option: option is not type(value)):
@@ -166,7 +170,8 @@ def parse(annotation, text):
 
 def describe(annotation):
     """An annotation in words, for messages and --help."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    args = typing.get_args(annotation)
     if origin is typing.Literal:
         return " or ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
@@ -187,10 +192,13 @@ def help_text(cls, positional=None):
             if line.startswith("    #   ") and name:
                 comments[name] += " " + line.strip("# ")  # a comment that goes on
             elif line.startswith("    # "):
-                title, name = line.strip("# "), None
+                title = line.strip("# ")
+                name = None
             elif ":" in code and code.split(":")[0].strip().isidentifier():
                 name = code.split(":")[0].strip()
-                comments[name], titles[name], title = comment.strip(), title, None
+                comments[name] = comment.strip()
+                titles[name] = title
+                title = None
     script = Path(sys.argv[0]).name
     lines = [f"usage: {script} [{positional or 'config/NAME.py'} ...] [--key=value ...]", ""]
     for field in dataclasses.fields(cls):

@@ -102,14 +102,16 @@ class LengthGroups:
         members = self.assign(lengths)
         tokens, masks, self.blocks = [], [], []
         for documents in members:
-            B, L = len(documents), lengths[documents[0]]
+            B = len(documents)
+            L = lengths[documents[0]]
             valid = torch.arange(L) < torch.tensor([lengths[d] for d in documents])[:, None]
             token = torch.tensor([starts[d] for d in documents])[:, None] + torch.arange(L)
             tokens.append(token.where(valid, 0).flatten())
             masks.append(valid.flatten())
             self.blocks.append((B, L, None if valid.all() else valid))
         self.sizes = [B * L for B, L, _ in self.blocks]
-        self.token, is_token = torch.cat(tokens), torch.cat(masks)
+        self.token = torch.cat(tokens)
+        is_token = torch.cat(masks)
         self.row = torch.empty(int(is_token.sum()), dtype=torch.int64)
         self.row[self.token[is_token]] = is_token.nonzero()[:, 0]
         self.padding = (~is_token).nonzero()[:, 0]
@@ -312,7 +314,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.int8 = dtype == torch.int8
         self.activation = ("gelu" if gelu else "none", [], gelu)
-        weight, self.bias = linear.weight.detach(), None
+        weight = linear.weight.detach()
+        self.bias = None
         if linear.bias is not None:
             self.bias = linear.bias.detach()
         if self.int8:

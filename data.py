@@ -13,9 +13,8 @@ import os
 import shutil
 import sys
 import tempfile
-import unicodedata
 from array import array
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,13 +35,13 @@ from configurator import UserError, configure, file_sha256, run, write_text
 from sources import (
     DataConfig,
     held_out,
-    is_missing,
     parse_number,
     rebuild_command,
     resolve,
     rows,
     split_labels,
 )
+from splits import Survey, assign_splits, is_complete, unit_of
 
 TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "number": "regression",
                   "none": "none"}  # as meta.json names it
@@ -81,7 +80,8 @@ def build_settings(cfg):
 def open_meta(cfg):
     """meta.json of the data set that `cfg` names, or None where there is none. Raises UserError
     where it was built otherwise."""
-    folder, rebuild = folder_of(cfg), rebuild_command(cfg)
+    folder = folder_of(cfg)
+    rebuild = rebuild_command(cfg)
     meta = read_meta(folder, rebuild)
     if meta is None:
         return None
@@ -148,10 +148,13 @@ def build_into(work, cfg):
 
     # the tokenizer, or means and standard deviations, from train only
     of_train = ((value, target) for value, target, split in examples("train") if split == "train")
-    vocab_size, scaling, encode = 0, {}, Pixels()
+    vocab_size = 0
+    scaling = {}
+    encode = Pixels()
     if source.kind == "text":
         tokenizer = make_tokenizer(cfg, (text for text, _ in of_train))
-        encode, vocab_size = Tokens(tokenizer), tokenizer.get_vocab_size()
+        encode = Tokens(tokenizer)
+        vocab_size = tokenizer.get_vocab_size()
         (work / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     elif source.kind == "features" or source.target == "number":
         scaling = moments(of_train, source)
@@ -187,15 +190,6 @@ def build_into(work, cfg):
     return meta
 
 
-def unit_of(source):
-    return {"text": " texts", "image": " images", "features": " rows"}[source.kind]
-
-
-def is_complete(value, label, source):
-    """Has a row both a value and a label? (With --target=labels it may have none.)"""
-    return not is_missing(value) and (label != "" or source.target == "labels")
-
-
 def target_of(label, where, names, source):
     """A row's label as Writer takes it: a class, a number, or bytes, 1 for each label it has."""
     if source.target == "class":
@@ -206,136 +200,6 @@ def target_of(label, where, names, source):
         return 0
     found = split_labels(label, source)
     return bytes(name in found for name in names)
-
-
-class Survey:
-    """The first reading: of each file's complete rows, in order, a fingerprint and a label.
-
-    fingerprints {split: (N,) uint64}; labels {split: (N,)}: class; number; with --target=labels a
-    hash of the set; with --target=none the split. names: the labels, in order. source: the data
-    settings, with image_size filled in.
-    """
-
-    def __init__(self, source, files):
-        self.source, self.files, self.n_bad_rows = source, files, 0
-        self.fingerprints, self.labels = {}, {}
-        self.ids = {}  # label → its number in order of first sight
-        for split in files:
-            self.read(split)
-        if source.target == "class" and len(self.ids) < 2:
-            raise UserError(f"{files['train']}: every example has the label {list(self.ids)[0]!r}; "
-                            "a classifier needs two labels or more (is --label_column the right "
-                            "one?)")
-        if source.target == "labels" and not self.ids:
-            raise UserError(f"{files['train']}: no row has a label (is --label_column the right "
-                            "one?)")
-        self.names = sorted(self.ids)
-        if all(name.removeprefix("-").isdecimal() for name in self.names):
-            self.names.sort(key=lambda name: (int(name), name))
-        if source.target == "class":
-            rank = np.array([self.names.index(name) for name in self.ids])
-            self.labels = {split: rank[ids] for split, ids in self.labels.items()}
-
-    def read(self, split):
-        source, file = self.source, self.files[split]
-        fingerprints, labels = array("Q"), array("d" if source.target == "number" else "q")
-        progress = tqdm(rows(file, source), desc=f"reading {split}", unit=unit_of(source))
-        for where, value, label in progress:
-            if is_complete(value, label, source):
-                if source.kind == "image":
-                    self.source = replace(source, image_size=list(value.shape))
-                fingerprints.append(fingerprint(value))
-                labels.append(self.label_id(label, where, split))
-            elif source.drop_bad_rows:
-                self.n_bad_rows += 1
-            else:
-                empty = "text" if is_missing(value) else "label"
-                raise UserError(f"{where}: the {empty} is empty; mend the row, or leave such rows "
-                                "out with --drop_bad_rows=True")
-        if not fingerprints:
-            raise UserError(f"{file}: holds no examples")
-        self.fingerprints[split] = np.array(fingerprints, np.uint64)
-        self.labels[split] = np.array(labels)
-
-    def label_id(self, label, where, split):
-        if self.source.target == "number":
-            return parse_number(label, where)
-        if self.source.target == "none":
-            return SPLITS.index(label)
-        found = split_labels(label, self.source)
-        for name in found:
-            if name not in self.ids and split != "train":
-                raise UserError(f"{where}: label {name!r} does not occur in {self.files['train']}, "
-                                f"whose labels are {sorted(self.ids)[:20]}")
-            self.ids.setdefault(name, len(self.ids))
-        if self.source.target == "class":
-            return self.ids[label]
-        return fingerprint(str(found)) >> 1
-
-    def conflicts(self):
-        """How many more pairs (value, label) train has than values."""
-        if self.source.target not in ("class", "labels"):
-            return 0
-        values = self.fingerprints["train"]
-        pairs = np.stack([values, self.labels["train"].astype(np.uint64)])
-        return len(np.unique(pairs, axis=1).T) - len(np.unique(values))
-
-
-def fingerprint(value):
-    """64 bits of an example, to compare examples by: of a text NFKC, casefolded, with runs of
-    blanks made one."""
-    if isinstance(value, str):
-        value = " ".join(unicodedata.normalize("NFKC", value).casefold().split())
-        value = value.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(bytes(value), digest_size=8).digest(), "little")
-
-
-def assign_splits(survey, source):
-    """Where each row goes: ({split of its file: (N,) index into SPLITS, -1 for removed}, counts of
-    what is removed, overlaps between files)."""
-    prints = survey.fingerprints
-    assignment = {split: np.full(len(p), SPLITS.index(split)) for split, p in prints.items()}
-    overlaps = {}
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        if a in prints and b in prints:
-            overlaps[f"{a}-{b}"] = int(np.isin(prints[a], prints[b]).sum())
-    removed = {"bad_rows": survey.n_bad_rows, "duplicates_in_train": 0,
-               "train_rows_also_in_val_or_test": 0}
-    if source.dedup and source.kind != "features":  # two cars may well have the same numbers
-        repeated = np.ones(len(prints["train"]), bool)
-        repeated[np.unique(prints["train"], return_index=True)[1]] = False
-        others = [p for split, p in prints.items() if split != "train"]
-        elsewhere = np.isin(prints["train"], np.concatenate(others or [[]]))
-        assignment["train"][repeated | elsewhere] = -1
-        removed["duplicates_in_train"] = int(repeated.sum())
-        removed["train_rows_also_in_val_or_test"] = int((~repeated & elsewhere).sum())
-    labels = survey.labels["train"]
-    if source.target == "none" and labels.any():  # a document that was cut
-        assignment["train"] = labels
-    else:
-        if source.target != "class":
-            labels = np.zeros(len(labels), int)  # numbers, and sets of labels: split at random
-        stratify(assignment["train"], labels, held_out(source), source.split_seed)
-    return assignment, removed, overlaps
-
-
-def stratify(assignment, labels, fractions, seed):
-    """Move rows of train (assignment 0), at random but with equal shares of each class, to the
-    splits in `fractions`, in place."""
-    rng = np.random.default_rng(seed)
-    pools = []  # of each class, its rows in random order
-    for c in range(labels.max() + 1):
-        pools.append(rng.permutation(np.flatnonzero((labels == c) & (assignment == 0))))
-    sizes, taken = np.array([len(pool) for pool in pools]), np.zeros(len(pools), int)
-    for split, fraction in fractions.items():
-        exact = sizes * fraction
-        take = np.floor(exact).astype(int)
-        n_missing = round(exact.sum()) - take.sum()
-        largest_remainders = np.argsort(take - exact, kind="stable")[:n_missing]
-        take[largest_remainders] += 1
-        for pool, start, n in zip(pools, taken, take):
-            assignment[pool[start : start + n]] = SPLITS.index(split)
-        taken += take
 
 
 # --------------------------------------------------------------------------------------------------
@@ -439,7 +303,8 @@ class Features:
     dtype = "float32"
 
     def __init__(self, scaling):
-        self.mean, self.std = np.array(scaling["mean"]), np.array(scaling["std"])
+        self.mean = np.array(scaling["mean"])
+        self.std = np.array(scaling["std"])
 
     def __call__(self, values):
         return np.nan_to_num((np.stack(values) - self.mean) / self.std, nan=0.0)
@@ -473,7 +338,9 @@ class Writer:
 
     def __init__(self, path, encode, scaling, target):
         self.path, self.encode, self.scaling, self.target = path, encode, scaling, target
-        self.out, self.lengths, self.shape = open(f"{path}.bin", "wb"), array("q"), []
+        self.out = open(f"{path}.bin", "wb")
+        self.lengths = array("q")
+        self.shape = []
         self.labels = array({"number": "d", "labels": "B"}.get(target, "q"))
         self.n_bytes, self.waiting, self.size = 0, [], 0
 
@@ -493,14 +360,17 @@ class Writer:
             x = np.asarray(x, self.encode.dtype)
             self.out.write(x.tobytes())
             self.lengths.append(len(x))
-        self.shape, self.waiting, self.size = list(x.shape), [], 0
+        self.shape = list(x.shape)
+        self.waiting = []
+        self.size = 0
 
     def close(self, n_classes):
         """Write what waits and the labels; returns the split's entry in meta.json."""
         if self.waiting:
             self.flush()
         self.out.close()
-        lengths, labels = np.array(self.lengths), np.array(self.labels)
+        lengths = np.array(self.lengths)
+        labels = np.array(self.labels)
         counts = {"examples": len(lengths)}
         if isinstance(self.encode, Tokens):
             starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -528,7 +398,8 @@ class Writer:
 
 def print_table(meta):
     """What a data set holds."""
-    is_text, names = meta["kind"] == "text", meta["label_names"]
+    is_text = meta["kind"] == "text"
+    names = meta["label_names"]
     what = "labels" if meta["task"] == "multilabel" else "classes"
     targets = {"regression": "a number to predict", "none": "no labels"}.get(
         meta["task"], f"{len(names)} {what}")

@@ -101,8 +101,10 @@ def basic_report(clf, z, y):
 
 def report_classes(clf, examples, z, val, resamples):
     """Intervals, calibration, a temperature fitted on val (None: z is val's), mistakes."""
-    y, logp = examples.labels, metrics.log_softmax(z)
-    p, predicted = np.exp(logp), z.argmax(1)
+    y = examples.labels
+    logp = metrics.log_softmax(z)
+    p = np.exp(logp)
+    predicted = z.argmax(1)
     report = {"interval": metrics.intervals(metrics.class_figures, logp, y, resamples),
               "calibration": metrics.calibration(p, y)}
     if val is not None:
@@ -276,9 +278,12 @@ def print_comparison(groups, resamples):
     width = max(len(runs[0]["name"]) for runs in groups) + 6
     print(f"{'run':{width}}  accuracy [95 % interval]     macro-F1  parameters  MFLOP/ex  train s"
           "     ex/s   p50 ms   p95 ms  disk MB   p against the best")
-    best, best_rate, verdicts = mean_correct(groups[0]), None, []
+    best = mean_correct(groups[0])
+    best_rate = None
+    verdicts = []
     for runs in groups:
-        first, correct = runs[0], mean_correct(runs)
+        first = runs[0]
+        correct = mean_correct(runs)
         low, high = metrics.mean_interval(correct, resamples)
         p, mcnemar = metrics.paired_tests(best, correct, resamples)
         mean = {key: float(np.mean([run[key] for run in runs]))
@@ -294,7 +299,8 @@ def print_comparison(groups, resamples):
               f"{mean['train_s']:7.1f}  {mean['per_s']:7.0f}  {mean['p50']:7.2f}  "
               f"{mean['p95']:7.2f}  {first['mb']:7.1f}   {note}")
         if runs is groups[0]:
-            best_name, best_rate = name, mean["per_s"]
+            best_name = name
+            best_rate = mean["per_s"]
         else:
             gap = 100 * (best.mean() - correct.mean())
             verdicts.append(verdict(best_name, name, gap, p, mean["per_s"] / best_rate))
@@ -320,7 +326,8 @@ def report_learning_curves(curves, n_train, folder, resamples):
     points = {}  # model → (labels, accuracies, lows, highs), in %
     for by_fraction in curves:
         fractions, groups = zip(*sorted(by_fraction.items()))
-        labels, name = [round(f * n_train) for f in fractions], Path(groups[-1][0]["name"]).name
+        labels = [round(f * n_train) for f in fractions]
+        name = Path(groups[-1][0]["name"]).name
         correct = [100 * mean_correct(runs) for runs in groups]
         lows, highs = np.array([metrics.mean_interval(c, resamples) for c in correct]).T
         points[name] = labels, np.mean(correct, 1), lows, highs

@@ -42,7 +42,8 @@ def export(clf, how, data_dir=None):
         save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel)
         print(f"written to {folder}")
         return
-    model_name, is_text = clf.model.config.model, clf.modality == "text"
+    model_name = clf.model.config.model
+    is_text = clf.modality == "text"
     if is_text and model_name != "transformer":
         raise UserError(f"{clf.path}: a {model_name} model of text cannot be written as {how}; "
                         "transformers of tokens, and models of images and of numbers, can")
@@ -59,11 +60,13 @@ def export(clf, how, data_dir=None):
         ids = [torch.from_numpy(examples.document(i)) for i in indices]
         masks = [torch.ones_like(document) for document in ids]
         return pad_sequence(ids, batch_first=True), pad_sequence(masks, batch_first=True)
-    names, sizes = ["x"], {0: torch.export.Dim("batch")}
+    names = ["x"]
+    sizes = {0: torch.export.Dim("batch")}
     if clf.modality == "image":
         names = ["pixels"]
     if is_text:
-        names, sizes = ["input_ids", "attention_mask"], sizes | {1: torch.export.Dim("length")}
+        names = ["input_ids", "attention_mask"]
+        sizes = sizes | {1: torch.export.Dim("length")}
     path = clf.path.parent / f"model.{how}"
     temporary = clf.path.parent / f"model.tmp.{how}"
     try:

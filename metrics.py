@@ -47,7 +47,8 @@ def per_class(hits, support, predicted):
 def auroc(score, positive):
     """Area under the ROC curve, ties counted half (Mann-Whitney U), or None where one class only
     occurs."""
-    n1, n0 = positive.sum(), (~positive).sum()
+    n1 = positive.sum()
+    n0 = (~positive).sum()
     if not n1 or not n0:
         return None
     _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
@@ -72,8 +73,11 @@ def class_figures(logp, y):
     n, C = logp.shape
     p = np.exp(logp)
     confusion = confusion_matrix(logp, y)
-    hits, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    f1, occurs = f1_score(hits, support, predicted), support + predicted > 0
+    hits = confusion.diagonal()
+    support = confusion.sum(1)
+    predicted = confusion.sum(0)
+    f1 = f1_score(hits, support, predicted)
+    occurs = support + predicted > 0
     spread = ((n**2 - (predicted**2).sum()) * (n**2 - (support**2).sum())) ** 0.5
     covariance = hits.sum() * n - (support * predicted).sum()
     positives = range(C) if C > 2 else [1]
@@ -97,7 +101,8 @@ def class_report(logits, y):
     """What eval.json says of logits (N, C) and classes (N,): class_figures, the loss in nats, the
     figures of each class, and confusion[true][predicted]."""
     logp = log_softmax(np.asarray(logits, np.float64))
-    figures, confusion = as_floats(class_figures(logp, y)), confusion_matrix(logp, y).astype(int)
+    figures = as_floats(class_figures(logp, y))
+    confusion = confusion_matrix(logp, y).astype(int)
     return {"n": len(y), "loss": figures["log_loss"], **figures,
             "per_class": per_class(confusion.diagonal(), confusion.sum(1), confusion.sum(0)),
             "confusion": confusion.tolist()}
@@ -106,7 +111,8 @@ def class_report(logits, y):
 def calibration(p, y, n_bins=15):
     """[(mean confidence, accuracy, share of the examples), ...] of the bins of confidence that hold
     any; p (N, C): probabilities."""
-    confidence, correct = p.max(1), p.argmax(1) == y
+    confidence = p.max(1)
+    correct = p.argmax(1) == y
     index = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     count = np.bincount(index, minlength=n_bins)
     confidence_sum = np.bincount(index, confidence, n_bins)
@@ -118,7 +124,8 @@ def calibration(p, y, n_bins=15):
 def temperature(logits, y):
     """The T that makes softmax(logits / T) likeliest (Guo et al. 2017), by bisection: the loss is
     convex in 1/T."""
-    low, high = np.log(1e-3), np.log(1e3)
+    low = np.log(1e-3)
+    high = np.log(1e3)
     for _ in range(60):
         middle = (low + high) / 2
         p = np.exp(log_softmax(logits * np.exp(middle)))
@@ -140,12 +147,16 @@ def label_figures(z, y, thresholds=0.5):
     wrong decisions among all N·C, log_loss the mean over them; macro_f1 is over the labels that
     occur or are predicted, samples_f1 over the examples (1 where there is neither), auroc over the
     labels for which it is defined."""
-    predicted, true = sigmoid(z) >= thresholds, y.astype(bool)
+    predicted = sigmoid(z) >= thresholds
+    true = y.astype(bool)
     both = predicted & true
     size = predicted.sum(1) + true.sum(1)  # of each example
     samples_f1 = np.where(size, 2 * both.sum(1) / np.maximum(size, 1), 1.0)
-    hits, support, n_predicted = both.sum(0), true.sum(0), predicted.sum(0)  # of each label
-    f1, occurs = f1_score(hits, support, n_predicted), support + n_predicted > 0
+    hits = both.sum(0)
+    support = true.sum(0)
+    n_predicted = predicted.sum(0)  # of each label
+    f1 = f1_score(hits, support, n_predicted)
+    occurs = support + n_predicted > 0
     return {"accuracy": (predicted == true).all(1).mean(),
             "hamming_loss": (predicted != true).mean(),
             "micro_f1": f1_score(hits.sum(), support.sum(), n_predicted.sum()),
@@ -163,7 +174,8 @@ def label_aurocs(z, true):
 def label_report(z, y, thresholds=0.5):
     """What eval.json says of logits (N, C) and multi-hot y (N, C): label_figures, the loss in nats,
     and the figures of each label (AUROC None where undefined)."""
-    z, true = np.asarray(z, np.float64), np.asarray(y).astype(bool)
+    z = np.asarray(z, np.float64)
+    true = np.asarray(y).astype(bool)
     predicted = sigmoid(z) >= thresholds
     figures = as_floats(label_figures(z, true, thresholds))
     of_labels = per_class((predicted & true).sum(0), true.sum(0), predicted.sum(0))
@@ -192,7 +204,9 @@ def f1_thresholds(z, y):
 def fit_thresholds(z, y, resamples=50):
     """The mean of f1_thresholds over bootstrap resamples. Those of the sample itself follow its
     chance peaks, and did worse on other examples in 8 comparisons of 8 (NOTES.md)."""
-    z, y, rng = np.asarray(z, np.float64), np.asarray(y), np.random.default_rng(0)
+    z = np.asarray(z, np.float64)
+    y = np.asarray(y)
+    rng = np.random.default_rng(0)
     samples = rng.integers(len(z), size=(resamples, len(z)))
     return np.mean([f1_thresholds(z[i], y[i]) for i in samples], 0)
 
@@ -231,7 +245,8 @@ def language_figures(sums, n_targets, n_bytes):
 def intervals(figures, a, b, resamples, seed=0):
     """The 95 % percentile-bootstrap interval (Efron 1979) of each metric that figures(a, b)
     returns: {name: [low, high]}."""
-    rng, n = np.random.default_rng(seed), len(b)
+    rng = np.random.default_rng(seed)
+    n = len(b)
     values = {}
     for _ in range(resamples):
         i = rng.integers(n, size=n)
@@ -254,12 +269,14 @@ def affordable_resamples(wanted, size):
 def paired_tests(a, b, resamples):
     """(p of a paired bootstrap, p of McNemar's exact test, 1947) that a and b (N,), 1 where
     correct, have the same mean; two-sided."""
-    rng, difference = np.random.default_rng(0), a - b
+    rng = np.random.default_rng(0)
+    difference = a - b
     n = len(difference)
     means = np.array([difference[rng.integers(n, size=n)].mean() for _ in range(resamples)])
     tail = min((means <= 0).mean(), (means >= 0).mean())
     bootstrap = min(1.0, 2 * tail + 1 / resamples)
-    n_only_a, n_only_b = int((difference > 0).sum()), int((difference < 0).sum())
+    n_only_a = int((difference > 0).sum())
+    n_only_b = int((difference < 0).sum())
     discordant = n_only_a + n_only_b
     if not discordant:
         return bootstrap, 1.0

@@ -124,7 +124,8 @@ class PackedLayout:
 
     def pool(self, x, pooling):
         """The mean or max of each document's rows: x (T, D) → (B, D); 0 for empty documents."""
-        B, D = len(self.lengths), x.shape[-1]
+        B = len(self.lengths)
+        D = x.shape[-1]
         if pooling == "max":
             index = self.document[:, None].expand_as(x)
             largest = x.new_full((B, D), -math.inf).scatter_reduce(0, index, x, "amax")
@@ -134,7 +135,8 @@ class PackedLayout:
 
     def pad(self, qkv):
         """(T, 3, H, d) → q, k, v, each (B, H, L, d), and which keys are tokens, (B, L)."""
-        B, L = len(self.lengths), int(self.lengths.max())
+        B = len(self.lengths)
+        L = int(self.lengths.max())
         padded = qkv.new_zeros(B, L, *qkv.shape[1:])
         padded = padded.index_put((self.document, self.position), qkv)
         valid = torch.arange(L, device=qkv.device) < self.lengths[:, None]
@@ -151,7 +153,8 @@ class DenseLayout:
     same_length = True
 
     def __init__(self, B, L, device, valid=None):
-        self.shape, self.valid = (B, L), valid
+        self.shape = (B, L)
+        self.valid = valid
         self.index = torch.arange(L, device=device)
         self.position = self.index.repeat(B)
         self.first = torch.arange(B, device=device) * L
@@ -315,7 +318,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gated, self.activation = c.mlp.endswith("glu"), self.ACTIVATIONS[c.mlp]
+        self.gated = c.mlp.endswith("glu")
+        self.activation = self.ACTIVATIONS[c.mlp]
         self.up = nn.Linear(c.d_model, c.d_ff * (2 if self.gated else 1), bias=c.bias)
         self.out = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
 
@@ -369,7 +373,10 @@ class Transformer(nn.Module):
         self.embedding_norm = make_norm(c) if c.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = nn.Identity() if c.post_norm else make_norm(c)
-        self.dense, self.dense_norm, self.head, self.lm_head = None, nn.Identity(), None, None
+        self.dense = None
+        self.dense_norm = nn.Identity()
+        self.head = None
+        self.lm_head = None
         if c.n_classes and c.head_dense:
             self.dense = nn.Linear(c.d_model, c.d_model, bias=c.head_dense_bias)
         if c.n_classes and c.head_norm:

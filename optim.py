@@ -38,7 +38,8 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
         parts = 3 if cfg.optimizer == "muon" and name.endswith("qkv.weight") else 1
         scale = lr_scale(name, model, cfg) if lr_scale else 1.0
         grouped.setdefault(optimizer, {}).setdefault((scale, decay, parts), []).append(p)
-    lr, betas = cfg.learning_rate or 1.0, (cfg.beta1, cfg.beta2)  # each step sets lr
+    lr = cfg.learning_rate or 1.0  # each step sets it
+    betas = (cfg.beta1, cfg.beta2)
     fused = embedding is None or not embedding.sparse
     make = {
         "adamw": lambda groups: torch.optim.AdamW(groups, lr, betas, fused=True),
@@ -110,7 +111,8 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, parameters, group):
         """One step of parameters (a, b) of one shape."""
-        parts, columns = group["parts"], parameters[0].shape[1]
+        parts = group["parts"]
+        columns = parameters[0].shape[1]
         matrices = []
         for p in parameters:
             if p not in self.state:
@@ -162,7 +164,8 @@ class Adagrad(torch.optim.Optimizer):
         p.addcdiv_(grad, total.sqrt().add_(1e-10), value=-lr)
 
     def update_rows(self, p, total, lr, weight_decay):
-        rows, grad = p.grad.indices()[0], p.grad.values()
+        rows = p.grad.indices()[0]
+        grad = p.grad.values()
         row_total = total.index_select(0, rows).addcmul_(grad, grad)
         total.index_copy_(0, rows, row_total)
         moved = p.index_select(0, rows)

@@ -61,11 +61,15 @@ class Classifier:
     def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=None):
         self.path = checkpoint_file(path)
         checkpoint = load_checkpoint(path)
-        self.device, self.dtype = open_device(device), dtype
+        self.device = open_device(device)
+        self.dtype = dtype
         self.model = load_model(checkpoint, self.path).to(self.device)
-        self.config, self.step = checkpoint["config"], checkpoint["step"]
-        self.modality, self.max_len = checkpoint["kind"], checkpoint["max_len"]
-        self.n_suffix, self.scaling = checkpoint["n_suffix"], checkpoint["scaling"]
+        self.config = checkpoint["config"]
+        self.step = checkpoint["step"]
+        self.modality = checkpoint["kind"]
+        self.max_len = checkpoint["max_len"]
+        self.n_suffix = checkpoint["n_suffix"]
+        self.scaling = checkpoint["scaling"]
         self.data_folder = checkpoint["data_folder"]
         self.data_sha256 = checkpoint["data_sha256"]
         self.micro_batch_tokens = max(micro_batch_tokens or 0, self.max_len)
@@ -143,7 +147,8 @@ class Classifier:
         texts = [clean(text[: 100 * self.max_len]) for text in texts]
         ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts)]  # GPT-2: no [CLS]
         tokens = np.concatenate([[], *ids]).astype(np.int64)
-        starts, none = np.cumsum([0, *map(len, ids)]), np.zeros(len(ids), np.int64)
+        starts = np.cumsum([0, *map(len, ids)])
+        none = np.zeros(len(ids), np.int64)
         documents = PackedText(tokens, starts, none, self.max_len, self.n_suffix)
         logits = self.logits(documents).double()
         if self.multilabel:
@@ -179,7 +184,8 @@ def open_data(clf, split, data_dir=None):
     not there, or is another."""
     cfg = data_settings(clf.config)
     cfg.data_dir = data_dir or cfg.data_dir
-    folder, rebuild = Path(cfg.data_dir) / clf.data_folder, rebuild_command(cfg)
+    folder = Path(cfg.data_dir) / clf.data_folder
+    rebuild = rebuild_command(cfg)
     meta = read_meta(folder, rebuild)
     if meta is None:
         raise UserError(f"{folder}: the checkpoint's data set is not there; give its "
@@ -238,7 +244,8 @@ def label_file(clf, cfg):
         raise UserError("--input needs --output=labels.csv")
     if not Path(cfg.input).is_file():
         raise UserError(f"--input={cfg.input}: no such file")
-    temporary, n = Path(f"{cfg.output}.tmp"), 0
+    temporary = Path(f"{cfg.output}.tmp")
+    n = 0
     try:
         with open(temporary, "w", newline="", encoding="utf-8") as file, tqdm(unit=" texts") as bar:
             table = csv.writer(file)

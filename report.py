@@ -74,7 +74,8 @@ def class_row(r, i):
 
 def print_labels(r):
     """A row for each label, at probability 0.5 and at the thresholds fitted on val."""
-    names, fitted = [name[:20] for name in r["label_names"]], r.get("at_thresholds")
+    names = [name[:20] for name in r["label_names"]]
+    fitted = r.get("at_thresholds")
     width = max(map(len, [*names, "label"]))
     more = "   threshold      F1 there" if fitted else ""
     print(f"\n{'label':{width}}  precision  recall      F1   AUROC  support{more}")
@@ -132,7 +133,8 @@ def plot_report(clf, report, examples, z, folder):
 
 
 def plot_labels(report):
-    names, support = report["label_names"], report["per_class"]["support"]
+    names = report["label_names"]
+    support = report["per_class"]["support"]
     figure, ax = new_figure(6, min(1 + len(names) * 0.35, 30))
     y = np.arange(len(names))
     ax.barh(y, report["per_class"]["f1"], 0.35, label=f"at 0.5: macro {report['macro_f1']:.3f}")
@@ -147,7 +149,8 @@ def plot_labels(report):
 
 
 def plot_confusion(report):
-    names, confusion = report["label_names"], np.array(report["confusion"])
+    names = report["label_names"]
+    confusion = np.array(report["confusion"])
     side = min(2 + len(names) * 0.6, 20)
     figure, ax = new_figure(side, side)
     shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)
@@ -206,7 +209,8 @@ def plot_mistakes(clf, examples, p, correct):
         ax.axis("off")
         if not correct[i]:
             ax.imshow(examples.values[i].transpose(1, 2, 0).squeeze(), cmap="gray")
-            true, predicted = clf.truth(examples.labels[i]), clf.truth(p[i].argmax())
+            true = clf.truth(examples.labels[i])
+            predicted = clf.truth(p[i].argmax())
             ax.set_title(f"{true}, not {predicted} ({p[i].max():.0%})", fontsize=8)
     return figure
 

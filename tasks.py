@@ -148,7 +148,8 @@ class LabelsTask(Task):
 
     def totals(self, logits, targets):
         logits = logits.cpu()
-        predicted, true = logits >= 0, targets == 1
+        predicted = logits >= 0
+        true = targets == 1
         sums = (self.losses(logits.double(), targets), (predicted == true).all(1),
                 predicted & true, predicted, true)
         return [x.sum().item() for x in sums] + [len(targets)]

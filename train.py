@@ -375,8 +375,11 @@ class Log:
     def __init__(self, cfg, machine, step, total_steps, elapsed, flops_per_second, unit, wandb_run):
         self.cfg, self.machine, self.wandb_run = cfg, machine, wandb_run
         self.total_steps, self.elapsed, self.unit = total_steps, elapsed, unit
-        self.peak, self.flops_per_second = peak_flops(machine), flops_per_second
-        self.step, self.n_tokens, self.clock = step, 0, time.time()
+        self.peak = peak_flops(machine)
+        self.flops_per_second = flops_per_second
+        self.step = step
+        self.n_tokens = 0
+        self.clock = time.time()
 
     def write(self, record):
         if self.machine.rank == 0:
@@ -388,7 +391,8 @@ class Log:
     def progress(self, step, epoch, loss, lr, grad_norm):
         """Log the steps since the last call."""
         now = time.time()
-        seconds, n_steps = now - self.clock, step - self.step
+        seconds = now - self.clock
+        n_steps = step - self.step
         self.elapsed += seconds
         rate = self.n_tokens / seconds
         record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm,
@@ -428,7 +432,8 @@ def make_model(cfg, meta, task):
     c.d_ff = cfg.d_ff or 4 * cfg.d_model
     if meta["kind"] == "text":
         c.vocab_size = meta["vocab_size"]
-        c.letters, c.blanks = tuple(meta.get("letters", ())), tuple(meta.get("blanks", ()))
+        c.letters = tuple(meta.get("letters", ()))
+        c.blanks = tuple(meta.get("blanks", ()))
     elif meta["kind"] == "image":
         c.image_size = tuple(meta["shape"])
     else:
@@ -488,7 +493,8 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
     train_set = open_examples("train", cfg.seed, training=True)
     val_set = None if cfg.lr_find else open_examples("val", 0, training=False)
     mirror = cfg.flip and meta["kind"] == "image"
-    subset, n_train = None, len(train_set)
+    subset = None
+    n_train = len(train_set)
     if cfg.train_fraction < 1:
         subset = stratified_subset(train_set.labels, cfg.train_fraction, cfg.split_seed)
         n_train = len(subset)
@@ -522,7 +528,8 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
             optimizer.load_state_dict(state)
         average.values = [value.to(machine.device) for value in checkpoint["ema"]]
         step, best, bad_evals = (checkpoint[key] for key in ("step", "best", "bad_evals"))
-        elapsed, run_id = checkpoint["elapsed"], checkpoint["run_id"]
+        elapsed = checkpoint["elapsed"]
+        run_id = checkpoint["run_id"]
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
     wandb_run = None
     if machine.rank == 0:

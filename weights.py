@@ -119,9 +119,11 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
             config = read_model_config(config, path)
     else:
         saved = load_checkpoint(path)
-        config, weights = read_model_config(saved["model_config"], path), saved["model"]
+        config = read_model_config(saved["model_config"], path)
+        weights = saved["model"]
     if n_classes == 0:
-        config.n_classes, config.lm_head = 0, config.lm_head or "tied"
+        config.n_classes = 0
+        config.lm_head = config.lm_head or "tied"
         weights = without(weights, "head.")
     elif n_classes:
         config.lm_head = ""

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 import batches
 import data
+import splits
 from configurator import UserError, file_sha256
 from tests.conftest import SHARED, open_split, write_toy
 from train import Config
@@ -69,7 +70,7 @@ def test_totals_are_right_though_no_class_divides_evenly():
     labels = np.array([0] * 17 + [1] * 13 + [2] * 15 + [3] * 4)
     place = np.zeros(49, int)
     place[:3] = -1  # dropped rows stay dropped
-    data.stratify(place, labels, {"val": 0.1, "test": 0.25}, seed=0)
+    splits.stratify(place, labels, {"val": 0.1, "test": 0.25}, seed=0)
     assert np.bincount(place + 1).tolist() == [3, 46 - 5 - 12, 5, 12] or np.bincount(
         place + 1
     ).tolist() == [3, 30, 5, 11]
