@@ -16,6 +16,7 @@ What is in a global batch, and in what order, is a function of (seed, step) alon
 and augmentation are functions of (seed, epoch, example) alone. So neither depends on the number of
 processes, on micro-batches, on evaluation, or on having been interrupted.
 """
+import hashlib
 import json
 import math
 from typing import NamedTuple
@@ -82,12 +83,25 @@ def read_meta(folder, rebuild):
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{folder} is not a whole data set (no readable meta.json); "
-                        f"rebuild it with: {rebuild}") from None
+        raise UserError(f"{folder} is not a whole data set (no readable meta.json): name another "
+                        f"with --dataset=NAME, or rebuild it with: {rebuild}") from None
     if meta["format"] != FORMAT:
         raise UserError(f"{folder} has format {meta['format']}, this code reads {FORMAT}; "
                         f"rebuild it with: {rebuild}")
     return meta
+
+
+def read_tokenizer(folder, meta, rebuild):
+    """tokenizer.json as text, None where the data set has none. Raises UserError where it is not
+    the one that was built."""
+    path = folder / "tokenizer.json"
+    if meta["kind"] != "text":
+        return None
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != meta["sha256"]["tokenizer.json"]:
+        raise UserError(f"{path} is missing or altered (its SHA-256 is not the one in meta.json); "
+                        f"rebuild the data set with: {rebuild}")
+    return content.decode()
 
 
 def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed=0, **changes):

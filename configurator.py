@@ -26,6 +26,11 @@ def run(main):
     status = 0
     try:
         main()
+    except SystemExit as stopped:  # --help, or a run that was told to stop
+        status = stopped.code or 0
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        status = 130
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         status = 2

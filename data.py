@@ -54,7 +54,10 @@ OWN_TOKENIZERS = "bpe", "bytes", "words"  # made from train; others are given
 
 def folder_of(cfg):
     """data_dir/<dataset>, or, for another tokenizer than "bpe", data_dir/<dataset>-<its name or
-    hash> beside it."""
+    hash> beside it. Raises UserError for a name that is no folder's."""
+    if cfg.dataset in ("", ".", "..") or Path(cfg.dataset).name != cfg.dataset:
+        raise UserError(f"--dataset={cfg.dataset!r} names a folder in data_dir, so it can be "
+                        "neither empty nor a path; for instance --dataset=reviews")
     if cfg.tokenizer == "bpe":
         return Path(cfg.data_dir) / cfg.dataset
     name = cfg.tokenizer
@@ -114,8 +117,9 @@ def open_or_build(cfg):
 
 def build(cfg):
     """Build the data set's folder from its source and return its meta. What fails leaves nothing
-    behind."""
+    behind. An older folder goes only when the new one stands, and only if we made all of it."""
     folder = folder_of(cfg)
+    check_replaceable(folder, resolve(cfg))
     try:
         Path(cfg.data_dir).mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{cfg.dataset}-building-", dir=cfg.data_dir))
@@ -124,11 +128,37 @@ def build(cfg):
                         f"{error.strerror}") from error
     try:
         meta = build_into(work, cfg)
-        shutil.rmtree(folder, ignore_errors=True)
+        os.chmod(work, 0o777 & ~current_umask())  # mkdtemp makes it ours alone
+        old = Path(f"{work}-old")
+        if folder.exists():
+            os.rename(folder, old)
         os.rename(work, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return meta
+
+
+def check_replaceable(folder, source):
+    """Raise UserError where to build `folder` anew would delete what we did not make."""
+    ours = {"meta.json", "meta.json.tmp", "tokenizer.json"}
+    ours |= {f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "lbl")}
+    found = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in found if name not in ours]
+    if others or folder.exists() and not folder.is_dir():
+        what = f"holds {others[0]}" if others else "is a file"
+        raise UserError(f"{folder} {what}, which is no part of a data set and would be deleted; "
+                        "name the data set otherwise (--dataset=NAME), or move it away")
+    for file in (source.train_file, source.val_file, source.test_file):
+        if file and folder.resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
+            raise UserError(f"{file} lies in {folder}, which building the data set replaces; "
+                            "name the data set otherwise: --dataset=NAME")
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def build_into(work, cfg):

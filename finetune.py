@@ -199,8 +199,8 @@ def lr_scale(name, model, cfg):
 def finetune(cfg):
     path = find_weights(cfg)
     cfg = with_weights_settings(cfg, path)
-    train.train(cfg, lambda cfg, meta, task: make_model(cfg, meta, task, path), lr_scale,
-                merged_state)
+    train.train(cfg, make_model=lambda cfg, meta, task: make_model(cfg, meta, task, path),
+                lr_scale=lr_scale, state_for_best=merged_state)
 
 
 if __name__ == "__main__":

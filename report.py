@@ -11,9 +11,11 @@ from configurator import write_text
 
 
 def read_records(folder):
-    """The records of a run's metrics.jsonl, if there is one."""
+    """The records of a run's metrics.jsonl, if there is one. A last line that a kill cut short is
+    passed over."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in open(path)] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -419,6 +419,9 @@ def parse_number(text, where):
         value = math.nan
     if not math.isfinite(value):
         raise UserError(f"{where}: label {text!r} is not a number, which --target=number needs")
+    if abs(value) > 1e100:
+        raise UserError(f"{where}: label {text!r} is too large: its square would overflow; use "
+                        "another unit, or the logarithm")
     return value
 
 

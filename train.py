@@ -8,10 +8,14 @@ are seeded anew at each step.
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import netrc
 import os
+import signal
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +29,7 @@ import cpu
 import data
 import optim
 from baselines import build_model
-from batches import GlobalBatches, eval_requests, open_split, stratified_subset
+from batches import GlobalBatches, eval_requests, open_split, read_tokenizer, stratified_subset
 from configurator import UserError, configure, run, write_text
 from model import ModelConfig, flops_per_token
 from sources import DataConfig, rebuild_command, resolve
@@ -117,6 +121,8 @@ class Config(DataConfig):
     # evaluation and logging
     eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an
     #   epoch
+    save_interval: int | None = None  # steps between checkpoints besides; None: only at evaluations
+    #   and when the run is told to stop (Ctrl-C, SIGTERM)
     log_interval: int = 10  # steps between lines
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged
     #   in, else offline
@@ -133,8 +139,8 @@ class Config(DataConfig):
 
 
 # settings that may differ between a run and its continuation
-FREE = {"overwrite", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name", "log_interval",
-        "data_dir", "out_dir"}
+FREE = {"overwrite", "save_interval", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name",
+        "log_interval", "data_dir", "out_dir"}
 MODEL_SETTINGS = (  # that are ModelConfig's, too
     "model", "n_layer", "n_head", "d_model", "mlp", "norm", "qk_norm", "pooling", "position",
     "dropout", "max_len", "ngrams", "char_ngrams", "buckets", "patch", "checkpoint_activations")
@@ -147,7 +153,7 @@ def check_settings(cfg):
     """Raise UserError for values that cannot work on any data."""
     for name in ("batch_size", "micro_batch_tokens", "log_interval", "n_head", "d_model", "patch",
                  "max_len", "epochs", "ngrams", "char_ngrams", "buckets", "crop", "max_steps",
-                 "patience", "eval_interval", "d_ff"):
+                 "patience", "eval_interval", "save_interval", "d_ff"):
         value = getattr(cfg, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name}={value} must be above 0")
@@ -325,7 +331,8 @@ def evaluate(model, task, examples, cfg, machine, mirror=False):
 def open_run(cfg):
     """Check out_dir. Returns the checkpoint to resume from, or None to begin; writes nothing."""
     out = Path(cfg.out_dir)
-    if cfg.overwrite or cfg.lr_find:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: goes on
+    if cfg.overwrite and not restarted or cfg.lr_find:
         return None
     if not (out / "config.json").exists():
         for name in ("best.pt", "last.pt"):
@@ -347,7 +354,7 @@ def open_run(cfg):
     return load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
 
 
-def begin_run(cfg, checkpoint):
+def begin_run(cfg, checkpoint, lock):
     """Make out_dir ready: without a former run's files, or cut back to the checkpoint's step."""
     out = Path(cfg.out_dir)
     metrics = out / "metrics.jsonl"
@@ -355,6 +362,7 @@ def begin_run(cfg, checkpoint):
         out.mkdir(parents=True, exist_ok=True)
         if cfg.lr_find:
             return
+        lock.acquire()
         if checkpoint is None:
             for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
                 (out / name).unlink(missing_ok=True)
@@ -367,6 +375,60 @@ def begin_run(cfg, checkpoint):
     except OSError as error:
         raise UserError(f"--out_dir={out} cannot be written to: {error.strerror}; "
                         "choose another") from error
+
+
+class FolderLock:
+    """Holds a folder against other processes, from `acquire` to `release` or the process's end."""
+
+    def __init__(self, folder):
+        self.folder, self.descriptor = folder, None
+
+    def acquire(self):
+        """Does nothing where it is held, or where there is no such folder. Raises UserError."""
+        if self.descriptor is not None or not os.path.isdir(self.folder):
+            return
+        self.descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise UserError(f"{self.folder}: another run is at work there{self.holder()}; wait for "
+                            "its end, or choose another --out_dir=…") from None
+
+    def holder(self):
+        """The process that holds it, in words, where the system says so."""
+        inode = f":{os.stat(self.folder).st_ino}"
+        locks = Path("/proc/locks")
+        for line in locks.read_text().splitlines() if locks.exists() else []:
+            if " FLOCK " in line and line.split()[5].endswith(inode):
+                return f" (process {line.split()[4]})"
+        return ""
+
+    def release(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT (Ctrl-C), so that a run can save and stop after its step. A
+    second signal stops it at once."""
+
+    def __init__(self):
+        self.number, self.handlers = 0, {}
+
+    def listen(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 class Log:
@@ -462,16 +524,28 @@ def tokens_per_example(cfg, meta):
     return height // cfg.patch * (width // cfg.patch)
 
 
-def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Module.state_dict):
-    """Run the training that `cfg` describes. What finetune.py replaces:
-
-    make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
-    learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets.
-    """
-    started = time.time()
+def train(cfg, **hooks):
+    """Run the training that `cfg` describes. hooks: what finetune.py replaces, see train_locked."""
     check_settings(cfg)
+    lock, stop = FolderLock(cfg.out_dir), StopSignal()
+    try:
+        train_locked(cfg, lock, stop, **hooks)
+    finally:
+        lock.release()
+        stop.restore()
+    if stop.number:
+        sys.exit(128 + stop.number)
+
+
+def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
+                 state_for_best=torch.nn.Module.state_dict):
+    """make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
+    learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets."""
+    started = time.time()
     make_task = task_class(cfg, resolve(cfg))  # checked before a data set is built
     machine = Machine(cfg)
+    if machine.rank == 0 and not cfg.lr_find:
+        lock.acquire()
     checkpoint = open_run(cfg)
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint['best'])}); "
@@ -490,6 +564,7 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
     def open_examples(split, seed, training):
         settings = task.example_settings(cfg, meta["kind"], training)
         return open_split(folder, meta, split, max_len, rebuild_command(cfg), seed=seed, **settings)
+    tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))  # held: the file may change
     train_set = open_examples("train", cfg.seed, training=True)
     val_set = None if cfg.lr_find else open_examples("val", 0, training=False)
     mirror = cfg.flip and meta["kind"] == "image"
@@ -533,7 +608,7 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
     wandb_run = None
     if machine.rank == 0:
-        begin_run(cfg, checkpoint)
+        begin_run(cfg, checkpoint, lock)
         if not cfg.lr_find:
             wandb_run = start_wandb(dataclasses.asdict(cfg), run_id)
 
@@ -562,9 +637,6 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
     log = Log(cfg, machine, step, total_steps, elapsed,
               lambda rate: flops * rate * tokens_per_unit,
               "tok" if meta["kind"] == "text" else "ex", wandb_run)
-    tokenizer = None
-    if meta["kind"] == "text":
-        tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
 
     def save(name, state, finished=False, **more):
         if machine.rank == 0:
@@ -576,7 +648,14 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
                 "data_sha256": meta["sha256"], "data_folder": folder.name, "step": step,
                 "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
 
+    def save_last(finished=False):
+        save("last.pt", model.state_dict(), finished, ema=average.values, bad_evals=bad_evals,
+             optimizers=[optimizer.state_dict() for optimizer in optimizers],
+             elapsed=log.elapsed, run_id=run_id)
+
     # the loop
+    finished = False
+    stop.listen()
     for micro_batches in loader:
         # dropout is a function of (seed, step, rank)
         machine.seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)
@@ -609,6 +688,7 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
                 average.swap()
                 figures = evaluate(model, task, val_set, cfg, machine, mirror)
                 figures = {"step": step, **figures}
+                check_finite(model, figures, cfg)
                 log.write(figures)
                 improved = best is None or task.better(figures, best)
                 bad_evals = 0 if improved else bad_evals + 1
@@ -620,20 +700,37 @@ def train(cfg, make_model=make_model, lr_scale=None, state_for_best=torch.nn.Mod
                 average.swap()
                 out_of_patience = cfg.patience is not None and bad_evals >= cfg.patience
                 finished = step == total_steps or out_of_patience
-                save("last.pt", model.state_dict(), finished, ema=average.values,
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                     bad_evals=bad_evals, elapsed=log.elapsed, run_id=run_id)
+                save_last(finished)
             if finished:
                 break
+        (stopped,) = machine.sum([stop.number > 0])  # on any process
+        if stopped or cfg.save_interval and step % cfg.save_interval == 0:
+            save_last()
+        if stopped:
+            machine.print(f"told to stop: {cfg.out_dir} is saved at step {step}; the same command "
+                          "goes on from there")
+            break
 
     if wandb_run:
-        wandb_run.summary.update({f"best_{key}": value for key, value in best.items()})
+        wandb_run.summary.update({f"best_{key}": value for key, value in (best or {}).items()})
         finish_wandb(wandb_run)
     if machine.world > 1:
         dist.destroy_process_group()
+    if not finished:
+        return
     split = "" if "test" in meta["splits"] else " --split=val"
     machine.print(f"done in {time.time() - started:.0f} s: {summary(best)}. "
                   f"Now: python eval.py {cfg.out_dir}{split}")
+
+
+def check_finite(model, figures, cfg):
+    """Raise UserError before weights or figures that are not finite are saved."""
+    finite = all(math.isfinite(value) for value in figures.values())
+    if not finite or not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"after step {figures['step']} the weights or the figures on val are not "
+                        f"finite (val_loss {figures['val_loss']}): lower --learning_rate="
+                        f"{cfg.learning_rate}, or try --dtype=float32; {cfg.out_dir} is as its "
+                        "last checkpoint left it")
 
 
 def summary(best):

@@ -5,6 +5,7 @@ A checkpoint is one file of tensors and plain types, enough to evaluate or predi
 import dataclasses
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -35,9 +36,18 @@ def load_checkpoint(path, map_location="cpu"):
     """
     path = checkpoint_file(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise UserError(f"{path}: damaged in {damaged}; restore it, or train again with "
+                                "--overwrite=True")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
+    except zipfile.BadZipFile:
+        raise UserError(f"{path}: refused: truncated, or not a checkpoint (a bare pickle could run "
+                        "code); restore it, or train again with --overwrite=True") from None
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused: it holds more than tensors and plain types, so loading "
                         "it could run code, or it is not a checkpoint "

@@ -173,6 +173,88 @@ def test_damaged_data_sets(toy_config, toy):
         train.train(toy_config)
 
 
+def test_building_deletes_nothing_that_it_did_not_make(tmp_path):
+    """Not even where the advice that a message gives is followed."""
+    folder = tmp_path / "data/reviews"
+    folder.mkdir(parents=True)
+    source = folder / "reviews.csv"
+    source.write_text(GOOD)
+    settings = dict(data_dir=str(tmp_path / "data"), train_file=str(source), vocab_size=300)
+    cfg = train.Config(dataset="reviews", **settings)
+    with pytest.raises(UserError, match="not a whole data set.*name another with --dataset=NAME"):
+        data.open_or_build(cfg)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds reviews.csv, which is no part of a data set"):
+            data.build(train.Config(dataset="reviews", overwrite=overwrite, **settings))
+    assert os.listdir(folder) == ["reviews.csv"] and source.read_text() == GOOD
+    meta = data.build(train.Config(dataset="others", **settings))  # what the message advises
+    assert meta["splits"]["train"]["examples"] == 32
+    deeper = folder / "texts"
+    deeper.mkdir()
+    for name in ("", ".", "..", "a/b", "../x", "/tmp"):
+        with pytest.raises(UserError, match="can be neither empty nor a path"):
+            data.open_or_build(train.Config(dataset=name, **settings))
+    built = tmp_path / "data/others"
+    (built / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds mine.txt"):
+        data.build(train.Config(dataset="others", overwrite=True, **settings))
+    os.remove(built / "mine.txt")
+    data.build(train.Config(dataset="others", overwrite=True, **settings))
+    mode = os.stat(built).st_mode & 0o777
+    os.mkdir(tmp_path / "plain")
+    assert mode == os.stat(tmp_path / "plain").st_mode & 0o777
+    assert sorted(os.listdir(tmp_path / "data")) == ["others", "reviews"]
+
+
+def test_a_tokenizer_that_was_altered_is_refused(toy_config, toy):
+    data.build(toy_config)
+    path = f"{toy['data_dir']}/toy/tokenizer.json"
+    text = open(path).read()
+    open(path, "w").write(text.replace("goal", "gaol"))
+    with pytest.raises(UserError, match="tokenizer.json is missing or altered.*data.py"):
+        train.train(toy_config)
+    assert not os.path.exists(toy["out_dir"])
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(toy, toy_config):
+    train.train(toy_config)
+    path = f"{toy['out_dir']}/best.pt"
+    whole = bytearray(open(path, "rb").read())
+    weights = load_checkpoint(path)["model"]
+    for place in range(200, len(whole), len(whole) // 150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        open(path, "wb").write(damaged)
+        try:
+            loaded = load_checkpoint(path)["model"]
+        except UserError as error:
+            assert "best.pt" in str(error)
+        else:  # a byte that means nothing, between the files of the archive
+            assert all(torch.equal(weights[k], loaded[k]) for k in weights)
+
+
+def test_weights_that_are_not_finite_are_not_saved(toy, monkeypatch):
+    """Here the step itself makes them so, after its gradient was finite."""
+    real, steps = train.optim.step_all, []
+
+    def explode(optimizers):
+        real(optimizers)
+        steps.append(1)
+        if len(steps) == 4:
+            parameter = optimizers[0].param_groups[0]["params"][0]
+            parameter.data.fill_(torch.nan)
+
+    monkeypatch.setattr(train.optim, "step_all", explode)
+    with pytest.raises(
+        UserError, match="after step 4 the weights .* are not finite .*val_loss nan"
+    ):
+        train.train(train.Config(**toy | dict(eval_interval=2)))
+    for name in ("best.pt", "last.pt"):
+        checkpoint = load_checkpoint(f"{toy['out_dir']}/{name}")
+        assert checkpoint["step"] == 2
+        assert all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
 def test_a_build_that_is_killed_leaves_no_data_set(toy_config, toy):
     killed = (
         "import os, data, train; data.Writer.close = lambda *a: os._exit(9); "

@@ -233,6 +233,11 @@ GOOD = "x,y,label\n" + "".join(f"{i},{i * i},{'ab'[i % 2]}\n" for i in range(40)
             "line 2: label 'a' is not a number, which --target=number needs",
         ),
         ("1,2", {}, "line 42: 2 fields where 3 are needed"),
+        (
+            "-1e155,2,a",
+            dict(label_column="x", target="number", columns=["y"]),
+            "line 42: label '-1e155' is too large: its square would overflow",
+        ),
         ("1,2,a", dict(kind="image"), r"line 2: 2 pixels; give --image_size"),
         (
             "1,2,a",

@@ -82,6 +82,73 @@ def test_a_run_that_is_older_than_a_setting_is_still_its_run(toy, capsys):
         train.train(train.Config(**toy | dict(grad_clip=2.0)))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number):
+    """No evaluation falls before the signal, so that the step is saved for the signal alone."""
+    toy |= dict(dropout=0.2, eval_interval=1000, epochs=40.0, ema_decay=0.9)
+    command = [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in toy.items())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    metrics = f"{toy['out_dir']}/metrics.jsonl"
+    while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= 5):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(number)
+    out, err = running.communicate()
+    assert running.returncode == 128 + number and "Traceback" not in err
+    stopped_at = load_checkpoint(f"{toy['out_dir']}/last.pt")
+    assert 5 <= stopped_at["step"] < 240 and not stopped_at["finished"]
+    assert f"told to stop: {toy['out_dir']} is saved at step {stopped_at['step']}" in out
+    assert not os.path.exists(f"{toy['out_dir']}/best.pt")
+    for folder in (toy["out_dir"], toy["out_dir"] + "-whole"):
+        done = script("train.py", **toy | dict(out_dir=folder))
+        assert done.returncode == 0, done.stderr
+    assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
+
+
+def test_save_interval_saves_between_evaluations(toy):
+    cfg = train.Config(**toy | dict(save_interval=5, eval_interval=1000))
+    steps, real = [], train.save_checkpoint
+
+    def save(path, checkpoint):
+        steps.append((path.name, checkpoint["step"]))
+        real(path, checkpoint)
+
+    train.save_checkpoint = save
+    try:
+        train.train(cfg)
+    finally:
+        train.save_checkpoint = real
+    assert steps == [("last.pt", 5), ("last.pt", 10), ("best.pt", 12), ("last.pt", 12)]
+
+
+def test_two_runs_in_one_folder_are_one_too_many(toy):
+    command = [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in toy.items())]
+    running = subprocess.Popen([*command, "--epochs=2000"], stdout=subprocess.DEVNULL)
+    metrics = f"{toy['out_dir']}/metrics.jsonl"
+    while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= 2):
+        assert running.poll() is None
+        time.sleep(0.01)
+    for more in ("--epochs=2000", "--overwrite=True"):
+        second = subprocess.run([*command, more], capture_output=True, text=True)
+        assert second.returncode == 2 and "Traceback" not in second.stderr
+        expected = f"another run is at work there (process {running.pid}); wait"
+        assert expected in second.stderr.splitlines()[-1]
+    before = len(open(metrics).read())
+    running.kill()
+    running.wait()
+    assert before > 0
+    train.train(train.Config(**toy | dict(overwrite=True)))  # who was killed holds nothing
+
+
+def test_a_restart_by_torchrun_goes_on_though_it_was_told_to_overwrite(toy, monkeypatch, capsys):
+    train.train(train.Config(**toy))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.train(train.Config(**toy | dict(overwrite=True)))
+    assert "this run is finished" in capsys.readouterr().out
+
+
 def test_two_runs_are_bitwise_identical(toy):
     states = []
     for out in ("a", "b"):
