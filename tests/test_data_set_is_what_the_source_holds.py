@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 import batches
 import data
+import fetch
 import splits
 from configurator import UserError, file_sha256
 from tests.conftest import SHARED, open_split, write_toy
@@ -422,3 +423,18 @@ def test_real_files(tmp_path):
         sum(s["examples"] for s in meta["splits"].values()) + meta["removed"]["duplicates_in_train"]
         == 7600
     )
+
+
+def test_a_wheel_can_neither_write_outside_its_folder_nor_pass_options_to_pip(tmp_path):
+    (tmp_path / "downloads").mkdir()
+    wheel = tmp_path / "downloads/evil-1.0.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.writestr("model/a.txt", "x")
+        z.writestr("model/../../../outside.txt", "x")
+    sha256 = file_sha256(wheel)
+    with pytest.raises(UserError, match="outside.txt would be written outside its folder"):
+        fetch.wheel_folder(f"pypi:evil==1.0:model#sha256={sha256}", tmp_path)
+    for spec in ("pypi:--index-url=x==1.0:m", "pypi:../../x==1.0:m", "pypi:x==--pre:m", "pypi:x:m"):
+        with pytest.raises(UserError, match="is not of the form pypi:NAME==VERSION"):
+            fetch.wheel_folder(f"{spec}#sha256={sha256}", tmp_path)
+    assert [f.name for f in tmp_path.rglob("*")] == ["downloads", "evil-1.0.whl"]
