@@ -104,6 +104,13 @@ def new_figure(*size, **axes):
     return figure, figure.subplots(**axes)
 
 
+def label_log_axis(axis):
+    """Plain numbers beside a logarithmic axis: matplotlib's own labels are mathematical markup."""
+    from matplotlib.ticker import LogFormatter
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # where decades are few
+
+
 def save_figure(figure, path):
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
@@ -231,6 +238,7 @@ def plot_curves(records):
     for key in ("loss", "val_loss"):
         ax.plot(*zip(*[(r["step"], r[key]) for r in records if key in r]), label=key)
     ax.set(xlabel="step", ylabel="loss", yscale="log")
+    label_log_axis(ax.yaxis)
     ax.legend()
     return figure
 
@@ -254,6 +262,7 @@ def plot_range_test(rates, losses, smooth, suggestion, path):
     ax.plot(rates, smooth)
     ax.set(xlabel="learning rate", ylabel="training loss, smoothed", xscale="log",
            ylim=(0.9 * min(smooth), 1.2 * smooth[0]))
+    label_log_axis(ax.xaxis)
     if suggestion is not None:
         ax.axvline(suggestion, color="black", linewidth=1)
     save_figure(figure, path)
