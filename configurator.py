@@ -28,6 +28,9 @@ def run(main):
         main()
     except SystemExit as stopped:  # --help, or a run that was told to stop
         status = stopped.code or 0
+    except BrokenPipeError:  # what was reading our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
         status = 130

@@ -196,7 +196,8 @@ def build_into(work, cfg):
              for i, split in enumerate(SPLITS)}
     for split in ("train", *files, *held_out(source)):
         if not sizes[split]:
-            raise UserError(f"{files['train']}: too few examples: {split} would be empty")
+            raise UserError(f"{files['train']}: too few examples: {split} would be empty (removed: "
+                            f"{', '.join(f'{n} {w}' for w, n in removed.items())})")
     writers = {split: Writer(work / split, encode, scaling, source.target)
                for split, size in sizes.items() if size}
     with tqdm(total=sum(sizes.values()), desc="encoding", unit=unit_of(source)) as bar:
@@ -354,6 +355,9 @@ def moments(examples, source):
         square = square + np.where(seen, step * count * (x - mean - step), 0)
         mean = mean + step
     std = np.sqrt(square / np.maximum(count, 1))
+    if source.target == "number" and std[-1] == 0:
+        raise UserError(f"{source.train_file}: every row has the target {mean[-1]:g}: there is "
+                        "nothing to predict (is --label_column the right one?)")
     std[std == 0] = 1
     scaling = {}
     if source.kind == "features":

@@ -196,7 +196,15 @@ def lr_scale(name, model, cfg):
     return cfg.layer_lr_decay ** (len(model.blocks) + 1 - layer_of(name, model))
 
 
+OF_THE_WEIGHTS = {"model", "n_layer", "n_head", "d_model", "d_ff", "mlp", "norm", "qk_norm",
+                  "position"}
+
+
 def finetune(cfg):
+    for setting in dataclasses.fields(cfg):
+        if setting.name in OF_THE_WEIGHTS and getattr(cfg, setting.name) != setting.default:
+            raise UserError(f"--{setting.name}={getattr(cfg, setting.name)} comes with the weights "
+                            "that finetune.py begins with: leave it out, or use train.py")
     path = find_weights(cfg)
     cfg = with_weights_settings(cfg, path)
     train.train(cfg, make_model=lambda cfg, meta, task: make_model(cfg, meta, task, path),

@@ -139,11 +139,7 @@ class Classifier:
         independent. Of a text the first 100·max_len characters are read: more could only count
         after words of a hundred letters.
         """
-        if self.modality != "text":
-            raise UserError(f"{self.path} reads {self.modality}, not text")
-        if self.is_language_model:
-            raise UserError(f"{self.path} is a language model; make a classifier of it with "
-                            "finetune.py --init_from")
+        self.check_labels_texts()
         texts = [clean(text[: 100 * self.max_len]) for text in texts]
         ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts)]  # GPT-2: no [CLS]
         tokens = np.concatenate([[], *ids]).astype(np.int64)
@@ -156,6 +152,14 @@ class Classifier:
         return [{"label": self.label_names[p.argmax()], "probability": float(p.max()),
                  "probabilities": dict(zip(self.label_names, p.tolist()))}
                 for p in logits.softmax(1)]
+
+    def check_labels_texts(self):
+        if self.modality != "text":
+            raise UserError(f"{self.path} was trained on --kind={self.modality}; only texts can be "
+                            "labelled")
+        if self.is_language_model:
+            raise UserError(f"{self.path} is a language model; make a classifier of it with "
+                            "finetune.py --init_from")
 
     def label_set(self, p):
         """The result of a text from its labels' probabilities (C,)."""
@@ -244,6 +248,9 @@ def label_file(clf, cfg):
         raise UserError("--input needs --output=labels.csv")
     if not Path(cfg.input).is_file():
         raise UserError(f"--input={cfg.input}: no such file")
+    if Path(cfg.output).resolve() == Path(cfg.input).resolve():
+        raise UserError(f"--output={cfg.output} is the input, which it would replace")
+    clf.check_labels_texts()
     temporary = Path(f"{cfg.output}.tmp")
     n = 0
     try:

@@ -436,13 +436,14 @@ def parse_numbers(fields, where, cfg):
         return parse_pixels(x, where, cfg)
     infinite = np.isinf(x)
     empty = np.isnan(x)
-    allowed = cfg.impute or cfg.drop_bad_rows
-    if infinite.any() or empty.any() and not allowed:
-        problem = "infinite" if infinite.any() else "empty or NaN"
-        index = int(np.argmin(np.isfinite(x)))
-        raise UserError(f"{where}: feature {index} is {problem}; mend the row, leave such rows out "
-                        "with --drop_bad_rows=True, or take train's mean with --impute=True")
-    if empty.any() and not cfg.impute:
+    index = int(np.argmin(np.isfinite(x)))
+    if infinite.any() and not cfg.drop_bad_rows:
+        raise UserError(f"{where}: feature {index} is infinite; mend the row, or leave such rows "
+                        "out with --drop_bad_rows=True")
+    if empty.any() and not cfg.impute and not cfg.drop_bad_rows:
+        raise UserError(f"{where}: feature {index} is empty or NaN; mend the row, leave such rows "
+                        "out with --drop_bad_rows=True, or take train's mean with --impute=True")
+    if infinite.any() or empty.any() and not cfg.impute:
         return None
     return x
 

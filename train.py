@@ -149,21 +149,31 @@ PEAK_FLOPS = {  # bf16 dense, from data sheets
     "RTX 4090": 165e12}
 
 
+AT_LEAST_1 = (1, math.inf)
+AT_LEAST_0 = (0, math.inf)
+RANGES = {  # setting → (lowest, highest) value; also of finetune.py
+    **dict.fromkeys(("batch_size", "micro_batch_tokens", "log_interval", "eval_interval",
+                     "save_interval", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch",
+                     "max_len", "crop", "ngrams", "char_ngrams", "buckets"), AT_LEAST_1),
+    **dict.fromkeys(("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
+                     "weight_decay", "grad_clip", "focal_gamma", "shift", "rotate", "scale",
+                     "lora_rank", "lora_alpha", "layer_lr_decay"), AT_LEAST_0),
+    **dict.fromkeys(("mixup", "cutout", "cooldown", "val_fraction", "test_fraction"), (0, 1)),
+    **dict.fromkeys(("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2"),
+                    (0, 1 - 1e-9)),
+    "epochs": (1e-9, math.inf)}
+
+
 def check_settings(cfg):
     """Raise UserError for values that cannot work on any data."""
-    for name in ("batch_size", "micro_batch_tokens", "log_interval", "n_head", "d_model", "patch",
-                 "max_len", "epochs", "ngrams", "char_ngrams", "buckets", "crop", "max_steps",
-                 "patience", "eval_interval", "save_interval", "d_ff"):
-        value = getattr(cfg, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name}={value} must be above 0")
-    if cfg.n_layer < 0:
-        raise UserError(f"--n_layer={cfg.n_layer} must be 0 or more")
-    for name in ("dropout", "mask_prob", "ema_decay", "label_smoothing"):
-        if not 0 <= (getattr(cfg, name) or 0) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
-    whole = cfg.train_fraction == 1
-    if not 0 < cfg.train_fraction <= 1 or cfg.mixup and not whole:
+    for name, (low, high) in RANGES.items():
+        value = getattr(cfg, name, None)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            limits = {AT_LEAST_1: "above 0", AT_LEAST_0: "0 or more", (0, 1): "from 0 to 1",
+                      RANGES["epochs"]: "above 0"}
+            allowed = limits.get((low, high), "from 0 to below 1")
+            raise UserError(f"--{name}={value} must be {allowed}")
+    if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
     if cfg.lr_find and cfg.optimizer == "lbfgs":
@@ -248,11 +258,15 @@ def start_wandb(settings, run_id):
     if mode == "disabled":
         return None
     import wandb
-    return wandb.init(
-        project=settings["wandb_project"], id=run_id, mode=mode, dir=settings["out_dir"],
-        name=settings["wandb_run_name"] or Path(settings["out_dir"]).name,
-        resume="allow" if mode == "online" else None, config=settings,
-        settings=wandb.Settings(silent=True, console="off"))
+    try:
+        return wandb.init(
+            project=settings["wandb_project"], id=run_id, mode=mode, dir=settings["out_dir"],
+            name=settings["wandb_run_name"] or Path(settings["out_dir"]).name,
+            resume="allow" if mode == "online" else None, config=settings,
+            settings=wandb.Settings(silent=True, console="off"))
+    except wandb.Error as error:
+        raise UserError(f"--wandb_mode={mode}: {str(error).splitlines()[0]}; log in with wandb "
+                        "login, or take --wandb_mode=offline") from None
 
 
 def has_wandb_login():

@@ -146,3 +146,11 @@ def test_a_file_in_another_encoding(run, tmp_path):
     settings = dict(input=str(tmp_path / "e.csv"), output=str(tmp_path / "out.csv"))
     label_file(Classifier(run), Config(**settings, encoding="utf-8,cp1252"))
     assert [r["label"] for r in csv.DictReader(open(tmp_path / "out.csv"))] == ["sport"]
+
+
+def test_the_input_is_never_replaced_by_the_output(run, tmp_path):
+    (tmp_path / "e.csv").write_text("text\ngoal\n")
+    for output in (tmp_path / "e.csv", tmp_path / "x/../e.csv"):
+        with pytest.raises(UserError, match="is the input, which it would replace"):
+            label_file(Classifier(run), Config(input=str(tmp_path / "e.csv"), output=str(output)))
+    assert (tmp_path / "e.csv").read_text() == "text\ngoal\n"

@@ -193,6 +193,8 @@ def test_settings_that_cannot_work_are_refused(settings, bert, tmp_path):
         (dict(max_len=51), "reads 50 tokens at the most"),
         (dict(freeze=9), "the model has 3 blocks"),
         (dict(lora_rank=2, lora_targets=["q"]), "there is no 'q'"),
+        (dict(d_model=64), "--d_model=64 comes with the weights"),
+        (dict(lora_rank=-1), "--lora_rank=-1 must be 0 or more"),
     ):
         with pytest.raises(UserError, match=says):
             finetune.finetune(finetune.Config(**settings | changes))

@@ -220,7 +220,7 @@ GOOD = "x,y,label\n" + "".join(f"{i},{i * i},{'ab'[i % 2]}\n" for i in range(40)
         ("1,,a", {}, "table.csv, line 42: feature 1 is empty or NaN; .*--impute=True"),
         ("nan,2,a", {}, "line 42: feature 0 is empty or NaN"),
         ("1,inf,a", {}, "line 42: feature 1 is infinite"),
-        ("1,inf,a", dict(impute=True), "line 42: feature 1 is infinite"),
+        ("1,inf,a", dict(impute=True), "line 42: feature 1 is infinite; .*--drop_bad_rows=True$"),
         ("1,two,a", {}, "line 42: could not convert string to float: 'two': --columns must name"),
         (
             "1,2,a",
@@ -260,6 +260,30 @@ def test_bad_tables_are_named(tmp_path, row, settings, says):
                 | settings
             )
         )
+
+
+def test_rows_with_infinite_numbers_are_left_out_if_asked(tmp_path):
+    (tmp_path / "table.csv").write_text(GOOD + "1,inf,a\n2,,a\n")
+    for impute, n_bad in ((False, 2), (True, 1)):
+        cfg = train.Config(
+            dataset=f"t{impute}",
+            train_file=str(tmp_path / "table.csv"),
+            kind="features",
+            data_dir=str(tmp_path / "data"),
+            drop_bad_rows=True,
+            impute=impute,
+        )
+        meta = data.build(cfg)
+        assert meta["removed"]["bad_rows"] == n_bad
+        assert sum(split["examples"] for split in meta["splits"].values()) == 42 - n_bad
+
+
+def test_a_target_that_does_not_vary_is_refused(tmp_path):
+    (tmp_path / "table.csv").write_text("x,y\n" + "".join(f"{i},5\n" for i in range(40)))
+    settings = dict(train_file=str(tmp_path / "table.csv"), data_dir=str(tmp_path / "data"))
+    cfg = train.Config(dataset="t", kind="features", target="number", label_column="y", **settings)
+    with pytest.raises(UserError, match="every row has the target 5: there is nothing to predict"):
+        data.build(cfg)
 
 
 def test_an_empty_feature_becomes_trains_mean_if_asked(tmp_path):

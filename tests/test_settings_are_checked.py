@@ -179,6 +179,13 @@ def test_eval_says_where_labelling_went(option):
         (dict(max_steps=0), "--max_steps=0 must be above 0"),
         (dict(patience=0), "--patience=0 must be above 0"),
         (dict(n_layer=-1), "--n_layer=-1 must be 0 or more"),
+        (dict(learning_rate=-1.0), "--learning_rate=-1.0 must be 0 or more"),
+        (dict(seed=-1), "--seed=-1 must be 0 or more"),
+        (dict(split_seed=-1), "--split_seed=-1 must be 0 or more"),
+        (dict(beta1=2.0), "--beta1=2.0 must be from 0 to below 1"),
+        (dict(weight_decay=-1.0), "--weight_decay=-1.0 must be 0 or more"),
+        (dict(mixup=-1.0), "--mixup=-1.0 must be from 0 to 1"),
+        (dict(cooldown=3.0), "--cooldown=3.0 must be from 0 to 1"),
         (dict(dataset="mnist5k", train_file=None, objective="clm"), "needs text, not --kind=image"),
         (
             dict(kind="features", target="number", mixup=0.5),
