@@ -34,8 +34,8 @@ from report import (
     read_records,
     write_page,
 )
+from runs import finish_wandb, start_wandb
 from tasks import run_model, token_losses
-from train import finish_wandb, start_wandb
 from weights import load_checkpoint
 
 

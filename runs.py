@@ -1,0 +1,227 @@
+"""A run's folder and page: who may write there, what is continued, metrics.jsonl, W&B, signals."""
+import contextlib
+import dataclasses
+import fcntl
+import json
+import netrc
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+
+from configurator import UserError, write_text
+from weights import load_checkpoint
+
+# settings that may differ between a run and its continuation
+FREE = {"overwrite", "save_interval", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name",
+        "log_interval", "data_dir", "out_dir"}
+PEAK_FLOPS = {  # bf16 dense, from data sheets
+    "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "RTX 4090": 165e12}
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder
+
+
+def open_run(cfg):
+    """Check out_dir. Returns the checkpoint to resume from, or None to begin; writes nothing."""
+    out = Path(cfg.out_dir)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: goes on
+    if cfg.overwrite and not restarted or cfg.lr_find:
+        return None
+    if not (out / "config.json").exists():
+        for name in ("best.pt", "last.pt"):
+            if (out / name).exists():
+                raise UserError(f"{out} holds a {name} without its config.json, so not a run that "
+                                "could be continued; choose another --out_dir=…, or replace it "
+                                "with --overwrite=True")
+        return None
+    try:
+        saved = json.loads((out / "config.json").read_text())
+    except ValueError:
+        raise UserError(f"{out}/config.json is damaged; start anew with --overwrite=True") from None
+    saved = dataclasses.asdict(type(cfg)()) | saved  # a setting that is newer than the run
+    for key, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
+        if key not in FREE and value != saved[key]:
+            raise UserError(f"{out} holds a run with other settings ({key}={saved[key]!r} there, "
+                            f"{value!r} here); choose another --out_dir=…, or replace it with "
+                            "--overwrite=True")
+    return load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
+
+
+def begin_run(cfg, checkpoint, lock):
+    """Make out_dir ready: without a former run's files, or cut back to the checkpoint's step."""
+    out = Path(cfg.out_dir)
+    metrics = out / "metrics.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if cfg.lr_find:
+            return
+        lock.acquire()
+        if checkpoint is None:
+            for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
+                (out / name).unlink(missing_ok=True)
+            write_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+            metrics.touch()
+            return
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= checkpoint["step"]]
+        write_text(metrics, "".join(line + "\n" for line in kept))
+    except OSError as error:
+        raise UserError(f"--out_dir={out} cannot be written to: {error.strerror}; "
+                        "choose another") from error
+
+
+class FolderLock:
+    """Holds a folder against other processes, from `acquire` to `release` or the process's end."""
+
+    def __init__(self, folder):
+        self.folder, self.descriptor = folder, None
+
+    def acquire(self):
+        """Does nothing where it is held, or where there is no such folder. Raises UserError."""
+        if self.descriptor is not None or not os.path.isdir(self.folder):
+            return
+        self.descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise UserError(f"{self.folder}: another run is at work there{self.holder()}; wait for "
+                            "its end, or choose another --out_dir=…") from None
+
+    def holder(self):
+        """The process that holds it, in words, where the system says so."""
+        inode = f":{os.stat(self.folder).st_ino}"
+        locks = Path("/proc/locks")
+        for line in locks.read_text().splitlines() if locks.exists() else []:
+            if " FLOCK " in line and line.split()[5].endswith(inode):
+                return f" (process {line.split()[4]})"
+        return ""
+
+    def release(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT (Ctrl-C), so that a run can save and stop after its step. A
+    second signal stops it at once."""
+
+    def __init__(self):
+        self.number, self.handlers = 0, {}
+
+    def listen(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is logged
+
+
+class Log:
+    """Writes metrics.jsonl and W&B, and prints a line. Its clock does not run while `paused`."""
+
+    def __init__(self, cfg, machine, step, total_steps, elapsed, flops_per_second, unit, wandb_run):
+        self.cfg, self.machine, self.wandb_run = cfg, machine, wandb_run
+        self.total_steps, self.elapsed, self.unit = total_steps, elapsed, unit
+        self.peak = peak_flops(machine)
+        self.flops_per_second = flops_per_second
+        self.step = step
+        self.n_tokens = 0
+        self.clock = time.time()
+
+    def write(self, record):
+        if self.machine.rank == 0:
+            with open(Path(self.cfg.out_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.wandb_run:
+            self.wandb_run.log(record, step=record["step"])
+
+    def progress(self, step, epoch, loss, lr, grad_norm):
+        """Log the steps since the last call."""
+        now = time.time()
+        seconds = now - self.clock
+        n_steps = step - self.step
+        self.elapsed += seconds
+        rate = self.n_tokens / seconds
+        record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm,
+                  "tokens_per_s": rate, "examples_per_s": n_steps * self.cfg.batch_size / seconds,
+                  "elapsed_s": self.elapsed}
+        if self.peak:
+            record["mfu"] = self.flops_per_second(rate) / self.peak / self.machine.world
+        self.write(record)
+        minutes, rest = divmod((self.total_steps - step) * seconds / n_steps, 60)
+        self.machine.print(
+            f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"grad {grad_norm:.2f}  {rate:,.0f} {self.unit}/s  ETA {minutes:.0f}:{rest:02.0f}")
+        self.step, self.n_tokens, self.clock = step, 0, now
+
+    @contextlib.contextmanager
+    def paused(self):
+        stopped = time.time()
+        yield
+        self.clock += time.time() - stopped
+
+
+def peak_flops(machine):
+    """bf16 operations per second of this GPU's data sheet, or None."""
+    if machine.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def start_wandb(settings, run_id):
+    """The W&B run of a training run's settings, a dict; None if disabled. Online if the user is
+    logged in, else offline; never a prompt."""
+    mode = settings["wandb_mode"]
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_login() else "offline")
+    if mode == "disabled":
+        return None
+    import wandb
+    try:
+        return wandb.init(
+            project=settings["wandb_project"], id=run_id, mode=mode, dir=settings["out_dir"],
+            name=settings["wandb_run_name"] or Path(settings["out_dir"]).name,
+            resume="allow" if mode == "online" else None, config=settings,
+            settings=wandb.Settings(silent=True, console="off"))
+    except wandb.Error as error:
+        raise UserError(f"--wandb_mode={mode}: {str(error).splitlines()[0]}; log in with wandb "
+                        "login, or take --wandb_mode=offline") from None
+
+
+def has_wandb_login():
+    """Is there a key, without asking the network (as wandb.login does)?"""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        login = None
+    return bool(login or os.environ.get("WANDB_API_KEY"))
+
+
+def finish_wandb(wandb_run):
+    """End a W&B run; where it was kept offline, say how to upload it."""
+    folder, offline = wandb_run.settings.sync_dir, wandb_run.offline
+    wandb_run.finish()
+    if offline:
+        print(f"W&B run kept offline; upload it with: wandb sync {os.path.relpath(folder)}",
+              flush=True)
