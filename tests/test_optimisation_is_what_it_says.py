@@ -245,6 +245,19 @@ def test_label_smoothing_and_ignored_targets():
     assert task.loss_sum(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_numbers_without_a_target_neither_count_nor_move_anything():
+    """A process without examples has one without a target: NaN."""
+    logits = torch.randn(4, 1, requires_grad=True)
+    targets = torch.tensor([0.5, torch.nan, -1.0, torch.nan])
+    task = tasks.NumberTask(train.Config(), {})
+    loss = task.loss_sum(logits, targets)
+    loss.backward()
+    kept = ~targets.isnan()
+    error = logits.detach()[:, 0] - targets
+    torch.testing.assert_close(loss.detach(), error[kept].square().sum())
+    torch.testing.assert_close(logits.grad[:, 0], torch.where(kept, 2 * error, 0.0))
+
+
 def test_class_weights_and_focal_loss():
     logits, targets = torch.randn(6, 3), torch.tensor([0, 2, 0, 1, 0, 0])
     weights = tasks.class_weights(train.Config(class_weights="balanced"), [4, 1, 1])

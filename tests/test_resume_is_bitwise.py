@@ -85,7 +85,7 @@ def test_a_run_that_is_older_than_a_setting_is_still_its_run(toy, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number):
     """No evaluation falls before the signal, so that the step is saved for the signal alone."""
-    toy |= dict(dropout=0.2, eval_interval=1000, epochs=40.0, ema_decay=0.9)
+    toy |= dict(dropout=0.2, eval_interval=1000, epochs=40.0, ema_decay=0.9999)
     command = [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in toy.items())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
