@@ -107,6 +107,28 @@ def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number):
     assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
 
 
+def test_two_processes_that_are_told_to_stop_save_the_same_step(toy):
+    toy |= dict(dropout=0.2, eval_interval=1000, epochs=40.0)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in toy.items())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    metrics = f"{toy['out_dir']}/metrics.jsonl"
+    while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= 5):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    out, _ = running.communicate(timeout=60)
+    stopped_at = load_checkpoint(f"{toy['out_dir']}/last.pt")
+    assert running.returncode != 0 and 5 <= stopped_at["step"] < 240
+    assert f"is saved at step {stopped_at['step']}" in out
+    for folder in (toy["out_dir"], toy["out_dir"] + "-whole"):
+        done = script("train.py", torchrun=2, **toy | dict(out_dir=folder))
+        assert done.returncode == 0, done.stderr
+    assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
+
+
 def test_save_interval_saves_between_evaluations(toy):
     cfg = train.Config(**toy | dict(save_interval=5, eval_interval=1000))
     steps, real = [], train.save_checkpoint
