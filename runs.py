@@ -145,7 +145,7 @@ class Log:
         self.flops_per_second = flops_per_second
         self.step = step
         self.n_tokens = 0
-        self.clock = time.time()
+        self.clock = time.monotonic()
 
     def write(self, record):
         if self.machine.rank == 0:
@@ -156,8 +156,8 @@ class Log:
 
     def progress(self, step, epoch, loss, lr, grad_norm):
         """Log the steps since the last call."""
-        now = time.time()
-        seconds = now - self.clock
+        now = time.monotonic()
+        seconds = max(now - self.clock, 1e-9)
         n_steps = step - self.step
         self.elapsed += seconds
         rate = self.n_tokens / seconds
@@ -175,9 +175,9 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self):
-        stopped = time.time()
+        stopped = time.monotonic()
         yield
-        self.clock += time.time() - stopped
+        self.clock += time.monotonic() - stopped
 
 
 def peak_flops(machine):
@@ -219,9 +219,12 @@ def has_wandb_login():
 
 
 def finish_wandb(wandb_run):
-    """End a W&B run; where it was kept offline, say how to upload it."""
-    folder, offline = wandb_run.settings.sync_dir, wandb_run.offline
+    """End a W&B run; where it was kept offline, say how to upload all of it: a run that was resumed
+    has a folder for each part."""
+    folder = Path(wandb_run.settings.sync_dir)
+    offline = wandb_run.offline
     wandb_run.finish()
     if offline:
-        print(f"W&B run kept offline; upload it with: wandb sync {os.path.relpath(folder)}",
-              flush=True)
+        parts = sorted(folder.parent.glob(f"offline-run-*-{wandb_run.id}"))
+        folders = " ".join(os.path.relpath(part) for part in parts)
+        print(f"W&B run kept offline; upload it with: wandb sync {folders}", flush=True)

@@ -145,30 +145,29 @@ class Config(DataConfig):
 MODEL_SETTINGS = (  # that are ModelConfig's, too
     "model", "n_layer", "n_head", "d_model", "mlp", "norm", "qk_norm", "pooling", "position",
     "dropout", "max_len", "ngrams", "char_ngrams", "buckets", "patch", "checkpoint_activations")
-AT_LEAST_1 = (1, math.inf)
-AT_LEAST_0 = (0, math.inf)
-RANGES = {  # setting → (lowest, highest) value; also of finetune.py
-    **dict.fromkeys(("batch_size", "micro_batch_tokens", "log_interval", "eval_interval",
-                     "save_interval", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch",
-                     "max_len", "crop", "ngrams", "char_ngrams", "buckets"), AT_LEAST_1),
-    **dict.fromkeys(("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
-                     "weight_decay", "grad_clip", "focal_gamma", "shift", "rotate", "scale",
-                     "lora_rank", "lora_alpha", "layer_lr_decay"), AT_LEAST_0),
-    **dict.fromkeys(("mixup", "cutout", "cooldown", "val_fraction", "test_fraction"), (0, 1)),
-    **dict.fromkeys(("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2"),
-                    (0, 1 - 1e-9)),
-    "epochs": (1e-9, math.inf)}
+# lowest and highest value of settings, also of finetune.py's, and how that is said
+ABOVE_0 = 1e-9, math.inf, "above 0"
+NOT_NEGATIVE = 0, math.inf, "0 or more"
+SHARE = 0, 1, "from 0 to 1"
+BELOW_1 = 0, 1 - 1e-9, "from 0 to below 1"
+RANGES = {
+    ABOVE_0: ("batch_size", "micro_batch_tokens", "log_interval", "eval_interval", "save_interval",
+              "epochs", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch", "max_len",
+              "crop", "ngrams", "char_ngrams", "buckets"),
+    NOT_NEGATIVE: ("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
+                   "weight_decay", "grad_clip", "focal_gamma", "shift", "rotate", "scale",
+                   "lora_rank", "lora_alpha", "layer_lr_decay"),
+    SHARE: ("mixup", "cutout", "cooldown", "val_fraction", "test_fraction"),
+    BELOW_1: ("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2")}
 
 
 def check_settings(cfg):
     """Raise UserError for values that cannot work on any data."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(cfg, name, None)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            limits = {AT_LEAST_1: "above 0", AT_LEAST_0: "0 or more", (0, 1): "from 0 to 1",
-                      RANGES["epochs"]: "above 0"}
-            allowed = limits.get((low, high), "from 0 to below 1")
-            raise UserError(f"--{name}={value} must be {allowed}")
+    for (low, high, allowed), names in RANGES.items():
+        for name in names:
+            value = getattr(cfg, name, None)  # None: not set, or no setting of this script
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name}={value} must be {allowed}")
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
@@ -352,7 +351,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                  state_for_best=torch.nn.Module.state_dict):
     """make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
     learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets."""
-    started = time.time()
+    started = time.monotonic()
     make_task = task_class(cfg, resolve(cfg))  # checked before a data set is built
     machine = Machine(cfg)
     if machine.rank == 0 and not cfg.lr_find:
@@ -407,7 +406,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
     # resume
     step, best, bad_evals, elapsed = 0, None, 0, 0.0
-    run_id = f"{Path(cfg.out_dir).name}-{int(started)}"  # of the run in W&B
+    run_id = f"{Path(cfg.out_dir).name}-{int(time.time())}"  # of the run in W&B
     if checkpoint:
         load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
@@ -440,7 +439,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         f"{cfg.model}: {n_parameters:,} parameters, {flops / 1e6:.2g} MFLOP/token; "
         f"{machine.device}, {machine.dtype}, {machine.world} process(es); {n_train:,} examples / "
         f"{cfg.batch_size} = {steps_per_epoch} steps per epoch, {total_steps} in all; "
-        f"ready after {time.time() - started:.1f} s")
+        f"ready after {time.monotonic() - started:.1f} s")
     if cfg.lr_find:
         find_learning_rate(cfg, model_with_loss, task, optimizers, loader, machine)
         return
@@ -530,7 +529,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if not finished:
         return
     split = "" if "test" in meta["splits"] else " --split=val"
-    machine.print(f"done in {time.time() - started:.0f} s: {summary(best)}. "
+    machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(best)}. "
                   f"Now: python eval.py {cfg.out_dir}{split}")
 
 

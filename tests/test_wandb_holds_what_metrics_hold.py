@@ -2,7 +2,10 @@
 
 import glob
 import json
+import os
+import signal
 import struct
+import time
 
 import pytest
 
@@ -46,6 +49,39 @@ def test_offline_run_holds_the_losses(toy):
         assert [(r["step"], r[key]) for r in logged if key in r] == expected and len(
             expected
         ) >= 2, key
+
+
+def test_a_resumed_offline_run_names_all_its_folders(toy):
+    """Each part has the steps that it made."""
+    toy |= dict(wandb_mode="offline", eval_interval=4)
+    train.train(train.Config(**toy | dict(wandb_mode="disabled")))  # builds the data set
+    out = toy["out_dir"] + "-resumed"
+    real, calls = train.compute_gradient, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    train.compute_gradient = interrupted
+    try:
+        with pytest.raises(SystemExit):
+            train.train(train.Config(**toy | dict(out_dir=out)))
+    finally:
+        train.compute_gradient = real
+    time.sleep(1.1)  # a folder is named by its second
+    done = script("train.py", **toy | dict(out_dir=out))
+    assert done.returncode == 0 and "continuing at step 7" in done.stdout, done.stderr
+    folders = sorted(glob.glob(f"{out}/wandb/offline-run-*"))
+    command = next(line for line in done.stdout.splitlines() if "wandb sync" in line)
+    named = [os.path.abspath(part) for part in command.split("wandb sync ")[1].split()]
+    assert len(folders) == 2 and named == folders
+    steps = []
+    for folder in folders:
+        (path,) = glob.glob(f"{folder}/*.wandb")
+        steps += [row["step"] for row in wandb_rows(path) if "loss" in row]
+    assert steps == list(range(1, 13))
 
 
 def test_evaluation_adds_to_the_run_of_training(toy):
