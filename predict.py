@@ -280,7 +280,7 @@ def input_texts(cfg):
         return
     columns = cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]
     source = DataConfig(text_column=columns, header=cfg.header, label_column=columns[0],
-                        encoding=cfg.encoding, drop_bad_rows=True)
+                        encoding=cfg.encoding)
     for _, text, _ in rows(cfg.input, source):
         yield text
 

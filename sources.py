@@ -283,7 +283,7 @@ def read_txt(name, lines, cfg):
 
 
 def read_csv(name, lines, cfg):
-    """Fields in quotes may hold newlines (RFC 4180)."""
+    """Fields in quotes may hold commas and newlines (RFC 4180)."""
     return read_table(name, lines, cfg, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 
@@ -306,17 +306,22 @@ def read_table(name, lines, cfg, delimiter, quoting):
                 continue  # an empty line
             if indices is None:
                 indices = column_indices(row, cfg, header, name)
+                width = len(row)
                 if header:
                     continue
             where = f"{name}, line {table.line_num}"
             needed = max(indices) + 1
-            if len(row) < needed:
-                if not cfg.drop_bad_rows:
-                    raise UserError(f"{where}: {len(row)} fields where {needed} are needed; mend "
-                                    "the row, or leave such rows out with --drop_bad_rows=True")
-                if cfg.target == "labels":
-                    row = []  # that its labels are missing does not mean that it has none
-                row += [""] * (needed - len(row))
+            too_many = any(row[width:])  # fields; empty ones at the end do no harm
+            if too_many and not cfg.drop_bad_rows:
+                raise UserError(f"{where}: {len(row)} fields, but the first row has {width}: is a "
+                                f"text with {delimiter!r} in it not in quotes? Mend the row; to "
+                                "build a data set without such rows: --drop_bad_rows=True")
+            if len(row) < needed and not cfg.drop_bad_rows:
+                raise UserError(f"{where}: {len(row)} fields where {needed} are needed; mend the "
+                                "row; to build a data set without such rows: --drop_bad_rows=True")
+            if too_many or len(row) < needed and cfg.target == "labels":
+                row = []  # that its labels are missing does not mean that it has none
+            row += [""] * (needed - len(row))
             *fields, label = (row[i] for i in indices)
             yield where, fields, label
     except csv.Error as error:

@@ -33,6 +33,7 @@ GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in rang
         (GOOD + "a,   \n", r"train.csv, line 42: the text is empty.*drop_bad_rows", {}),
         (GOOD + ",text\n", r"line 42: the label is empty", {}),
         (GOOD + "a\n" + GOOD, r"line 42: 1 fields where 2 are needed", {}),
+        (GOOD + "a,great food, but slow\n", r"line 42: 3 fields, but the first row has 2", {}),
         (GOOD.replace("b,", "a,"), "every example has the label 'a'", {}),
         (GOOD.encode() + b"a,caf\xe9\n", r"line 42: not valid utf-8 \(byte 0xe9.*--encoding", {}),
         (GOOD + 'a,"never closed\n' + GOOD, r"line 83: .*quote", {}),
@@ -63,6 +64,27 @@ def test_sources(tmp_path, train_csv, says, settings):
     with pytest.raises(UserError, match=says):
         data.open_or_build(cfg)
     assert not os.path.exists(tmp_path / "data") or not os.listdir(tmp_path / "data")
+
+
+def test_rows_with_too_many_fields_are_counted_or_harmless(tmp_path):
+    settings = dict(data_dir=str(tmp_path / "data"), vocab_size=300)
+    (tmp_path / "a.csv").write_text(GOOD + "a,great food, but slow\n")
+    cfg = train.Config(
+        dataset="a", train_file=str(tmp_path / "a.csv"), drop_bad_rows=True, **settings
+    )
+    meta = data.build(cfg)
+    assert meta["removed"]["bad_rows"] == 1 and meta["label_names"] == ["a", "b"]
+    (tmp_path / "b.csv").write_text(GOOD + "a,as spreadsheets end their rows,,\n")
+    meta = data.build(train.Config(dataset="b", train_file=str(tmp_path / "b.csv"), **settings))
+    assert sum(split["examples"] for split in meta["splits"].values()) == 41
+    (tmp_path / "c.tsv").write_text(
+        "".join(f"{'ab'[i % 2]}\ttext {i}\n" for i in range(40)) + "a\tx\ty\n"
+    )
+    cfg = train.Config(
+        dataset="c", train_file=str(tmp_path / "c.tsv"), text_column=1, label_column=0, **settings
+    )
+    with pytest.raises(UserError, match=r"line 41: 3 fields, but the first row has 2.*'\\t'"):
+        data.build(cfg)
 
 
 def test_bad_rows_can_be_left_out(tmp_path):
