@@ -20,9 +20,9 @@ def build_model(config):
     return MODELS[config.model](config)
 
 
-def flat(x):
+def flat(x, c):
     """Numbers as they are; images as rows of numbers from -1 to 1."""
-    return x if x.ndim == 2 else at_least_float32(x).flatten(1) / 127.5 - 1
+    return at_least_float32(x).flatten(1) / 127.5 - 1 if c.image_size else x
 
 
 def n_inputs(c):
@@ -51,7 +51,7 @@ class MLP(nn.Module):
             layout = PackedLayout(cu_seqlens, len(x), c.max_len)
             x = layout.pool(at_least_float32(self.embedding(x)), "mean")
         else:
-            x = flat(x)
+            x = flat(x, c)
         for layer in self.layers:
             x = dropout(F.relu(layer(x)), c.dropout, self.training)
         return at_least_float32(self.head(x))
@@ -86,7 +86,7 @@ class LinearModel(nn.Module):
         c = self.config
         if not c.vocab_size:
             with torch.autocast(x.device.type, enabled=False):
-                return self.head(flat(x))
+                return self.head(flat(x, c))
         document = PackedLayout(cu_seqlens, len(x), c.max_len).document
         bags = [ngram_bag(x, document, c.char_ngrams if c.letters else c.ngrams, c.buckets)]
         if c.letters:
