@@ -19,6 +19,7 @@ From texts to labels of test with one checkpoint (of a published family): `predi
 bfloat16, `predict_int8`, `predict_float32`; `pipeline`, Hugging Face's, and `trainer_predict`, both
 with bfloat16 weights, on texts sorted by length, 64 at a time.
 """
+import dataclasses
 import json
 import os
 import subprocess
@@ -49,8 +50,7 @@ from tasks import bf16_is_native
 
 def ours(main):
     def contender(cfg):
-        cfg.overwrite, cfg.wandb_mode = True, "disabled"
-        main(cfg)
+        main(dataclasses.replace(cfg, overwrite=True, wandb_mode="disabled"))
         elapsed = [r["elapsed_s"] for r in read_records(Path(cfg.out_dir)) if "elapsed_s" in r]
         clf = Classifier(cfg.out_dir)
         test = open_data(clf, "test")

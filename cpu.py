@@ -279,6 +279,7 @@ def embedding_bag_sum(weight, rows, count, sparse):
 
 
 class EmbeddingBagSum(torch.autograd.Function):
+    """F.embedding_bag, whose own sparse gradient torch coalesces and adds up row by row."""
 
     @staticmethod
     def forward(ctx, weight, rows, count, sparse):

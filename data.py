@@ -129,6 +129,7 @@ def build(cfg):
     try:
         meta = build_into(work, cfg)
         os.chmod(work, 0o777 & ~current_umask())  # mkdtemp makes it ours alone
+        check_replaceable(folder, resolve(cfg))  # again: building may take long
         old = Path(f"{work}-old")
         if folder.exists():
             os.rename(folder, old)
@@ -143,9 +144,10 @@ def check_replaceable(folder, source):
     """Raise UserError where to build `folder` anew would delete what we did not make."""
     ours = {"meta.json", "meta.json.tmp", "tokenizer.json"}
     ours |= {f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "lbl")}
-    found = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-    others = [name for name in found if name not in ours]
-    if others or folder.exists() and not folder.is_dir():
+    others = []
+    if folder.is_dir():
+        others = sorted(f.name for f in folder.iterdir() if f.name not in ours or f.is_dir())
+    if others or folder.is_file():
         what = f"holds {others[0]}" if others else "is a file"
         raise UserError(f"{folder} {what}, which is no part of a data set and would be deleted; "
                         "name the data set otherwise (--dataset=NAME), or move it away")

@@ -97,9 +97,11 @@ class FolderLock:
 
     def holder(self):
         """The process that holds it, in words, where the system says so."""
-        inode = f":{os.stat(self.folder).st_ino}"
         locks = Path("/proc/locks")
-        for line in locks.read_text().splitlines() if locks.exists() else []:
+        if not locks.exists():
+            return ""
+        inode = f":{os.stat(self.folder).st_ino}"
+        for line in locks.read_text().splitlines():
             if " FLOCK " in line and line.split()[5].endswith(inode):
                 return f" (process {line.split()[4]})"
         return ""

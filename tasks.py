@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
+from model import at_least_float32
 
 
 def task_class(cfg, source):
@@ -82,7 +83,7 @@ class ClassTask(Task):
 
     def loss_sum(self, logits, targets):
         """logits (B, C); targets (B,) int64, or with mixup (B, C) shares of the classes."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         weights = self.class_weights
         if weights is not None:
             weights = weights.to(logits.device)
@@ -138,7 +139,7 @@ class LabelsTask(Task):
 
     def losses(self, logits, targets):
         """(B,) losses of logits (B, C) and multi-hot targets (B, C), IGNORE where there is none."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         truth = targets.clamp(min=0).to(logits.dtype)
         losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
         return losses * (targets[:, 0] >= 0)
@@ -217,7 +218,7 @@ class LanguageTask(Task):
 
     def loss_sum(self, logits, targets):
         """logits (M, vocab_size); targets (M,) int64."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         return F.cross_entropy(logits, targets, reduction="none",
                                label_smoothing=self.label_smoothing).sum()
 

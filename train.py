@@ -24,7 +24,14 @@ import cpu
 import data
 import optim
 from baselines import build_model
-from batches import GlobalBatches, eval_requests, open_split, read_tokenizer, stratified_subset
+from batches import (
+    GlobalBatches,
+    ceil_div,
+    eval_requests,
+    open_split,
+    read_tokenizer,
+    stratified_subset,
+)
 from configurator import UserError, configure, run, write_text
 from model import ModelConfig, flops_per_token
 from runs import (
@@ -383,7 +390,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if cfg.train_fraction < 1:
         subset = stratified_subset(train_set.labels, cfg.train_fraction, cfg.split_seed)
         n_train = len(subset)
-    steps_per_epoch = -(-n_train // cfg.batch_size)
+    steps_per_epoch = ceil_div(n_train, cfg.batch_size)
     total_steps = max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
     if cfg.lr_find:
         total_steps = optim.RANGE_TEST_STEPS

@@ -221,6 +221,11 @@ def test_building_deletes_nothing_that_it_did_not_make(tmp_path):
     with pytest.raises(UserError, match="holds mine.txt"):
         data.build(train.Config(dataset="others", overwrite=True, **settings))
     os.remove(built / "mine.txt")
+    (built / "test.idx").unlink()
+    (built / "test.idx").mkdir()  # ours by its name only
+    with pytest.raises(UserError, match="holds test.idx"):
+        data.build(train.Config(dataset="others", overwrite=True, **settings))
+    (built / "test.idx").rmdir()
     data.build(train.Config(dataset="others", overwrite=True, **settings))
     mode = os.stat(built).st_mode & 0o777
     os.mkdir(tmp_path / "plain")

@@ -82,49 +82,41 @@ def test_a_run_that_is_older_than_a_setting_is_still_its_run(toy, capsys):
         train.train(train.Config(**toy | dict(grad_clip=2.0)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number):
-    """No evaluation falls before the signal, so that the step is saved for the signal alone."""
-    toy |= dict(dropout=0.2, eval_interval=1000, epochs=40.0, ema_decay=0.9999)
-    command = [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in toy.items())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-    metrics = f"{toy['out_dir']}/metrics.jsonl"
-    while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= 5):
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.send_signal(number)
-    out, err = running.communicate()
-    assert running.returncode == 128 + number and "Traceback" not in err
-    stopped_at = load_checkpoint(f"{toy['out_dir']}/last.pt")
-    assert 5 <= stopped_at["step"] < 240 and not stopped_at["finished"]
-    assert f"told to stop: {toy['out_dir']} is saved at step {stopped_at['step']}" in out
-    assert not os.path.exists(f"{toy['out_dir']}/best.pt")
-    for folder in (toy["out_dir"], toy["out_dir"] + "-whole"):
-        done = script("train.py", **toy | dict(out_dir=folder))
-        assert done.returncode == 0, done.stderr
-    assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
-
-
-def test_two_processes_that_are_told_to_stop_save_the_same_step(toy):
-    toy |= dict(dropout=0.2, eval_interval=1000, epochs=40.0)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def started(toy, torchrun=0, n_losses=5):
+    """A training process (or `torchrun` of them under one) that has logged so many losses."""
+    launch = [sys.executable]
+    if torchrun:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
     command = [*launch, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in toy.items())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
     metrics = f"{toy['out_dir']}/metrics.jsonl"
-    while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= 5):
+    while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= n_losses):
         assert running.poll() is None
         time.sleep(0.01)
-    running.send_signal(signal.SIGTERM)
-    out, _ = running.communicate(timeout=60)
+    return running
+
+
+@pytest.mark.parametrize(
+    "number, torchrun", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)]
+)
+def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number, torchrun):
+    """No evaluation falls before the signal, so that the step is saved for the signal alone."""
+    toy |= dict(dropout=0.2, eval_interval=1000, epochs=40.0, ema_decay=0.9999)
+    running = started(toy, torchrun)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    if torchrun:  # which says in its own words that it was told to stop
+        assert running.returncode != 0
+    else:
+        assert running.returncode == 128 + number and "Traceback" not in err
     stopped_at = load_checkpoint(f"{toy['out_dir']}/last.pt")
-    assert running.returncode != 0 and 5 <= stopped_at["step"] < 240
-    assert f"is saved at step {stopped_at['step']}" in out
+    assert 5 <= stopped_at["step"] < 240 and not stopped_at["finished"]
+    assert f"told to stop: {toy['out_dir']} is saved at step {stopped_at['step']}" in out
+    assert not os.path.exists(f"{toy['out_dir']}/best.pt")
     for folder in (toy["out_dir"], toy["out_dir"] + "-whole"):
-        done = script("train.py", torchrun=2, **toy | dict(out_dir=folder))
+        done = script("train.py", torchrun=torchrun, **toy | dict(out_dir=folder))
         assert done.returncode == 0, done.stderr
     assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
 
@@ -146,21 +138,15 @@ def test_save_interval_saves_between_evaluations(toy):
 
 
 def test_two_runs_in_one_folder_are_one_too_many(toy):
-    command = [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in toy.items())]
-    running = subprocess.Popen([*command, "--epochs=2000"], stdout=subprocess.DEVNULL)
-    metrics = f"{toy['out_dir']}/metrics.jsonl"
-    while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= 2):
-        assert running.poll() is None
-        time.sleep(0.01)
-    for more in ("--epochs=2000", "--overwrite=True"):
-        second = subprocess.run([*command, more], capture_output=True, text=True)
+    running = started(toy | dict(epochs=2000.0), n_losses=2)
+    for more in (dict(epochs=2000.0), dict(overwrite=True)):
+        second = script("train.py", **toy | more)
         assert second.returncode == 2 and "Traceback" not in second.stderr
         expected = f"another run is at work there (process {running.pid}); wait"
         assert expected in second.stderr.splitlines()[-1]
-    before = len(open(metrics).read())
+    assert running.poll() is None  # and is not disturbed
     running.kill()
-    running.wait()
-    assert before > 0
+    running.communicate()
     train.train(train.Config(**toy | dict(overwrite=True)))  # who was killed holds nothing
 
 
