@@ -17,15 +17,15 @@ and augmentation are functions of (seed, epoch, example) alone. So neither depen
 processes, on micro-batches, on evaluation, or on having been interrupted.
 """
 import hashlib
-import json
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
-from configurator import UserError, file_sha256
+from configurator import UserError, file_sha256, mismatch, read_json
 
 FORMAT = 3
 SPLITS = "train", "val", "test"
@@ -72,6 +72,24 @@ class Request(NamedTuple):
 # Opening
 
 
+META = {  # what meta.json holds, for configurator.mismatch
+    "format": int, "kind": Literal["text", "image", "features"], "dataset": str,
+    "task": Literal["classification", "multilabel", "regression", "none"],
+    "label_names": list[str], "dtype": Literal["uint8", "uint16", "uint32", "float32"],
+    "vocab_size": int, "shape": list[int], "scaling": {"*": float | list[float]}, "build": dict,
+    "source": {"*": str}, "source_sha256": {"*": str}, "removed": {"*": int},
+    "conflicting_labels": int, "overlaps": {"*": int}, "splits": {"train": {}, "*": {
+        "examples": int}}, "sha256": {"*": str}}
+META_OF_TASK = {
+    "classification": {"splits": {"*": {"per_class": list[int]}}},
+    "multilabel": {"splits": {"*": {"per_class": list[int]}}},
+    "regression": {"splits": {"*": {"target_quantiles": list[float]}},
+                   "scaling": {"target_mean": float, "target_std": float}},
+    "none": {}}
+META_OF_TEXT = {"mask_id": int | None, "n_suffix": int, "tokenizer_sha256": str,
+                "splits": {"*": {"tokens": int, "bytes": int, "length_quantiles": list[int]}}}
+
+
 def read_meta(folder, rebuild):
     """meta.json of a data set, or None where there is no folder. Raises UserError for an incomplete
     one.
@@ -81,13 +99,19 @@ def read_meta(folder, rebuild):
     if not folder.exists():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
     except (OSError, ValueError):
         raise UserError(f"{folder} is not a whole data set (no readable meta.json): name another "
                         f"with --dataset=NAME, or rebuild it with: {rebuild}") from None
-    if meta["format"] != FORMAT:
-        raise UserError(f"{folder} has format {meta['format']}, this code reads {FORMAT}; "
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {meta.get('format')}, this code reads {FORMAT}; "
                         f"rebuild it with: {rebuild}")
+    wrong = mismatch(meta, META) or mismatch(meta, META_OF_TASK[meta["task"]])
+    if not wrong and meta["kind"] == "text":
+        wrong = mismatch(meta, META_OF_TEXT)
+    if wrong:
+        raise UserError(f"{folder}/meta.json is damaged: its {wrong} is missing or not what it "
+                        f"should be; rebuild the data set with: {rebuild}")
     return meta
 
 
@@ -98,9 +122,17 @@ def read_tokenizer(folder, meta, rebuild):
     if meta["kind"] != "text":
         return None
     content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() != meta["sha256"]["tokenizer.json"]:
+    if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
         raise UserError(f"{path} is missing or altered (its SHA-256 is not the one in meta.json); "
                         f"rebuild the data set with: {rebuild}")
+    try:
+        size = Tokenizer.from_str(content.decode()).get_vocab_size()
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path} is no tokenizer: {error}; rebuild the data set with: "
+                        f"{rebuild}") from None
+    if size != meta["vocab_size"]:
+        raise UserError(f"{path} has {size} tokens, meta.json says {meta['vocab_size']}; rebuild "
+                        f"the data set with: {rebuild}")
     return content.decode()
 
 
@@ -108,32 +140,72 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
     """One split, memory-mapped: PackedText, LanguageBlocks or Arrays.
 
     changes: what training does to examples, see the classes. Raises UserError for a split or
-    targets that are not there, and where a file is not the one that was built.
+    targets that are not there, and where a file is not the one that was built, or holds what no
+    data set does.
     """
     if split not in meta["splits"]:
         raise UserError(f"{folder}: this data set has no {split} split, "
                         f"only {', '.join(meta['splits'])}")
-    for name, sha256 in meta["sha256"].items():
+    is_text = meta["kind"] == "text"
+    suffixes = {"bin": True, "idx": is_text, "lbl": meta["task"] != "none"}
+    for name in (f"{split}.{suffix}" for suffix, is_there in suffixes.items() if is_there):
         path = folder / name
-        if name.startswith(f"{split}.") and not (path.is_file() and file_sha256(path) == sha256):
+        if not path.is_file() or file_sha256(path) != meta["sha256"].get(name):
             raise UserError(f"{path} is missing, truncated or altered (its SHA-256 is not the one "
                             f"in meta.json); rebuild the data set with: {rebuild}")
-    # a plain ndarray: slicing a memmap is slower
-    values = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r").view(np.ndarray)
+    n = meta["splits"][split]["examples"]
+    n_classes = len(meta["label_names"])
     common = dict(max_len=max_len, seed=seed, **changes)
-    if meta["kind"] == "text":
-        starts = np.fromfile(folder / f"{split}.idx", np.int64)
-        common |= dict(tokens=values, starts=starts, n_suffix=meta["n_suffix"],
-                       mask_id=meta["mask_id"])
+    try:
+        # a plain ndarray: slicing a memmap is slower
+        values = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r").view(np.ndarray)
+        if is_text:
+            starts = np.fromfile(folder / f"{split}.idx", np.int64)
+            check_text(values, starts, n, meta)
+            common |= dict(tokens=values, starts=starts, n_suffix=meta["n_suffix"],
+                           mask_id=meta["mask_id"])
+        else:
+            if min(meta["shape"], default=0) < 1:
+                raise ValueError(f"its examples have the shape {meta['shape']}")
+            values = values.reshape(n, *meta["shape"])
+            if not np.isfinite(values.sum(dtype=np.float64)):
+                raise ValueError("it holds numbers that are not finite")
+        if objective == "classify":
+            labels = np.fromfile(folder / f"{split}.lbl", TARGET_DTYPES[meta["task"]])
+            if meta["task"] == "multilabel":
+                labels = labels.reshape(n, n_classes)
+            check_labels(labels, n, n_classes, meta["task"])
+    except ValueError as error:
+        raise UserError(f"{folder}: the {split} split is damaged ({error}); rebuild the data set "
+                        f"with: {rebuild}") from None
     if objective != "classify":
         n_bytes = meta["splits"][split]["bytes"]
         return LanguageBlocks(objective=objective, n_bytes=n_bytes, **common)
-    labels = np.fromfile(folder / f"{split}.lbl", TARGET_DTYPES[meta["task"]])
-    if meta["task"] == "multilabel":
-        labels = labels.reshape(-1, len(meta["label_names"]))
-    if meta["kind"] == "text":
+    if is_text:
         return PackedText(labels=labels, **common)
-    return Arrays(values.reshape(-1, *meta["shape"]), labels, len(meta["label_names"]), **common)
+    return Arrays(values, labels, n_classes, **common)
+
+
+def check_text(tokens, starts, n, meta):
+    """Raise ValueError unless `starts` cuts the tokens into n documents, none shorter than what
+    meta says that each ends in, and every token is in the vocabulary."""
+    if len(starts) != n + 1 or starts[0] != 0 or starts[-1] != len(tokens):
+        raise ValueError("its .idx does not end where its .bin does")
+    if not 0 <= meta["n_suffix"] <= np.diff(starts).min() or np.diff(starts).min() < 1:
+        raise ValueError("its .idx holds documents without tokens")
+    if max(tokens.max(), meta["mask_id"] or 0) >= meta["vocab_size"]:
+        raise ValueError("it holds tokens that the vocabulary lacks")
+
+
+def check_labels(labels, n, n_classes, task):
+    """Raise ValueError unless there are n labels that can be what they say."""
+    highest = {"classification": n_classes - 1, "multilabel": 1, "regression": math.inf}[task]
+    if len(labels) != n or not n:
+        raise ValueError(f"{len(labels)} labels for {n} examples")
+    if not np.isfinite(labels).all() or labels.max() > highest:
+        raise ValueError("it holds labels that are none")
+    if task != "regression" and labels.min() < 0:
+        raise ValueError("it holds labels below 0")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from configurator import UserError, configure, run
 from eval import basic_report
 from huggingface import save_hf
 from predict import Classifier, open_data
-from report import read_records
+from runs import read_records
 from sources import rebuild_command
 from tasks import bf16_is_native
 

@@ -5,10 +5,13 @@ the wrong type, is an error wherever it comes from. (nanoGPT executes config fil
 which ignores a misspelt key in a file and refuses None and an int given for a float.)
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
+import json
 import os
 import runpy
 import sys
@@ -34,8 +37,10 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
         status = 130
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if not (message := plain_message(error)):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         status = 2
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # DDP leaves gloo threads behind (torch 2.13). One that wakes while the interpreter shuts
@@ -43,6 +48,19 @@ def run(main):
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def plain_message(error):
+    """What an error says that the user can mend, or None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room there"
+    no_memory = "out of memory", "not enough memory", "can't allocate memory"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in no_memory):
+        return ("out of memory: lower --micro_batch_tokens, --batch_size or the model's size; of "
+                f"files, read smaller ones ({str(error).splitlines()[:1]})")
+    return None
 
 
 def configure(cls, argv=None, positional=None):
@@ -220,13 +238,66 @@ def help_text(cls, positional=None):
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# Files, so that none is half written and none is trusted unseen
+
+
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name to write to, then renames it: `path` is whole, or as it was before.
+    Raises UserError where it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path, error):
+    return UserError(f"{path} cannot be written: {error.strerror or error}; make room there, or "
+                     "choose another place")
+
+
 def write_text(path, text):
-    """Write a file under a temporary name, then rename it: `path` is whole or as it was."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a whole file or nothing. Raises UserError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path):
+    """A JSON object from a file that may be torn or a stranger's. Raises ValueError, OSError."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def mismatch(found, schema):
+    """The first key of a dict whose value is not of the type that `schema` has for it, or None.
+
+    schema: {key: annotation, or the schema of a dict}; "*" stands for every key.
+    """
+    for key, expected in schema.items():
+        for name in found if key == "*" else [key]:
+            value = found.get(name)
+            if not isinstance(expected, dict):
+                if not conform(expected, value)[0]:
+                    return name
+            elif not isinstance(value, dict):
+                return name
+            elif inner := mismatch(value, expected):
+                return f"{name}.{inner}"
+    return None

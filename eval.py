@@ -31,10 +31,9 @@ from report import (
     plot_learning_curves,
     plot_report,
     print_report,
-    read_records,
     write_page,
 )
-from runs import finish_wandb, start_wandb
+from runs import finish_wandb, read_records, start_wandb
 from tasks import run_model, token_losses
 from weights import load_checkpoint
 
@@ -187,7 +186,7 @@ def report_checkpoint(path, cfg):
     print_report(report)
     folder = clf.path.parent
     write_text(folder / "eval.json", json.dumps(report, indent=1))
-    plots = plot_report(clf, report, examples, z, folder)
+    plots = plot_report(clf, report, examples, z, read_records(folder), folder)
     write_page(report, folder, plots)
     print(f"\nwritten to {folder}: eval.json, {', '.join(plots)}, report.html")
     settings = clf.config | {"out_dir": str(folder)}

@@ -9,7 +9,6 @@ comes with the weights, and the data set is built for it, beside those of other 
 """
 import dataclasses
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from configurator import UserError, configure, run
+from configurator import UserError, check, configure, read_json, run
 from fetch import wheel_folder
 from model import Transformer
 from sources import resolve
@@ -82,9 +81,12 @@ def with_weights_settings(cfg, path):
         return dataclasses.replace(cfg, tokenizer=str(path / "tokenizer.json"))
     if resolve(cfg).kind == "image":
         config = path / "config.json"  # Hugging Face's, or that of a run of ours
-        saved = json.loads(config.read_text()) if config.exists() else {}
+        try:
+            saved = read_json(config) if config.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{config}: damaged: {error}") from None
         patch = saved.get("patch_size") or saved.get("patch", cfg.patch)
-        return dataclasses.replace(cfg, patch=patch)
+        return dataclasses.replace(cfg, patch=check(type(cfg), "patch", patch, config))
     if (path / "model.safetensors").exists():
         raise UserError(f"{path}: there is no tokenizer.json; save it with transformers' "
                         "AutoTokenizer.from_pretrained(…).save_pretrained(…)")

@@ -5,14 +5,14 @@ it. What we would not compute exactly is refused by name. A new family is one mo
 function in ADJUST where names alone do not say it).
 """
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from configurator import UserError
+from configurator import UserError, mismatch, read_json
 from model import ModelConfig, Transformer
 
 
@@ -156,16 +156,18 @@ def is_transposed(name, family):
 # --------------------------------------------------------------------------------------------------
 # In
 
+MOST_POSITION_VALUES = 2**26  # of rope tables: half a GiB
+
 
 def read_hf(folder):
     """(ModelConfig, our state dict) of a Hugging Face folder; n_classes=0 where it holds no
     classifier. Of a folder that save_hf wrote for our own trunk: (dict, state dict)."""
     folder = Path(folder)
     try:
-        hf = json.loads((folder / "config.json").read_text())
+        hf = read_json(folder / "config.json")
         theirs = read_safetensors(folder)
         if hf.get("model_type") == "textcls":
-            return hf["model_config"], theirs
+            return dict(hf["model_config"]), theirs
         config = read_config(hf, folder)
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error)).name
@@ -176,8 +178,12 @@ def read_hf(folder):
         raise UserError(f"{folder}/config.json: {error} is missing") from None
     except UserError:
         raise
-    except (ValueError, SafetensorError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged: {error}") from None
+    types = {field.name: field.type for field in fields(ModelConfig)}
+    if wrong := mismatch(vars(config), types):
+        raise UserError(f"{folder}/config.json: {wrong}={getattr(config, wrong)!r} is not what it "
+                        "should be")
     return config, rename_weights(config, theirs, folder)
 
 
@@ -185,7 +191,7 @@ def read_safetensors(folder):
     shards = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted({Path(shard).name for shard in read_json(index)["weight_map"].values()})
     weights = {}
     for shard in shards:
         with safe_open(folder / shard, "pt") as file:
@@ -254,7 +260,7 @@ def adjust_vit(c, hf, folder):
     height, width = size if isinstance(size, list) else (size, size)
     c.image_size = hf["num_channels"], height, width
     path = folder / "preprocessor_config.json"
-    scaling = json.loads(path.read_text()) if path.exists() else {}
+    scaling = read_json(path) if path.exists() else {}
     for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
         values = sorted(set(scaling.get(theirs, [0.5])))
         if len(values) > 1:
@@ -264,6 +270,26 @@ def adjust_vit(c, hf, folder):
 
 
 ADJUST = {"gpt2": adjust_gpt2, "modernbert": adjust_modernbert, "vit": adjust_vit}
+
+
+def skeleton(make, config, weights, path):
+    """The state dict of make(config), without memory for its values. Raises UserError for settings
+    that cannot be those of these weights: a stranger's file may say what no memory would hold."""
+    c = config
+    try:
+        limits = {"n_layer": max(len(weights), 100), "n_head": c.d_model, "ngrams": 100,
+                  "char_ngrams": 100, "dropout": 1, "head_dropout": 1,
+                  "n_positions": MOST_POSITION_VALUES * c.n_head // c.d_model}
+        for name, limit in limits.items():
+            if not 0 <= getattr(c, name) <= limit:
+                raise ValueError(f"{name}={getattr(c, name)}")
+        with torch.device("meta"):
+            return make(config).state_dict()
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: its settings cannot be those of its weights "
+                        f"({reason[:120]})") from None
 
 
 def rename_weights(config, theirs, folder):
@@ -276,9 +302,8 @@ def rename_weights(config, theirs, folder):
             del theirs[name]
     head = their_names("head.weight", family)[0]
     config.n_classes = len(theirs[head]) if head in theirs else 0
-    with torch.device("meta"):
-        settings = vars(config) | {"n_classes": config.n_classes or 1}
-        expected = Transformer(ModelConfig(**settings)).state_dict()
+    with_head = replace(config, n_classes=config.n_classes or 1)
+    expected = skeleton(Transformer, with_head, theirs, folder)
     ours = {}
     for name, meta in expected.items():
         names = their_names(name, family)

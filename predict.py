@@ -9,7 +9,6 @@
 import csv
 import gzip
 import hashlib
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import cpu
 from batches import PackedText, eval_requests, open_split, read_meta
-from configurator import UserError, configure, run
+from configurator import UserError, configure, mismatch, read_json, run
 from sources import DataConfig, clean, data_settings, decoded_lines, rebuild_command, rows
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from weights import checkpoint_file, load_checkpoint, load_model
@@ -102,11 +101,20 @@ class Classifier:
         """The probability from which each label is given: 0.5, or what eval.py fitted on val for
         this very checkpoint."""
         path = self.path.parent / "eval.json"
-        if path.exists():
-            report = json.loads(path.read_text())
-            if report["step"] == self.step and report["label_names"] == self.label_names:
-                return np.array(report["thresholds"])
-        return np.full(len(self.label_names), 0.5)
+        none = np.full(len(self.label_names), 0.5)
+        if not path.exists():
+            return none
+        try:
+            report = read_json(path)
+        except ValueError:
+            raise UserError(f"{path} is damaged; delete it, or make it anew: python eval.py "
+                            f"{self.path.parent}") from None
+        if report.get("step") != self.step or report.get("label_names") != self.label_names:
+            return none
+        if mismatch(report, {"thresholds": list[float]}) or len(report["thresholds"]) != len(none):
+            raise UserError(f"{path} holds no thresholds; delete it, or make it anew: python "
+                            f"eval.py {self.path.parent}")
+        return np.array(report["thresholds"])
 
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a data set's examples (see batches.py), in their order;

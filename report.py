@@ -1,22 +1,12 @@
 """A report for a person: on the terminal, as plots, as one page, and in W&B."""
 import base64
 import html
-import json
 import math
 
 import numpy as np
 
 import metrics
 from configurator import write_text
-
-
-def read_records(folder):
-    """The records of a run's metrics.jsonl, if there is one. A last line that a kill cut short is
-    passed over."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
 
 # --------------------------------------------------------------------------------------------------
 # The terminal
@@ -115,9 +105,9 @@ def save_figure(figure, path):
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
-def plot_report(clf, report, examples, z, folder):
+def plot_report(clf, report, examples, z, records, folder):
     """Write the .png files that say most about this kind of model; returns their names. z (N, C):
-    the logits of `examples`."""
+    the logits of `examples`; records: those of the run's metrics.jsonl."""
     plots = {}
     if clf.multilabel:
         plots["labels"] = plot_labels(report)
@@ -134,7 +124,7 @@ def plot_report(clf, report, examples, z, folder):
     elif "r2" in report:
         plots["predicted"] = plot_predicted(report, metrics.own_unit(examples.labels, clf.scaling),
                                             metrics.own_unit(z[:, 0], clf.scaling))
-    if records := read_records(folder):
+    if records:
         plots["curves"] = plot_curves(records)
     for name, figure in plots.items():
         save_figure(figure, folder / f"{name}.png")

@@ -6,6 +6,7 @@ import json
 import netrc
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from configurator import UserError, write_text
+from configurator import UserError, read_json, write_text
 from weights import load_checkpoint
 
 # settings that may differ between a run and its continuation
@@ -42,7 +43,7 @@ def open_run(cfg):
                                 "with --overwrite=True")
         return None
     try:
-        saved = json.loads((out / "config.json").read_text())
+        saved = read_json(out / "config.json")
     except ValueError:
         raise UserError(f"{out}/config.json is damaged; start anew with --overwrite=True") from None
     saved = dataclasses.asdict(type(cfg)()) | saved  # a setting that is newer than the run
@@ -69,9 +70,8 @@ def begin_run(cfg, checkpoint, lock):
             write_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
             metrics.touch()
             return
-        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= checkpoint["step"]]
-        write_text(metrics, "".join(line + "\n" for line in kept))
+        kept = [r for r in read_records(out) if r["step"] <= checkpoint["step"]]
+        write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
     except OSError as error:
         raise UserError(f"--out_dir={out} cannot be written to: {error.strerror}; "
                         "choose another") from error
@@ -135,6 +135,24 @@ class StopSignal:
 
 # --------------------------------------------------------------------------------------------------
 # What is logged
+
+
+def read_records(folder):
+    """The records of a run's metrics.jsonl, if there is one. A last line that a kill cut short is
+    passed over; a damaged one before it is, too, and said."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    records, n_damaged = [], 0
+    for line in lines[:-1]:
+        try:
+            record = json.loads(line)
+            int(record["step"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            n_damaged += 1
+    if n_damaged:
+        print(f"{path}: {n_damaged} of its lines are damaged and left out", file=sys.stderr)
+    return records
 
 
 class Log:

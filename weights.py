@@ -7,26 +7,33 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from baselines import build_model
-from configurator import UserError
-from huggingface import read_hf
+from configurator import UserError, mismatch, replacing
+from huggingface import read_hf, skeleton
 from model import ModelConfig, Transformer
 
 CHECKPOINT_FORMAT = 2
+CHECKPOINT = {  # what one holds, for configurator.mismatch
+    "format": int, "model": {"*": torch.Tensor}, "model_config": dict, "tokenizer": str | None,
+    "config": {"dataset": str, "wandb_mode": str}, "label_names": list[str],
+    "n_suffix": int | None, "max_len": int, "kind": Literal["text", "image", "features"],
+    "scaling": dict, "data_sha256": {"*": str}, "data_folder": str, "step": int, "epoch": float,
+    "best": dict | None, "finished": bool}
+LAST = {"ema": list[torch.Tensor], "bad_evals": int, "optimizers": list[dict], "elapsed": float,
+        "run_id": str}  # and what last.pt holds besides, to resume from
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict under a temporary name, fsync, rename: `path` is whole, or as it was before."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    """Write a dict: `path` is whole and on disk, or as it was before. Raises UserError."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_checkpoint(path, map_location="cpu"):
@@ -41,7 +48,7 @@ def load_checkpoint(path, map_location="cpu"):
                 raise UserError(f"{path}: damaged in {damaged}; restore it, or train again with "
                                 "--overwrite=True")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
@@ -58,7 +65,17 @@ def load_checkpoint(path, map_location="cpu"):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project, or of another format than "
                         f"{CHECKPOINT_FORMAT}")
+    wrong = mismatch(checkpoint, CHECKPOINT | (LAST if "optimizers" in checkpoint else {}))
+    wrong = wrong or next((name for name, w in checkpoint["model"].items() if is_view(w)), None)
+    if wrong:
+        raise UserError(f"{path}: damaged, or not written by this project: its {wrong} is missing "
+                        "or not what it should be")
     return checkpoint
+
+
+def is_view(tensor):
+    """Does a tensor show more values than it holds? A small file could then fill the memory."""
+    return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
 
 
 def checkpoint_file(path):
@@ -68,10 +85,14 @@ def checkpoint_file(path):
 
 
 def load_weights(model, weights, source):
-    """Load a state dict. Raises UserError for a weight that is missing, left over, of another
-    shape, or not finite."""
-    own = model.state_dict()
-    weights = {name: w.float() for name, w in weights.items()}
+    """Load a state dict. Raises UserError for a weight that does not fit."""
+    check_weights(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+
+
+def check_weights(own, weights, source):
+    """Raise UserError for a weight that is missing, left over, of another shape than `own` has
+    (a state dict), or not finite."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
     for name, w in weights.items():
         if name not in own:
@@ -83,7 +104,6 @@ def load_weights(model, weights, source):
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(f"{source}: {wrong[0]}{more}")
-    model.load_state_dict(weights)
 
 
 def read_model_config(saved, path):
@@ -92,16 +112,24 @@ def read_model_config(saved, path):
     if saved.pop("stem", "tokens") != "tokens":  # until 2026-11-25 there was stem="words"
         raise UserError(f"{path}: reads hashed words (stem=words), which is no longer supported; "
                         "config/bow.py reads the same features")
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    if unknown := sorted(saved.keys() - known):
+    known = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(saved.keys() - known.keys()):
         raise UserError(f"{path}: its model has a setting {unknown[0]!r} that this code lacks")
+    for name, value in saved.items():
+        if isinstance(value, list):  # JSON has no tuples
+            saved[name] = tuple(value)
+    if wrong := mismatch(saved, {name: known[name] for name in saved}):
+        raise UserError(f"{path}: its model's {wrong}={saved[wrong]!r} is not what it should be")
     return ModelConfig(**saved)
 
 
 def load_model(checkpoint, path):
     """The model of a checkpoint (as load_checkpoint returns it), in eval mode."""
-    model = build_model(read_model_config(checkpoint["model_config"], path))
-    load_weights(model, checkpoint["model"], path)
+    config = read_model_config(checkpoint["model_config"], path)
+    check_weights(skeleton(build_model, config, checkpoint["model"], path), checkpoint["model"],
+                  path)
+    model = build_model(config)
+    model.load_state_dict(checkpoint["model"])
     return model.eval()
 
 
@@ -152,16 +180,17 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
             raise UserError(f"{path}: reads {config.max_len} tokens at the most; "
                             f"set --max_len={config.max_len}")
         config.max_len = max_len
-    model = Transformer(config)
     if new_head:
-        fresh = model.state_dict()
-        weights = without(weights, "head.") | {k: fresh[k] for k in fresh if k.startswith("head.")}
-        for name in fresh:
-            if name.startswith("dense"):
-                weights.setdefault(name, fresh[name])
+        weights = without(weights, "head.")
     if not config.n_classes:
         weights = without(weights, "dense")  # a bare trunk may bring a pooler
-    load_weights(model, weights, path)
+    expected = skeleton(Transformer, config, weights, path)
+    fresh = [name for name in expected
+             if new_head and name.startswith(("head", "dense")) and name not in weights]
+    check_weights({name: w for name, w in expected.items() if name not in fresh}, weights, path)
+    model = Transformer(config)
+    state = model.state_dict()
+    model.load_state_dict(weights | {name: state[name] for name in fresh})
     return model.eval()
 
 
