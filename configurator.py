@@ -9,12 +9,15 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
 import hashlib
 import inspect
 import json
 import os
 import runpy
+import shutil
 import sys
+import tempfile
 import types
 import typing
 from pathlib import Path
@@ -27,6 +30,8 @@ class UserError(ValueError):
 def run(main):
     """Call a script's `main()`. A UserError becomes one line on standard error, and status 2."""
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # whatever the locale
     try:
         main()
     except SystemExit as stopped:  # --help, or a run that was told to stop
@@ -268,10 +273,58 @@ def cannot_write(path, error):
                      "choose another place")
 
 
+def try_lock(folder):
+    """A descriptor that holds a folder until it is closed or the process ends; None where another
+    process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def scratch_folder(path):
+    """Yields a new folder beside `path` to write it in, which is gone at the end, as are those that
+    killed processes have left. Raises UserError where nothing can be written."""
+    path = Path(path)
+    prefix = f".{path.name}.tmp-"
+    folder = held = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{prefix}*"):
+            with contextlib.suppress(OSError):
+                if (stale := try_lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(stale)
+        folder = tempfile.mkdtemp(prefix=prefix, dir=path.parent)
+        held = try_lock(folder)
+        yield Path(folder)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
 def write_text(path, text):
     """Write a whole file or nothing. Raises UserError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, content):
+    """Write a dict as a whole file or nothing, with a checksum that read_json compares. Raises
+    UserError."""
+    write_text(path, json.dumps(content | {"checksum": checksum(content)}, indent=1))
+
+
+def checksum(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def read_json(path):
@@ -282,6 +335,8 @@ def read_json(path):
         raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
+    if found.pop("checksum", None) not in (None, checksum(found)):
+        raise ValueError("altered since it was written (its checksum differs)")
     return found
 
 

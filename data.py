@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from array import array
 from dataclasses import fields, make_dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from tokenizers import (
 from tqdm import tqdm
 
 from batches import FORMAT, SPLITS, read_meta
-from configurator import UserError, configure, file_sha256, run, write_text
+from configurator import UserError, configure, file_sha256, run, scratch_folder, write_json
 from sources import (
     DataConfig,
     held_out,
@@ -119,24 +118,20 @@ def build(cfg):
     """Build the data set's folder from its source and return its meta. What fails leaves nothing
     behind. An older folder goes only when the new one stands, and only if we made all of it."""
     folder = folder_of(cfg)
+    aside = folder.with_name(f".{folder.name}.old")
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)  # a kill came between the two renames below
     check_replaceable(folder, resolve(cfg))
-    try:
-        Path(cfg.data_dir).mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{cfg.dataset}-building-", dir=cfg.data_dir))
-    except OSError as error:
-        raise UserError(f"--data_dir={cfg.data_dir}: cannot be written to: "
-                        f"{error.strerror}") from error
-    try:
+    with scratch_folder(folder) as scratch:
+        work = scratch / "new"
+        work.mkdir()
         meta = build_into(work, cfg)
-        os.chmod(work, 0o777 & ~current_umask())  # mkdtemp makes it ours alone
         check_replaceable(folder, resolve(cfg))  # again: building may take long
-        old = Path(f"{work}-old")
+        shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():
-            os.rename(folder, old)
+            os.rename(folder, aside)
         os.rename(work, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     return meta
 
 
@@ -155,12 +150,6 @@ def check_replaceable(folder, source):
         if file and folder.resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
             raise UserError(f"{file} lies in {folder}, which building the data set replaces; "
                             "name the data set otherwise: --dataset=NAME")
-
-
-def current_umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def build_into(work, cfg):
@@ -219,7 +208,7 @@ def build_into(work, cfg):
     if source.kind == "text":
         meta |= describe_tokenizer(tokenizer, cfg) | {
             "tokenizer_sha256": meta["sha256"]["tokenizer.json"]}
-    write_text(work / "meta.json", json.dumps(meta, indent=1))
+    write_json(work / "meta.json", meta)
     return meta
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import metrics
 from baselines import build_model
 from batches import Request, eval_requests
-from configurator import UserError, configure, run, write_text
+from configurator import UserError, configure, run, write_json
 from model import flops_per_token
 from predict import Classifier, open_classifier, open_data
 from report import (
@@ -185,7 +185,7 @@ def report_checkpoint(path, cfg):
     report, examples, z = full_report(clf, cfg)
     print_report(report)
     folder = clf.path.parent
-    write_text(folder / "eval.json", json.dumps(report, indent=1))
+    write_json(folder / "eval.json", report)
     plots = plot_report(clf, report, examples, z, read_records(folder), folder)
     write_page(report, folder, plots)
     print(f"\nwritten to {folder}: eval.json, {', '.join(plots)}, report.html")

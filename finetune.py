@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from configurator import UserError, check, configure, read_json, run
+from configurator import UserError, check, configure, read_json, run, scratch_folder
 from fetch import wheel_folder
 from model import Transformer
 from sources import resolve
@@ -96,10 +96,9 @@ def with_weights_settings(cfg, path):
     content = checkpoint["tokenizer"].encode()
     name = f"tokenizer-{hashlib.sha256(content).hexdigest()[:8]}.json"
     tokenizer = Path(cfg.data_dir) / "downloads" / name
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{tokenizer}.{os.getpid()}")  # under torchrun every process comes by
-    temporary.write_bytes(content)
-    os.replace(temporary, tokenizer)
+    with scratch_folder(tokenizer) as work:  # under torchrun every process comes by
+        (work / name).write_bytes(content)
+        os.replace(work / name, tokenizer)
     return dataclasses.replace(cfg, tokenizer=str(tokenizer))
 
 

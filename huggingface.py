@@ -5,6 +5,7 @@ it. What we would not compute exactly is refused by name. A new family is one mo
 function in ADJUST where names alone do not say it).
 """
 import json
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from configurator import UserError, mismatch, read_json
+from configurator import (
+    UserError,
+    cannot_write,
+    mismatch,
+    read_json,
+    scratch_folder,
+    write_text,
+)
 from model import ModelConfig, Transformer
 
 
@@ -363,12 +371,18 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False):
         config["problem_type"] = "multi_label_classification"
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast",
                         "model_max_length": c.max_len} | roles
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(tokenizer_json)
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1))
     weights = {name: w.cpu().contiguous() for name, w in weights.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    with scratch_folder(folder) as work:
+        try:
+            save_file(weights, work / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:
+            raise cannot_write(folder, OSError(str(error))) from error
+        write_text(work / "tokenizer.json", tokenizer_json)
+        write_text(work / "tokenizer_config.json", json.dumps(tokenizer_config, indent=1))
+        write_text(work / "config.json", json.dumps(config, indent=1))
+        folder.mkdir(exist_ok=True)
+        for file in work.iterdir():  # only when all of them are written
+            os.replace(file, folder / file.name)
 
 
 def their_config(c, pad_token_id):

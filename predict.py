@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import cpu
 from batches import PackedText, eval_requests, open_split, read_meta
-from configurator import UserError, configure, mismatch, read_json, run
+from configurator import UserError, cannot_write, configure, mismatch, read_json, run
 from sources import DataConfig, clean, data_settings, decoded_lines, rebuild_command, rows
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from weights import checkpoint_file, load_checkpoint, load_model
@@ -274,7 +274,7 @@ def label_file(clf, cfg):
             raise UserError(f"{cfg.input}: holds no texts")
         os.replace(temporary, cfg.output)
     except OSError as error:
-        raise UserError(f"--output={cfg.output}: cannot be written to: {error.strerror}") from error
+        raise cannot_write(f"--output={cfg.output}", error) from error
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{n} texts labelled: {cfg.output}")

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 import metrics
-from configurator import write_text
+from configurator import replacing, write_text
 
 # --------------------------------------------------------------------------------------------------
 # The terminal
@@ -102,7 +102,8 @@ def label_log_axis(axis):
 
 
 def save_figure(figure, path):
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
 
 
 def plot_report(clf, report, examples, z, records, folder):

@@ -1,7 +1,6 @@
 """A run's folder and page: who may write there, what is continued, metrics.jsonl, W&B, signals."""
 import contextlib
 import dataclasses
-import fcntl
 import json
 import netrc
 import os
@@ -14,7 +13,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from configurator import UserError, read_json, write_text
+from configurator import UserError, cannot_write, read_json, try_lock, write_json, write_text
 from weights import load_checkpoint
 
 # settings that may differ between a run and its continuation
@@ -64,17 +63,18 @@ def begin_run(cfg, checkpoint, lock):
         if cfg.lr_find:
             return
         lock.acquire()
+        for name in ("config.tmp.json", "last.tmp.pt", "best.tmp.pt", "metrics.tmp.jsonl"):
+            (out / name).unlink(missing_ok=True)  # left by a run that was killed
         if checkpoint is None:
             for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
                 (out / name).unlink(missing_ok=True)
-            write_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+            write_json(out / "config.json", dataclasses.asdict(cfg))
             metrics.touch()
             return
         kept = [r for r in read_records(out) if r["step"] <= checkpoint["step"]]
         write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
     except OSError as error:
-        raise UserError(f"--out_dir={out} cannot be written to: {error.strerror}; "
-                        "choose another") from error
+        raise cannot_write(f"--out_dir={out}", error) from error
 
 
 class FolderLock:
@@ -87,13 +87,10 @@ class FolderLock:
         """Does nothing where it is held, or where there is no such folder. Raises UserError."""
         if self.descriptor is not None or not os.path.isdir(self.folder):
             return
-        self.descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.release()
+        self.descriptor = try_lock(self.folder)
+        if self.descriptor is None:
             raise UserError(f"{self.folder}: another run is at work there{self.holder()}; wait for "
-                            "its end, or choose another --out_dir=…") from None
+                            "its end, or choose another --out_dir=…")
 
     def holder(self):
         """The process that holds it, in words, where the system says so."""
@@ -114,15 +111,21 @@ class FolderLock:
 
 class StopSignal:
     """Remembers SIGTERM and SIGINT (Ctrl-C), so that a run can save and stop after its step. A
-    second signal stops it at once."""
+    second signal stops it at once. That torchrun is gone counts as SIGTERM."""
 
     def __init__(self):
         self.number, self.handlers = 0, {}
+        self.parent = os.getppid()
 
     def listen(self):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.handlers[number] = signal.signal(number, self.remember)
+
+    def is_set(self):
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            self.number = self.number or signal.SIGTERM
+        return self.number > 0
 
     def remember(self, number, frame):
         self.number = number
@@ -169,8 +172,12 @@ class Log:
 
     def write(self, record):
         if self.machine.rank == 0:
-            with open(Path(self.cfg.out_dir) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            path = Path(self.cfg.out_dir) / "metrics.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise cannot_write(path, error) from error
         if self.wandb_run:
             self.wandb_run.log(record, step=record["step"])
 

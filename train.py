@@ -520,7 +520,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                 save_last(finished)
             if finished:
                 break
-        (stopped,) = machine.sum([stop.number > 0])  # on any process
+        (stopped,) = machine.sum([stop.is_set()])  # on any process
         if stopped or cfg.save_interval and step % cfg.save_interval == 0:
             save_last()
         if stopped:
