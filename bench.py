@@ -37,6 +37,7 @@ import finetune
 import train
 from batches import open_split
 from configurator import UserError, configure, run
+from drills import drill
 from eval import basic_report
 from huggingface import save_hf
 from predict import Classifier, open_data
@@ -230,6 +231,9 @@ def run_alone(name, options, seed):
 
 
 def main():
+    if sys.argv[1:2] == ["drills"]:
+        drill(sys.argv[2:])
+        return
     names = [arg for arg in sys.argv[1:] if arg in CONTENDERS]
     seeds = ["1"]
     options = []

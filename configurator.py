@@ -348,6 +348,9 @@ def mismatch(found, schema):
     for key, expected in schema.items():
         for name in found if key == "*" else [key]:
             value = found.get(name)
+            is_list = typing.get_origin(expected) is list
+            if name not in found or is_list and not isinstance(value, list):
+                return name
             if not isinstance(expected, dict):
                 if not conform(expected, value)[0]:
                     return name

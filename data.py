@@ -68,7 +68,7 @@ def folder_of(cfg):
 def build_settings(cfg):
     """What a data set depends on. A given tokenizer counts by its content: see folder_of."""
     settings = {field.name: getattr(cfg, field.name) for field in fields(DataConfig)}
-    for name in ("data_dir", "overwrite", "dataset"):
+    for name in ("data_dir", "overwrite", "dataset", "max_row_mb"):
         del settings[name]
     if cfg.target != "labels":
         del settings["label_separator"]
@@ -87,9 +87,10 @@ def open_meta(cfg):
     meta = read_meta(folder, rebuild)
     if meta is None:
         return None
+    built = build_settings(DataConfig()) | meta["build"]  # settings newer than it: the default
     for key, value in json.loads(json.dumps(build_settings(cfg))).items():
-        if value != meta["build"][key]:
-            raise UserError(f"{folder} was built with {key}={meta['build'][key]!r}, not {value!r}; "
+        if value != built.get(key, value):
+            raise UserError(f"{folder} was built with {key}={built[key]!r}, not {value!r}; "
                             f"name another data set with --dataset=NAME, or rebuild it with: "
                             f"{rebuild}")
     built = os.path.getmtime(folder / "meta.json")

@@ -69,20 +69,21 @@ def full_report(clf, cfg):
     examples = open_data(clf, cfg.split, cfg.data_dir)
     report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": cfg.split,
               "step": clf.step, "label_names": clf.label_names}
-    resamples = metrics.affordable_resamples(cfg.resamples, len(examples))
+    size = len(examples) * max(1, len(clf.label_names))
+    resamples = metrics.affordable_resamples(cfg.resamples, size)
     if clf.is_language_model:
         return report | report_language(clf, examples, resamples), examples, None
     z = clf.logits(examples).double().numpy()
     report |= basic_report(clf, z, examples.labels)
     if not clf.label_names:
         numbers = (metrics.own_unit(x, clf.scaling) for x in (z[:, 0], examples.labels))
-        report["interval"] = metrics.intervals(metrics.number_figures, *numbers, resamples)
+        report["interval"] = metrics.intervals(metrics.number_sample(*numbers), len(z), resamples)
         return report, examples, z
     if cfg.split == "test":
         report["in_train"] = report_overlap(clf, cfg, examples, z)
     val = None if cfg.split == "val" and not clf.multilabel else open_data(clf, "val", cfg.data_dir)
     if clf.multilabel:
-        report |= report_labels(clf, cfg, examples, z, val)
+        report |= report_labels(clf, cfg, examples, z, val, resamples)
     else:
         report |= report_classes(clf, examples, z, val, resamples)
     return report, examples, z
@@ -102,36 +103,33 @@ def report_classes(clf, examples, z, val, resamples):
     """Intervals, calibration, a temperature fitted on val (None: z is val's), mistakes."""
     y = examples.labels
     logp = metrics.log_softmax(z)
-    p = np.exp(logp)
     predicted = z.argmax(1)
-    report = {"interval": metrics.intervals(metrics.class_figures, logp, y, resamples),
-              "calibration": metrics.calibration(p, y)}
+    report = {"interval": metrics.intervals(metrics.class_sample(logp, y), len(y), resamples),
+              "calibration": metrics.calibration(logp, y)}
     if val is not None:
         T = metrics.temperature(clf.logits(val).double().numpy(), val.labels)
         scaled = metrics.log_softmax(z / T)
-        figures = metrics.class_figures(scaled, y)
+        bins = metrics.calibration(scaled, y)
         report["temperature"] = {
-            "fitted_on_val": T, "log_loss": figures["log_loss"], "ece": figures["ece"],
-            "calibration": metrics.calibration(np.exp(scaled), y)}
-    confidence = np.where(predicted != y, p.max(1), 0)  # of mistakes
+            "fitted_on_val": T, "log_loss": -float(scaled[np.arange(len(y)), y].mean()),
+            "ece": float(metrics.calibration_error(bins)), "calibration": bins}
+    confidence = np.where(predicted != y, np.exp(logp.max(1)), 0)  # of mistakes
     report["mistakes"] = [
         mistake(clf, examples, i, clf.label_names[predicted[i]], confidence[i])
         for i in confidence.argsort()[::-1][:20] if predicted[i] != y[i]]
     return report
 
 
-def report_labels(clf, cfg, examples, z, val):
+def report_labels(clf, cfg, examples, z, val, resamples):
     """Intervals, thresholds fitted on val and what they reach, mistakes."""
     y = examples.labels
-    resamples = metrics.affordable_resamples(cfg.resamples, z.size)
     thresholds = metrics.fit_thresholds(clf.logits(val), val.labels)
-    report = {"interval": metrics.intervals(metrics.label_figures, z, y, resamples),
+    report = {"interval": metrics.intervals(metrics.label_sample(z, y), len(y), resamples),
               "thresholds": thresholds.tolist()}
     if cfg.split != "val":
-        def figures(z, y):
-            return metrics.label_figures(z, y, thresholds)
+        fitted = metrics.label_sample(z, y, thresholds)
         report["at_thresholds"] = metrics.label_report(z, y, thresholds)
-        report["at_thresholds"]["interval"] = metrics.intervals(figures, z, y, resamples)
+        report["at_thresholds"]["interval"] = metrics.intervals(fitted, len(y), resamples)
     error = np.abs(metrics.sigmoid(z) - y).max(1)
     report["mistakes"] = [mistake(clf, examples, i, clf.truth(z[i] >= 0), error[i])
                           for i in error.argsort()[::-1][:20] if error[i] >= 0.5]
@@ -149,7 +147,8 @@ def mistake(clf, examples, i, predicted, probability):
 def report_overlap(clf, cfg, examples, z):
     """The share of the examples that stand in train too, and the accuracy without them."""
     train = open_data(clf, "train", cfg.data_dir)
-    known = {train.content(i) for i in range(len(train))}
+    rows = tqdm(range(len(train)), desc="also in train?", delay=2, leave=False)
+    known = {train.content(i) for i in rows}
     new = np.array([examples.content(i) not in known for i in range(len(examples))])
     correct = metrics.is_correct(z, examples.labels, clf.multilabel)
     return {"share": float(1 - new.mean()),
@@ -171,12 +170,10 @@ def report_language(clf, examples, resamples):
         np.add.at(sums[:, 0], blocks, losses.numpy())
         np.add.at(sums[:, 1], blocks, correct.numpy())
         np.add.at(n_targets, blocks, 1)
-    bytes_per_target = examples.n_bytes / n_targets.sum()
-
-    def figures(sums, n_targets):
-        return metrics.language_figures(sums, n_targets, bytes_per_target * n_targets.sum())
-    return {"n": int(n_targets.sum()), **metrics.as_floats(figures(sums, n_targets)),
-            "interval": metrics.intervals(figures, sums, n_targets, resamples)}
+    figures = metrics.language_sample(sums, n_targets, examples.n_bytes)
+    n = len(n_targets)
+    return {"n": int(n_targets.sum()), **metrics.as_floats(figures(np.ones(n))),
+            "interval": metrics.intervals(figures, n, resamples)}
 
 
 def report_checkpoint(path, cfg):

@@ -1,12 +1,16 @@
 """Figures, intervals, tests, calibration: NumPy in, numbers out.
 
 Of classes: log-probabilities logp or logits z (N, C) float64, and true classes y (N,) int64. Of
-several labels: logits z (N, C) and multi-hot y (N, C). A new metric is one more entry in the
-figures of its task.
+several labels: logits z (N, C) and multi-hot y (N, C).
+
+What sorts or counts all N·C values is done once: `class_sample`, `label_sample`, `number_sample`
+and `language_sample` return a function of weights (N,), how often each example counts, which the
+bootstrap calls again and again. A new metric is one more entry in the figures of its task.
 """
 import math
 
 import numpy as np
+from tqdm import tqdm
 
 
 def log_softmax(z):
@@ -44,97 +48,161 @@ def per_class(hits, support, predicted):
             "f1": f1_score(hits, support, predicted).tolist(), "support": support.tolist()}
 
 
-def auroc(score, positive):
-    """Area under the ROC curve, ties counted half (Mann-Whitney U), or None where one class only
-    occurs."""
-    n1 = positive.sum()
-    n0 = (~positive).sum()
-    if not n1 or not n0:
-        return None
-    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = np.cumsum(count) - (count - 1) / 2  # the mean rank of equal scores
-    return (rank[inverse][positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
+def auroc_sample(scores, example, column):
+    """A function of weights (N,) int32 → the areas under the ROC curves (K,) of scores (N, K), ties
+    counted half (Mann-Whitney U), NaN where one side does not occur.
+
+    example, column: the indices of the positive ones among the scores.
+    """
+    scores = np.asarray(scores).T
+    K, n = scores.shape
+    order = np.argsort(scores, axis=1).astype(np.int32)
+    below = np.empty(len(example), np.int32)  # of each positive: scores that are smaller
+    up_to = np.empty(len(example), np.int32)  # and those that are not larger
+    for k in range(K):
+        of_column = np.flatnonzero(column == k)
+        ordered = scores[k][order[k]]
+        values = scores[k][example[of_column]]
+        below[of_column] = np.searchsorted(ordered, values, "left")
+        up_to[of_column] = np.searchsorted(ordered, values, "right")
+    by_column = np.argsort(column, kind="stable")
+    example, column = example[by_column], column[by_column]
+    below, up_to = below[by_column], up_to[by_column]
+    n_columns = max(1, 1_000_000 // n)  # that are counted at once
+
+    def areas(weight):
+        rank = np.empty(len(example))  # the mean rank of equal scores
+        counts = np.zeros((n_columns, n + 1), np.int32)
+        for first in range(0, K, n_columns):
+            columns = order[first : first + n_columns]
+            counts[: len(columns), 1:] = weight[columns]
+            np.cumsum(counts[: len(columns)], axis=1, out=counts[: len(columns)])
+            here = slice(*np.searchsorted(column, [first, first + n_columns]))
+            k = column[here] - first
+            rank[here] = (counts[k, below[here]] + counts[k, up_to[here]] + 1.0) / 2
+        w = weight[example]
+        n1 = np.bincount(column, w, K)
+        n0 = weight.sum() - n1
+        rank_sum = np.bincount(column, w * rank, K)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (rank_sum - n1 * (n1 + 1) / 2) / (n1 * n0)
+    return areas
 
 
 def mean_of_defined(values):
-    defined = [value for value in values if value is not None]
-    return np.mean(defined) if defined else None
+    defined = values[np.isfinite(values)]
+    return defined.mean() if len(defined) else None
 
 
 # --------------------------------------------------------------------------------------------------
 # One of several classes
 
+MOST_IN_CONFUSION = 200  # classes; the cells of more would fill the disk
+
 
 def class_figures(logp, y):
-    """Every single-number metric. macro_f1 is over the classes that occur or are predicted; auroc
-    the mean, over classes, of one against the rest (two classes: of the second; None if only one
-    class occurs); ece the expected calibration error in 15 bins of equal width (Guo et al. 2017);
-    mcc Matthews' correlation (Gorodkin 2004)."""
-    n, C = logp.shape
-    p = np.exp(logp)
-    confusion = confusion_matrix(logp, y)
-    hits = confusion.diagonal()
-    support = confusion.sum(1)
-    predicted = confusion.sum(0)
-    f1 = f1_score(hits, support, predicted)
-    occurs = support + predicted > 0
-    spread = ((n**2 - (predicted**2).sum()) * (n**2 - (support**2).sum())) ** 0.5
-    covariance = hits.sum() * n - (support * predicted).sum()
-    positives = range(C) if C > 2 else [1]
-    gaps = [abs(accuracy - confidence) * share
-            for confidence, accuracy, share in calibration(p, y)]
-    return {"accuracy": hits.sum() / n, "macro_f1": f1[occurs].mean(), "micro_f1": hits.sum() / n,
-            "weighted_f1": (f1 * support).sum() / n, "mcc": covariance / spread if spread else 0.0,
-            "log_loss": -logp[np.arange(n), y].mean(),
-            "auroc": mean_of_defined([auroc(p[:, c], y == c) for c in positives]),
-            "ece": sum(gaps)}
+    """Every single-number metric, see class_sample."""
+    return class_sample(logp, y)(np.ones(len(y), np.int32))
 
 
-def confusion_matrix(logp, y):
-    """(C, C) float64 counts: true in rows, predicted in columns."""
+def class_sample(logp, y):
+    """A function of weights (N,) → every single-number metric. macro_f1 is over the classes that
+    occur or are predicted; auroc the mean, over classes, of one against the rest (two classes: of
+    the second; None if only one class occurs); ece the expected calibration error in 15 bins of
+    equal width (Guo et al. 2017); mcc Matthews' correlation (Gorodkin 2004)."""
     C = logp.shape[1]
-    cells = np.bincount(y * C + logp.argmax(1), minlength=C * C)
-    return cells.reshape(C, C).astype(np.float64)
+    example = np.arange(len(y))
+    predicted = logp.argmax(1)
+    correct = (predicted == y).astype(float)
+    loss = -logp[example, y]
+    bins = confidence_bins(logp, correct)
+    if C == 2:
+        example = np.flatnonzero(y)
+        areas = auroc_sample(np.exp(logp[:, 1:]), example, np.zeros(len(example), int))
+    else:
+        areas = auroc_sample(np.exp(logp), example, y)
+
+    def figures(weight):
+        n = weight.sum()
+        hits = np.bincount(y, weight * correct, C)
+        support = np.bincount(y, weight, C)
+        times = np.bincount(predicted, weight, C)
+        f1 = f1_score(hits, support, times)
+        occurs = support + times > 0
+        spread = ((n**2 - (times**2).sum()) * (n**2 - (support**2).sum())) ** 0.5
+        covariance = hits.sum() * n - (support * times).sum()
+        return {"accuracy": hits.sum() / n, "macro_f1": f1[occurs].mean(),
+                "micro_f1": hits.sum() / n, "weighted_f1": (f1 * support).sum() / n,
+                "mcc": covariance / spread if spread else 0.0, "log_loss": weight @ loss / n,
+                "auroc": mean_of_defined(areas(weight)), "ece": calibration_error(bins(weight))}
+    return figures
+
+
+def confusion_matrix(predicted, y, C):
+    """(C, C) counts: true in rows, predicted in columns."""
+    return np.bincount(y * C + predicted, minlength=C * C).reshape(C, C)
 
 
 def class_report(logits, y):
     """What eval.json says of logits (N, C) and classes (N,): class_figures, the loss in nats, the
-    figures of each class, and confusion[true][predicted]."""
+    figures of each class, and confusion[true][predicted] (None of more than 200 classes)."""
     logp = log_softmax(np.asarray(logits, np.float64))
+    C = logp.shape[1]
     figures = as_floats(class_figures(logp, y))
-    confusion = confusion_matrix(logp, y).astype(int)
+    predicted = logp.argmax(1)
+    hits = np.bincount(y[predicted == y], minlength=C)
+    counts = np.bincount(y, minlength=C), np.bincount(predicted, minlength=C)
+    confusion = confusion_matrix(predicted, y, C).tolist() if C <= MOST_IN_CONFUSION else None
     return {"n": len(y), "loss": figures["log_loss"], **figures,
-            "per_class": per_class(confusion.diagonal(), confusion.sum(1), confusion.sum(0)),
-            "confusion": confusion.tolist()}
+            "per_class": per_class(hits, *counts), "confusion": confusion}
 
 
-def calibration(p, y, n_bins=15):
-    """[(mean confidence, accuracy, share of the examples), ...] of the bins of confidence that hold
-    any; p (N, C): probabilities."""
-    confidence = p.max(1)
-    correct = p.argmax(1) == y
+def confidence_bins(logp, correct, n_bins=15):
+    """A function of weights (N,) → [(mean confidence, accuracy, share of the examples), ...] of the
+    bins of confidence that hold any."""
+    confidence = np.exp(logp.max(1))
     index = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
-    count = np.bincount(index, minlength=n_bins)
-    confidence_sum = np.bincount(index, confidence, n_bins)
-    correct_sum = np.bincount(index, correct, n_bins)
-    return [(confidence_sum[b] / count[b], correct_sum[b] / count[b], count[b] / len(y))
-            for b in np.flatnonzero(count)]
+
+    def bins(weight):
+        count = np.bincount(index, weight, n_bins)
+        confidence_sum = np.bincount(index, weight * confidence, n_bins)
+        correct_sum = np.bincount(index, weight * correct, n_bins)
+        return [(confidence_sum[b] / count[b], correct_sum[b] / count[b], count[b] / weight.sum())
+                for b in np.flatnonzero(count)]
+    return bins
+
+
+def calibration(logp, y):
+    """The bins of confidence_bins, of all examples."""
+    correct = logp.argmax(1) == y
+    return confidence_bins(logp, correct)(np.ones(len(y)))
+
+
+def calibration_error(bins):
+    return sum(abs(accuracy - confidence) * share for confidence, accuracy, share in bins)
 
 
 def temperature(logits, y):
-    """The T that makes softmax(logits / T) likeliest (Guo et al. 2017), by bisection: the loss is
-    convex in 1/T."""
-    low = np.log(1e-3)
-    high = np.log(1e3)
+    """The T that makes softmax(logits / T) likeliest (Guo et al. 2017): Newton's steps in 1/T, in
+    which the loss is convex, within a bracket that they narrow."""
+    low, high, inverse = 1e-3, 1e3, 1.0
+    z_true = logits[np.arange(len(y)), y].mean()
     for _ in range(60):
-        middle = (low + high) / 2
-        p = np.exp(log_softmax(logits * np.exp(middle)))
-        slope = ((p * logits).sum(1) - logits[np.arange(len(y)), y]).mean()  # of the loss in 1/T
+        p = np.exp(log_softmax(logits * inverse))
+        mean = (p * logits).sum(1)
+        slope = mean.mean() - z_true  # of the loss
         if slope > 0:
-            high = middle
+            high = inverse
         else:
-            low = middle
-    return float(np.exp(-middle))
+            low = inverse
+        curvature = ((p * logits**2).sum(1) - mean**2).mean()
+        step = inverse - slope / max(curvature, 1e-300)
+        if not low < step < high:
+            step = (low * high) ** 0.5
+        if abs(step - inverse) <= 1e-9 * inverse:
+            break
+        inverse = step
+    return float(1 / inverse)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,33 +210,40 @@ def temperature(logits, y):
 
 
 def label_figures(z, y, thresholds=0.5):
-    """Every single-number metric of predicting the labels whose probability is ≥ thresholds, a
-    number or (C,). accuracy is the share of examples with all labels right, hamming_loss that of
-    wrong decisions among all N·C, log_loss the mean over them; macro_f1 is over the labels that
-    occur or are predicted, samples_f1 over the examples (1 where there is neither), auroc over the
-    labels for which it is defined."""
+    """Every single-number metric, see label_sample."""
+    return label_sample(z, y, thresholds)(np.ones(len(z), np.int32))
+
+
+def label_sample(z, y, thresholds=0.5):
+    """A function of weights (N,) → every single-number metric of predicting the labels whose
+    probability is ≥ thresholds, a number or (C,). accuracy is the share of examples with all labels
+    right, hamming_loss that of wrong decisions among all N·C, log_loss the mean over them; macro_f1
+    is over the labels that occur or are predicted, samples_f1 over the examples (1 where there is
+    neither), auroc over the labels for which it is defined."""
     predicted = sigmoid(z) >= thresholds
     true = y.astype(bool)
     both = predicted & true
     size = predicted.sum(1) + true.sum(1)  # of each example
     samples_f1 = np.where(size, 2 * both.sum(1) / np.maximum(size, 1), 1.0)
-    hits = both.sum(0)
-    support = true.sum(0)
-    n_predicted = predicted.sum(0)  # of each label
-    f1 = f1_score(hits, support, n_predicted)
-    occurs = support + n_predicted > 0
-    return {"accuracy": (predicted == true).all(1).mean(),
-            "hamming_loss": (predicted != true).mean(),
-            "micro_f1": f1_score(hits.sum(), support.sum(), n_predicted.sum()),
-            "macro_f1": f1[occurs].mean() if occurs.any() else 0.0,
-            "weighted_f1": (f1 * support).sum() / max(support.sum(), 1),
-            "samples_f1": samples_f1.mean(),
-            "log_loss": (np.logaddexp(0, z) - true * z).mean(),
-            "auroc": mean_of_defined(label_aurocs(z, true))}
+    n_wrong = (predicted != true).sum(1)
+    loss = (np.logaddexp(0, z) - true * z).mean(1)
+    areas = auroc_sample(z, *true.nonzero())
+    counted = [part.astype(np.float32) for part in (both, true, predicted)]
 
-
-def label_aurocs(z, true):
-    return [auroc(z[:, c], true[:, c]) for c in range(z.shape[1])]
+    def figures(weight):
+        n = weight.sum()
+        exact = weight.astype(np.float32)  # as counts are up to 2^24
+        hits, support, times = (exact @ part for part in counted)
+        f1 = f1_score(hits, support, times)
+        occurs = support + times > 0
+        return {"accuracy": weight @ (n_wrong == 0) / n,
+                "hamming_loss": weight @ n_wrong / n / z.shape[1],
+                "micro_f1": f1_score(hits.sum(), support.sum(), times.sum()),
+                "macro_f1": f1[occurs].mean() if occurs.any() else 0.0,
+                "weighted_f1": (f1 * support).sum() / max(support.sum(), 1),
+                "samples_f1": weight @ samples_f1 / n, "log_loss": weight @ loss / n,
+                "auroc": mean_of_defined(areas(weight))}
+    return figures
 
 
 def label_report(z, y, thresholds=0.5):
@@ -179,36 +254,44 @@ def label_report(z, y, thresholds=0.5):
     predicted = sigmoid(z) >= thresholds
     figures = as_floats(label_figures(z, true, thresholds))
     of_labels = per_class((predicted & true).sum(0), true.sum(0), predicted.sum(0))
-    of_labels["auroc"] = [a if a is None else float(a) for a in label_aurocs(z, true)]
+    areas = auroc_sample(z, *true.nonzero())(np.ones(len(z), np.int32))
+    of_labels["auroc"] = [float(area) if np.isfinite(area) else None for area in areas]
     return {"n": len(z), "loss": figures["log_loss"], **figures, "per_class": of_labels}
 
 
-def f1_thresholds(z, y):
-    """The threshold of each label's probability, (C,), with the highest F1: half-way between the
-    two probabilities that it parts; 0.5 of a label that does not occur. One per label, as the best
-    is half the F1 that it reaches (Lipton et al. 2014), in which labels differ."""
-    thresholds = []
-    for p, true in zip(sigmoid(np.asarray(z, np.float64)).T, np.asarray(y).T):
-        if not true.any():
-            thresholds.append(0.5)
-            continue
-        order = np.argsort(-p)
-        p, n = np.append(p[order], 0), len(p)
-        f1 = f1_score(np.cumsum(true[order], dtype=float), true.sum(), np.arange(1, n + 1))
-        f1[p[:-1] == p[1:]] = -1  # equal probabilities are not parted
-        best = f1.argmax()
-        thresholds.append((p[best] + p[best + 1]) / 2)
-    return np.array(thresholds)
+def f1_thresholds(z, y, weights):
+    """For each row of weights (R, N), the threshold of each label's probability with the highest
+    F1, (R, C): half-way between the two probabilities that it parts; 0.5 of a label that does not
+    occur. One per label, as the best is half the F1 that it reaches (Lipton et al. 2014), in which
+    labels differ."""
+    p = sigmoid(np.asarray(z, np.float64))
+    thresholds = np.full((len(weights), p.shape[1]), 0.5)
+    for c in tqdm(range(p.shape[1]), desc="thresholds", delay=2, leave=False):
+        order = np.argsort(-p[:, c])
+        ordered = np.append(p[order, c], 0)
+        true = np.asarray(y)[order, c]
+        is_tied = ordered[:-1] == ordered[1:]  # equal probabilities are not parted
+        for r, weight in enumerate(weights):
+            w = weight[order]
+            support = w @ true
+            if not support:
+                continue
+            f1 = f1_score(np.cumsum(w * true), support, np.cumsum(w))
+            f1[is_tied] = -1
+            best = f1.argmax()
+            rest = w[best + 1 :] > 0  # the next one that is there
+            following = best + 1 + rest.argmax() if rest.any() else len(w)
+            thresholds[r, c] = (ordered[best] + ordered[following]) / 2
+    return thresholds
 
 
 def fit_thresholds(z, y, resamples=50):
     """The mean of f1_thresholds over bootstrap resamples. Those of the sample itself follow its
     chance peaks, and did worse on other examples in 8 comparisons of 8 (NOTES.md)."""
-    z = np.asarray(z, np.float64)
-    y = np.asarray(y)
     rng = np.random.default_rng(0)
-    samples = rng.integers(len(z), size=(resamples, len(z)))
-    return np.mean([f1_thresholds(z[i], y[i]) for i in samples], 0)
+    n = len(z)
+    weights = [np.bincount(sample, minlength=n) for sample in rng.integers(n, size=(resamples, n))]
+    return f1_thresholds(z, y, np.array(weights)).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,9 +300,20 @@ def fit_thresholds(z, y, resamples=50):
 
 def number_figures(predicted, true):
     """Of predictions and numbers (N,), in the target's unit; R² is against the mean of `true`."""
+    return number_sample(predicted, true)(np.ones(len(true)))
+
+
+def number_sample(predicted, true):
+    """A function of weights (N,) → the figures of numbers."""
     error = predicted - true
-    return {"rmse": np.mean(error**2) ** 0.5, "mae": np.abs(error).mean(),
-            "r2": 1 - np.mean(error**2) / max(np.var(true), 1e-12)}
+
+    def figures(weight):
+        share = weight / weight.sum()
+        mse = share @ error**2
+        variance = share @ (true - share @ true) ** 2
+        return {"rmse": mse**0.5, "mae": share @ np.abs(error),
+                "r2": 1 - mse / max(variance, 1e-12)}
+    return figures
 
 
 def number_report(predicted, true):
@@ -227,14 +321,20 @@ def number_report(predicted, true):
     return {"n": len(true), "loss": figures["rmse"] ** 2, **figures}
 
 
-def language_figures(sums, n_targets, n_bytes):
-    """Of blocks: sums (N, 2) of their losses in nats and of their right guesses, and their numbers
-    of targets (N,). n_bytes: bytes of text that all of them stand for; 0 where that is not known.
-    bits_per_byte is clm's: per byte, however the text was made tokens."""
-    loss, accuracy = sums.sum(0) / n_targets.sum()
-    figures = {"loss": loss, "perplexity": np.exp(loss), "token_accuracy": accuracy}
-    if n_bytes:
-        figures["bits_per_byte"] = sums[:, 0].sum() / np.log(2) / n_bytes
+def language_sample(sums, n_targets, n_bytes):
+    """A function of weights (N,) → the figures of blocks: sums (N, 2) of their losses in nats and
+    of their right guesses, and their numbers of targets (N,). n_bytes: bytes of text that all of
+    them stand for; 0 where that is not known. bits_per_byte is clm's: per byte, however the text
+    was made tokens."""
+    bytes_per_target = n_bytes / n_targets.sum()
+
+    def figures(weight):
+        n = weight @ n_targets
+        loss, accuracy = weight @ sums / n
+        found = {"loss": loss, "perplexity": np.exp(loss), "token_accuracy": accuracy}
+        if n_bytes:
+            found["bits_per_byte"] = loss / np.log(2) / bytes_per_target
+        return found
     return figures
 
 
@@ -242,37 +342,41 @@ def language_figures(sums, n_targets, n_bytes):
 # Intervals and tests
 
 
-def intervals(figures, a, b, resamples, seed=0):
-    """The 95 % percentile-bootstrap interval (Efron 1979) of each metric that figures(a, b)
+def intervals(figures, n, resamples, seed=0):
+    """The 95 % percentile-bootstrap interval (Efron 1979) of each metric that figures(weights (n,))
     returns: {name: [low, high]}."""
     rng = np.random.default_rng(seed)
-    n = len(b)
     values = {}
-    for _ in range(resamples):
-        i = rng.integers(n, size=n)
-        for name, value in figures(a[i], b[i]).items():
+    for _ in tqdm(range(resamples), desc="intervals", delay=2, leave=False):
+        weight = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.int32)
+        for name, value in figures(weight).items():
             if value is not None:
                 values.setdefault(name, []).append(value)
     return {name: np.quantile(v, [0.025, 0.975]).tolist() for name, v in values.items()}
 
 
+def bootstrap_means(x, resamples):
+    """Means of resamples of x (N,), by how often each of its few values is drawn."""
+    values, counts = np.unique(x, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(x), counts / len(x), size=resamples)
+    return drawn @ values / len(x)
+
+
 def mean_interval(x, resamples):
     """The 95 % bootstrap interval of the mean of x (N,): [low, high]."""
-    return intervals(lambda a, b: {"mean": a.mean()}, x, x, resamples)["mean"]
+    return np.quantile(bootstrap_means(x, resamples), [0.025, 0.975]).tolist()
 
 
 def affordable_resamples(wanted, size):
-    """Fewer resamples of large splits, so that they take seconds."""
-    return min(wanted, max(100, 20_000_000 // size))
+    """Fewer resamples of large splits, so that they take seconds. size: N·C."""
+    return min(wanted, max(100, 100_000_000 // size))
 
 
 def paired_tests(a, b, resamples):
     """(p of a paired bootstrap, p of McNemar's exact test, 1947) that a and b (N,), 1 where
     correct, have the same mean; two-sided."""
-    rng = np.random.default_rng(0)
     difference = a - b
-    n = len(difference)
-    means = np.array([difference[rng.integers(n, size=n)].mean() for _ in range(resamples)])
+    means = bootstrap_means(difference, resamples)
     tail = min((means <= 0).mean(), (means >= 0).mean())
     bootstrap = min(1.0, 2 * tail + 1 / resamples)
     n_only_a = int((difference > 0).sum())

@@ -41,6 +41,7 @@ class Config:
     header: bool | None = None  # of input: is the first row names? None: yes where text_column is
     #   a name
     encoding: str = "utf-8"  # of input; comma-separated: each is tried in turn
+    max_row_mb: int = 16  # of input: a longer row is taken for a damaged file
     micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache
     #   holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
@@ -77,6 +78,9 @@ class Classifier:
         self.objective = self.config.get("objective", "classify")
         self.is_language_model = self.objective != "classify"
         self.label_names = [] if self.is_language_model else checkpoint["label_names"]
+        if mismatch(self.config, {"label_separator": str, "mask_prob": float}):
+            raise UserError(f"{self.path}: its settings are damaged: no label_separator or "
+                            "mask_prob")
         self.multilabel = bool(self.label_names) and self.config.get("target") == "labels"
         self.tokenizer = checkpoint["tokenizer"] and Tokenizer.from_str(checkpoint["tokenizer"])
         self.thresholds = self.fitted_thresholds() if self.multilabel else None
@@ -129,13 +133,14 @@ class Classifier:
             out[torch.from_numpy(request.indices)] = logits.cpu()
         cores = torch.get_num_threads()
         if self.device.type != "cpu" or cores == 1 or len(requests) < 4 * cores:
-            for request in requests:
+            for request in tqdm(requests, unit=" batches", delay=2, leave=False):
                 work(request)
             return out
         # A core for each batch keeps all of them busier than all cores for one batch, many of whose
         # operations are too small to be shared.
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, requests))
+            done = pool.map(work, requests)
+            list(tqdm(done, total=len(requests), unit=" batches", delay=2, leave=False))
         torch.set_num_threads(cores)
         return out
 
@@ -233,7 +238,7 @@ def label_texts(clf, texts):
             print_label(clf, text)
             continue
         n_lines = 0
-        for _, line in decoded_lines(sys.stdin.buffer, "standard input", "utf-8"):
+        for _, line in decoded_lines(sys.stdin.buffer, "standard input", "utf-8", 16):
             if line.strip():
                 print_label(clf, line)
                 n_lines += 1
@@ -283,12 +288,13 @@ def label_file(clf, cfg):
 def input_texts(cfg):
     if cfg.input.endswith((".txt", ".txt.gz")):
         opener = gzip.open if cfg.input.endswith(".gz") else open
-        for _, line in decoded_lines(opener(cfg.input, "rb"), cfg.input, cfg.encoding):
+        stream = opener(cfg.input, "rb")
+        for _, line in decoded_lines(stream, cfg.input, cfg.encoding, cfg.max_row_mb):
             yield line.rstrip("\r\n")
         return
     columns = cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]
     source = DataConfig(text_column=columns, header=cfg.header, label_column=columns[0],
-                        encoding=cfg.encoding)
+                        encoding=cfg.encoding, max_row_mb=cfg.max_row_mb)
     for _, text, _ in rows(cfg.input, source):
         yield text
 

@@ -49,15 +49,23 @@ def print_figures(r, names):
     print(f"  {'  '.join(parts)}")
 
 
-def print_classes(r):
+def print_classes(r, most=50):
+    """A row for each class; of many, those with the lowest F1."""
     names = [name[:20] for name in r["label_names"]]
     width = max(map(len, [*names, "class"]))
-    print(f"\n{'class':{width}}  precision  recall      F1  support   "
-          "confusion: true in rows, predicted in columns")
-    for i, (name, row) in enumerate(zip(names, r["confusion"])):
+    head = "   confusion: true in rows, predicted in columns" if r["confusion"] else ""
+    print(f"\n{'class':{width}}  precision  recall      F1  support{head}")
+    shown = range(len(names))
+    if len(names) > most:
+        shown = np.argsort(r["per_class"]["f1"], kind="stable")[:most]
+    for i in shown:
         p, recall, f1, n = class_row(r, i)
-        cells = " ".join(f"{count:5}" for count in row[:20])
-        print(f"{name:{width}}  {p:9.4f}  {recall:6.4f}  {f1:6.4f}  {n:7}   {cells}")
+        cells = ""
+        if r["confusion"]:
+            cells = "   " + " ".join(f"{count:5}" for count in r["confusion"][i][:20])
+        print(f"{names[i]:{width}}  {p:9.4f}  {recall:6.4f}  {f1:6.4f}  {n:7}{cells}")
+    if len(names) > most:
+        print(f"({most} of {len(names)} classes, with the lowest F1; eval.json holds all)")
 
 
 def class_row(r, i):
@@ -115,7 +123,8 @@ def plot_report(clf, report, examples, z, records, folder):
     elif clf.label_names:
         p = np.exp(metrics.log_softmax(z))
         correct = p.argmax(1) == examples.labels
-        plots["confusion"] = plot_confusion(report)
+        if report["confusion"]:
+            plots["confusion"] = plot_confusion(report)
         plots["reliability"] = plot_reliability(report)
         plots["coverage"] = plot_coverage(p.max(1), correct)
         if clf.modality == "text" and len(np.unique(examples.lengths)) > 4:

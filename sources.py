@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, check
 from fetch import web_members, wheel_members
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
@@ -99,6 +99,7 @@ class DataConfig:
     #   Windows
     drop_bad_rows: bool = False  # True: leave out (and count) rows with no text or too few fields,
     #   instead of stopping
+    max_row_mb: int = 16  # a longer row, or field of a table, is taken for a damaged file
     dedup: bool = True  # remove from train what stands there twice or also in val or test (compared
     #   casefolded)
     val_fraction: float = 0.1  # of a source that has no val
@@ -115,9 +116,10 @@ class DataConfig:
 
 
 def data_settings(settings):
-    """The DataConfig among the settings (a dict) of a longer config."""
-    names = {field.name for field in dataclasses.fields(DataConfig)}
-    return DataConfig(**{key: value for key, value in settings.items() if key in names})
+    """The DataConfig among the settings (a dict) of a longer config. Raises UserError."""
+    names = {field.name for field in dataclasses.fields(DataConfig)} & settings.keys()
+    where = "saved settings"
+    return DataConfig(**{name: check(DataConfig, name, settings[name], where) for name in names})
 
 
 def resolve(cfg):
@@ -217,7 +219,7 @@ def field_rows(name, opener, suffix, cfg, cut_for_val):
     """Rows of a file of text. cut_for_val: a single long document gives up its end for val."""
     with opener() as raw:
         stream = gzip.open(raw) if name.endswith(".gz") else raw
-        lines = decoded_lines(stream, name, cfg.encoding)
+        lines = decoded_lines(stream, name, cfg.encoding, cfg.max_row_mb)
         for where, fields, label in READERS[suffix](name, lines, cfg):
             if cfg.kind == "text":
                 value = clean("\n".join(fields))
@@ -242,17 +244,24 @@ def cut_document(where, text, shares):
         yield where, text[start:end], split
 
 
-def decoded_lines(raw, name, encoding):
+def decoded_lines(raw, name, encoding, max_row_mb):
     """Yield (number, text) of each line of a binary stream, without a byte-order mark."""
-    for number, line in numbered_lines(raw, name):
+    for number, line in numbered_lines(raw, name, max_row_mb):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         yield number, decode(line, encoding, f"{name}, line {number}")
 
 
-def numbered_lines(raw, name):
+def numbered_lines(raw, name, max_row_mb):
     try:
-        yield from enumerate(raw, 1)
+        for number in itertools.count(1):
+            line = raw.readline(max_row_mb * 1_000_000)
+            if not line:
+                return
+            if len(line) == max_row_mb * 1_000_000:
+                raise UserError(f"{name}, line {number}: longer than {max_row_mb} MB; is the file "
+                                "damaged? If not, raise --max_row_mb")
+            yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name}: cannot be read: {error}") from error
 
@@ -293,7 +302,7 @@ def read_tsv(name, lines, cfg):
 
 
 def read_table(name, lines, cfg, delimiter, quoting):
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(cfg.max_row_mb * 1_000_000)
     table = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True,
                        quoting=quoting)
     header = cfg.header
@@ -325,8 +334,8 @@ def read_table(name, lines, cfg, delimiter, quoting):
             *fields, label = (row[i] for i in indices)
             yield where, fields, label
     except csv.Error as error:
-        raise UserError(f"{name}, line {table.line_num}: {error} "
-                        "(is a quote left open?)") from error
+        raise UserError(f"{name}, line {table.line_num}: {error} (is a quote left open? If not, "
+                        "raise --max_row_mb)") from error
 
 
 def named_columns(cfg):
@@ -363,7 +372,7 @@ def read_json_lines(name, lines, cfg):
         columns = named_columns(cfg)
         try:
             row = dict(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{where}: not a JSON object") from None
         if cfg.kind != "text" and not cfg.columns:  # all but the label's
             columns = [key for key in row if key != cfg.label_column] + [cfg.label_column]
@@ -465,6 +474,7 @@ def parse_pixels(x, where, cfg):
 # --------------------------------------------------------------------------------------------------
 # Pictures
 
+MOST_PIXELS = 100_000_000  # of a picture: a small file could else fill the memory
 IMAGES = ".png", ".jpg", ".jpeg", ".bmp"
 
 
@@ -505,8 +515,10 @@ def decode_picture(content, name, cfg):
     from PIL import Image  # Pillow comes with matplotlib
     try:
         image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS:,}")
         image.load()
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if cfg.drop_bad_rows:
             return None
         raise UserError(f"{name}: not a readable image ({error}); replace it, or leave such files "

@@ -160,7 +160,7 @@ BELOW_1 = 0, 1 - 1e-9, "from 0 to below 1"
 RANGES = {
     ABOVE_0: ("batch_size", "micro_batch_tokens", "log_interval", "eval_interval", "save_interval",
               "epochs", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch", "max_len",
-              "crop", "ngrams", "char_ngrams", "buckets"),
+              "crop", "ngrams", "char_ngrams", "buckets", "max_row_mb"),
     NOT_NEGATIVE: ("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
                    "weight_decay", "grad_clip", "focal_gamma", "shift", "rotate", "scale",
                    "lora_rank", "lora_alpha", "layer_lr_decay"),

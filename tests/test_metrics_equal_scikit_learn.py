@@ -97,11 +97,32 @@ def test_bootstrap_intervals_cover_at_about_their_rate():
     rng, covered = np.random.default_rng(3), 0
     for trial in range(200):
         right = (rng.random(200) < 0.8).astype(float)
-        low, high = metrics.intervals(lambda a, b: {"m": a.mean()}, right, right, 200, seed=trial)[
-            "m"
-        ]
-        covered += low <= 0.8 <= high
+        figures = metrics.number_sample(np.zeros(200), 1 - right)  # rmse² is the share of wrong
+        low, high = metrics.intervals(figures, 200, 200, seed=trial)["rmse"]
+        covered += 1 - high**2 <= 0.8 <= 1 - low**2
     assert 0.90 <= covered / 200 <= 0.985  # 95 % ± three standard errors of 1.5
+
+
+def test_weights_are_how_often_an_example_counts():
+    rng = np.random.default_rng(5)
+    i = rng.integers(50, size=50)
+    weight = np.bincount(i, minlength=50).astype(np.int32)
+    logp, y = metrics.log_softmax(rng.normal(size=(50, 4)).round(1)), rng.integers(0, 4, 50)
+    z, several = rng.normal(size=(50, 4)).round(1), rng.integers(0, 2, (50, 4))
+    numbers = rng.normal(size=(2, 50))
+    for weighted, copies in (
+        (metrics.class_sample(logp, y), metrics.class_figures(logp[i], y[i])),
+        (
+            metrics.class_sample(logp[:, :2], y % 2),
+            metrics.class_figures(logp[i, :2], y[i] % 2),
+        ),
+        (metrics.label_sample(z, several), metrics.label_figures(z[i], several[i])),
+        (metrics.number_sample(*numbers), metrics.number_figures(*numbers[:, i])),
+    ):
+        assert weighted(weight) == pytest.approx(copies)
+    fitted = metrics.f1_thresholds(z, several, [weight])
+    of_copies = metrics.f1_thresholds(z[i], several[i], [np.ones(50, int)])
+    assert fitted == pytest.approx(of_copies)
 
 
 def test_paired_tests():

@@ -242,7 +242,8 @@ def test_the_thresholds_have_the_best_f1_of_all(digits):
     rng = np.random.default_rng(1)
     y = rng.integers(0, 2, (150, 3))
     z, y[:, 2] = (rng.normal(size=(150, 3)) + y).round(digits), 0
-    t, p = metrics.f1_thresholds(z, y), torch.tensor(z).sigmoid().numpy()
+    (t,) = metrics.f1_thresholds(z, y, np.ones((1, len(z)), int))
+    p = torch.tensor(z).sigmoid().numpy()
     for c in range(2):
         precision, recall, _ = sk.precision_recall_curve(y[:, c], p[:, c])
         best = (2 * precision * recall / np.maximum(precision + recall, 1e-9)).max()
