@@ -14,6 +14,7 @@ process, which has imported torch already.
 """
 import contextlib
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -21,6 +22,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -92,8 +94,8 @@ def start(work, environment=None, memory=None, seconds=None):
             resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
         if seconds:
             signal.alarm(seconds)
-        with open(os.devnull, "w") as silence:
-            os.dup2(silence.fileno(), 1)
+        sys.stdout = open(os.devnull, "w")
+        os.dup2(sys.stdout.fileno(), 1)
         with open("messages", "a") as messages:
             os.dup2(messages.fileno(), 2)
         work()
@@ -350,20 +352,26 @@ def hostile_checkpoints(folder):
     whole = torch.load(path, weights_only=True)
     last = torch.load(Path(cfg.out_dir) / "last.pt", weights_only=True)
 
-    def label():
+    def label(changed):
+        torch.save(changed, path)
         clf = Classifier(path)
         clf.logits(open_data(clf, "test"))
         with contextlib.suppress(UserError):
             clf(["goal"])
 
-    def tune():
+    def tune(changed):
+        torch.save(changed, path)
         from_pretrained(path, 3, new_head=True)
+
+    def resume(changed):
+        torch.save(changed, Path(cfg.out_dir) / "last.pt")
+        train.train(cfg)
     slim = {key: value for key, value in whole.items() if key not in ("model", "data_sha256")}
     for what, changed in altered(slim):
-        torch.save(changed | {key: whole[key] for key in ("model", "data_sha256")}, path)
-        yield f"best.pt, {what}", label
+        changed |= {key: whole[key] for key in ("model", "data_sha256")}
+        yield f"best.pt, {what}", functools.partial(label, changed)
         if what.startswith("model_config"):
-            yield f"weights to begin with, {what}", tune
+            yield f"weights to begin with, {what}", functools.partial(tune, changed)
     name = next(iter(whole["model"]))
     value = whole["model"][name]
     for what, changed in (
@@ -371,13 +379,13 @@ def hostile_checkpoints(folder):
             ("transposed", value.T), ("empty", value[:0]), ("complex", value.to(torch.complex64)),
             ("int8", value.to(torch.int8)), ("sparse", value.to_sparse()), ("text", "x"),
             ("float64", value.double()), ("bool", value > 0)):
-        torch.save(whole | {"model": whole["model"] | {name: changed}}, path)
-        yield f"best.pt, {name}: {what}", label
+        changed = whole | {"model": whole["model"] | {name: changed}}
+        yield f"best.pt, {name}: {what}", functools.partial(label, changed)
     torch.save(whole, path)
     slim = {key: last[key] for key in ("step", "best", "bad_evals", "elapsed", "run_id")}
     for what, changed in altered(slim | {"ema": None, "optimizers": None}):
-        torch.save(last | {"finished": False, "step": 2} | changed, Path(cfg.out_dir) / "last.pt")
-        yield f"last.pt, {what}", lambda: train.train(cfg)
+        changed = last | {"finished": False, "step": 2} | changed
+        yield f"last.pt, {what}", functools.partial(resume, changed)
 
 
 def hostile_hf_folders(folder):

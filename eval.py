@@ -52,6 +52,7 @@ class Config:
     #   (input_ids, attention_mask), padded, of any size
     wandb_mode: Literal["auto", "online", "offline", "disabled"] | None = None  # None: as the run
     #   was trained
+    wandb_texts: bool = True  # False: the mistakes go to W&B without their texts
     data_dir: str | None = None  # None: where the checkpoint's data set was
     micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache
     #   holds them, else 16384
@@ -194,7 +195,7 @@ def report_checkpoint(path, cfg):
     last = folder / "last.pt"
     run_id = load_checkpoint(last)["run_id"] if last.exists() else None  # the training run's page
     if wandb_run := start_wandb(settings, run_id):
-        log_to_wandb(wandb_run, report, folder, plots)
+        log_to_wandb(wandb_run, report, folder, plots, cfg.wandb_texts)
         finish_wandb(wandb_run)
 
 

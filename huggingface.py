@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from configurator import (
     UserError,
@@ -224,6 +225,8 @@ def read_config(hf, folder):
     for ours, theirs in family.settings.items():
         value = hf.get(theirs)
         settings[ours] = family.defaults[theirs] if value is None else value
+    if not 0 <= settings["n_layer"] <= 1000:
+        raise UserError(f"{folder}: n_layer={settings['n_layer']} cannot be true")
     config = ModelConfig(**settings)
     if family.pads_positions:
         config.max_len -= hf.get("pad_token_id", 1) + 1
@@ -280,6 +283,16 @@ def adjust_vit(c, hf, folder):
 ADJUST = {"gpt2": adjust_gpt2, "modernbert": adjust_modernbert, "vit": adjust_vit}
 
 
+class SkipInit(TorchFunctionMode):
+    """Leaves new weights as they are: without memory they need no values, and to draw some would
+    import much (0.8 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def skeleton(make, config, weights, path):
     """The state dict of make(config), without memory for its values. Raises UserError for settings
     that cannot be those of these weights: a stranger's file may say what no memory would hold."""
@@ -291,8 +304,10 @@ def skeleton(make, config, weights, path):
         for name, limit in limits.items():
             if not 0 <= getattr(c, name) <= limit:
                 raise ValueError(f"{name}={getattr(c, name)}")
-        with torch.device("meta"):
-            return make(config).state_dict()
+        if c.position == "rope":
+            c = replace(c, position="")  # its tables are no weights
+        with torch.device("meta"), SkipInit():
+            return make(c).state_dict()
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError,
             ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -28,6 +28,8 @@ from sources import DataConfig, clean, data_settings, decoded_lines, rebuild_com
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from weights import checkpoint_file, load_checkpoint, load_model
 
+FORMULA = "=", "+", "-", "@", "\t", "\r"  # what spreadsheets take for the start of one
+
 
 @dataclass
 class Config:
@@ -41,6 +43,8 @@ class Config:
     header: bool | None = None  # of input: is the first row names? None: yes where text_column is
     #   a name
     encoding: str = "utf-8"  # of input; comma-separated: each is tried in turn
+    spreadsheet: bool = False  # True: an apostrophe goes before what a spreadsheet would run as a
+    #   formula
     max_row_mb: int = 16  # of input: a longer row is taken for a damaged file
     micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache
     #   holds them, else 16384
@@ -272,7 +276,10 @@ def label_file(clf, cfg):
             table.writerow(["label", "probability"])
             for chunk in chunks(text[: 100 * clf.max_len] for text in input_texts(cfg)):
                 for result in clf(chunk):
-                    table.writerow([result["label"], f"{result['probability']:.6f}"])
+                    label = result["label"]
+                    if cfg.spreadsheet and label.startswith(FORMULA):
+                        label = f"'{label}"
+                    table.writerow([label, f"{result['probability']:.6f}"])
                 n += len(chunk)
                 bar.update(len(chunk))
         if not n:

@@ -332,8 +332,9 @@ def html_row(cells, tag):
 # W&B
 
 
-def log_to_wandb(wandb_run, report, folder, plots):
-    """Add the figures to a run's summary, and tables and plots to its page."""
+def log_to_wandb(wandb_run, report, folder, plots, texts):
+    """Add the figures to a run's summary, and tables and plots to its page. texts: with the texts
+    of the mistakes?"""
     import wandb
     split = report["split"]
     numbers = {key: value for key, value in report.items() if isinstance(value, (int, float))}
@@ -344,7 +345,9 @@ def log_to_wandb(wandb_run, report, folder, plots):
         rows = [[name, *class_row(report, i)] for i, name in enumerate(report["label_names"])]
         columns = ["class", "precision", "recall", "f1", "support"]
         logged[f"{split}_per_class"] = wandb.Table(columns, rows)
-        columns = ["true", "predicted", "probability", "example", "text"]
+        columns = ["true", "predicted", "probability", "example"]
+        if texts:
+            columns.append("text")
         rows = [[m.get(column) for column in columns] for m in report["mistakes"]]
         logged[f"{split}_mistakes"] = wandb.Table(columns, rows)
     wandb_run.log(logged)
