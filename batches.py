@@ -20,12 +20,12 @@ import hashlib
 import math
 from typing import Literal, NamedTuple
 
+from configurator import UserError, file_sha256, mismatch, read_json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-
-from configurator import UserError, file_sha256, mismatch, read_json
 
 FORMAT = 3
 SPLITS = "train", "val", "test"

@@ -18,6 +18,9 @@ training alone: imports, reading and evaluation aside.
 From texts to labels of test with one checkpoint (of a published family): `predict`, ours in
 bfloat16, `predict_int8`, `predict_float32`; `pipeline`, Hugging Face's, and `trainer_predict`, both
 with bfloat16 weights, on texts sorted by length, 64 at a time.
+
+    python bench.py busy config/textcls.py     # the speed beside a process that keeps a core busy
+    python bench.py drills                     # kills, torn bytes, hostile files: see drills.py
 """
 import dataclasses
 import json
@@ -28,6 +31,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from configurator import UserError, configure, run
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -36,7 +41,6 @@ import data
 import finetune
 import train
 from batches import open_split
-from configurator import UserError, configure, run
 from drills import drill
 from eval import basic_report
 from huggingface import save_hf
@@ -230,9 +234,39 @@ def run_alone(name, options, seed):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def busy(options):
+    """Print how fast the settings train and label, alone and beside a process that keeps a core
+    busy; three times in turn."""
+    configure(train.Config, options)
+    fast = []
+    for neighbour in (False, True) * 3:
+        command = [sys.executable, "-c", "while True: pass"]
+        other = subprocess.Popen(command) if neighbour else None
+        try:
+            figures = run_alone("train", [*options, "--max_steps=60"], 1)
+            out = Path("out/bench/train")
+            rates = [r["tokens_per_s"] for r in read_records(out) if "tokens_per_s" in r]
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "eval.py", str(out), "--wandb_mode=disabled"],
+                           check=True, stdout=subprocess.DEVNULL)
+            seconds = time.perf_counter() - started
+        finally:
+            if other:
+                other.kill()
+        fast.append((np.median(rates), seconds))
+        print(f"{'a busy neighbour' if neighbour else 'quiet':17} {fast[-1][0]:10,.0f} tokens/s in "
+              f"training ({figures['seconds']:.1f} s), {seconds:.1f} s for eval.py", flush=True)
+    rates, seconds = np.array(fast).reshape(3, 2, 2).transpose(2, 1, 0)
+    print(f"with a neighbour: {np.median(rates[1] / rates[0]):.2f} of quiet in training, "
+          f"{np.median(seconds[0] / seconds[1]):.2f} in evaluation")
+
+
 def main():
     if sys.argv[1:2] == ["drills"]:
         drill(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["busy"]:
+        busy(sys.argv[2:])
         return
     names = [arg for arg in sys.argv[1:] if arg in CONTENDERS]
     seeds = ["1"]

@@ -17,6 +17,8 @@ from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, configure, file_sha256, run, scratch_folder, write_json
+
 import numpy as np
 from tokenizers import (
     Tokenizer,
@@ -30,7 +32,6 @@ from tokenizers import (
 from tqdm import tqdm
 
 from batches import FORMAT, SPLITS, read_meta
-from configurator import UserError, configure, file_sha256, run, scratch_folder, write_json
 from sources import (
     DataConfig,
     held_out,

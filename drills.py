@@ -28,15 +28,16 @@ import time
 import traceback
 from pathlib import Path
 
+import configurator
+from configurator import UserError, file_sha256
+
 import numpy as np
 import torch
 
-import configurator
 import data
 import eval as evaluation
 import finetune
 import train
-from configurator import UserError, file_sha256
 from huggingface import save_hf
 from predict import Classifier, open_data
 from runs import read_records

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, configure, run, write_json
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -23,7 +25,6 @@ from tqdm import tqdm
 import metrics
 from baselines import build_model
 from batches import Request, eval_requests
-from configurator import UserError, configure, run, write_json
 from model import flops_per_token
 from predict import Classifier, open_classifier, open_data
 from report import (

@@ -1,12 +1,13 @@
 """A checkpoint as a Hugging Face folder, ONNX, or pt2, checked against the checkpoint on val."""
 import io
 
+from configurator import UserError, replacing
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from configurator import UserError, replacing
 from huggingface import save_hf
 from model import DenseLayout
 from predict import open_data

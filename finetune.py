@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, check, configure, read_json, run, scratch_folder
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import train
-from configurator import UserError, check, configure, read_json, run, scratch_folder
 from fetch import wheel_folder
 from model import Transformer
 from sources import resolve

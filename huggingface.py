@@ -9,11 +9,6 @@ import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
-
 from configurator import (
     UserError,
     cannot_write,
@@ -22,6 +17,12 @@ from configurator import (
     scratch_folder,
     write_text,
 )
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+
 from model import ModelConfig, Transformer
 
 

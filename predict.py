@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, cannot_write, configure, mismatch, read_json, run
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -23,7 +25,6 @@ from tqdm import tqdm
 
 import cpu
 from batches import PackedText, eval_requests, open_split, read_meta
-from configurator import UserError, cannot_write, configure, mismatch, read_json, run
 from sources import DataConfig, clean, data_settings, decoded_lines, rebuild_command, rows
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from weights import checkpoint_file, load_checkpoint, load_model

@@ -3,10 +3,11 @@ import base64
 import html
 import math
 
+from configurator import replacing, write_text
+
 import numpy as np
 
 import metrics
-from configurator import replacing, write_text
 
 # --------------------------------------------------------------------------------------------------
 # The terminal

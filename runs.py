@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 from urllib.parse import urlparse
 
+from configurator import UserError, cannot_write, read_json, try_lock, write_json, write_text
+
 import torch
 
-from configurator import UserError, cannot_write, read_json, try_lock, write_json, write_text
 from weights import load_checkpoint
 
 # settings that may differ between a run and its continuation

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, check
+
 import numpy as np
 
-from configurator import UserError, check
 from fetch import web_members, wheel_members
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"

@@ -8,11 +8,12 @@ import unicodedata
 from array import array
 from dataclasses import replace
 
+from configurator import UserError
+
 import numpy as np
 from tqdm import tqdm
 
 from batches import SPLITS
-from configurator import UserError
 from sources import held_out, is_missing, parse_number, rows, split_labels
 
 

@@ -6,10 +6,11 @@ subclass that takes an entry over.
 """
 import math
 
+from configurator import UserError
+
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
 from model import at_least_float32
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, configure, run, write_text
+
 import torch
 import torch.distributed as dist
 
@@ -32,7 +34,6 @@ from batches import (
     read_tokenizer,
     stratified_subset,
 )
-from configurator import UserError, configure, run, write_text
 from model import ModelConfig, flops_per_token
 from runs import (
     FolderLock,

@@ -9,11 +9,12 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, mismatch, replacing
+
 import torch
 import torch.nn.functional as F
 
 from baselines import build_model
-from configurator import UserError, mismatch, replacing
 from huggingface import read_hf, skeleton
 from model import ModelConfig, Transformer
 

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
+from configurator import UserError
+
 import pytest
 
 import train
-from configurator import UserError
 from predict import Classifier, Config, label_file
 from tests.conftest import ROOT, write_toy
 

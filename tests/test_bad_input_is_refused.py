@@ -8,6 +8,8 @@ import pickle
 import subprocess
 import sys
 
+from configurator import UserError
+
 import pytest
 import torch
 
@@ -15,7 +17,6 @@ import batches
 import data
 import eval as eval_script
 import train
-from configurator import UserError
 from predict import Classifier, open_data
 from tests.conftest import ROOT, script
 from weights import load_checkpoint, save_checkpoint

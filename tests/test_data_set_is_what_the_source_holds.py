@@ -12,6 +12,8 @@ import threading
 import tracemalloc
 import zipfile
 
+from configurator import UserError, file_sha256
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -20,7 +22,6 @@ import batches
 import data
 import fetch
 import splits
-from configurator import UserError, file_sha256
 from tests.conftest import SHARED, open_split, write_toy
 from train import Config
 

@@ -74,7 +74,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(what, tmp_path):
     }[what]
 
     def on_a_full_disk():
-        limit = {"predict": 500, "build": 2000, "evaluate": 3000}.get(what, 9000)
+        limit = {"predict": 500, "build": 2000, "evaluate": 500}.get(what, 9000)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         work()
 

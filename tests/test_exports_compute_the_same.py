@@ -1,11 +1,12 @@
 """A model that is exported computes what the checkpoint does, on batches of other sizes than it
 was exported with."""
 
+from configurator import UserError
+
 import pytest
 import torch
 
 import train
-from configurator import UserError
 from export import Padded, export
 from model import ModelConfig, Transformer
 from predict import Classifier, open_data

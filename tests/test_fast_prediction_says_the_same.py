@@ -3,11 +3,12 @@ cannot be is refused."""
 
 import copy
 
+from configurator import UserError
+
 import pytest
 import torch
 
 import train
-from configurator import UserError
 from cpu import quantize_for_inference
 from eval import Config, compare_cheaper
 from predict import Classifier, open_data

@@ -3,6 +3,8 @@ and can be resumed."""
 
 import json
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ import torch
 import finetune
 import optim
 import train
-from configurator import UserError
 from predict import Classifier
 from tests.conftest import class_task, packed, script
 from tests.test_evaluating_changes_nothing import records

@@ -10,6 +10,8 @@ import struct
 import tarfile
 import threading
 
+from configurator import UserError, file_sha256
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,6 @@ import data
 import finetune
 import tasks
 import train
-from configurator import UserError, file_sha256
 from model import ModelConfig, Transformer
 from predict import Classifier
 from tests.conftest import open_split, report_of, script, task_of

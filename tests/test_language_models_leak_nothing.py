@@ -5,6 +5,8 @@ import collections
 import json
 import math
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ import finetune
 import report as report_script
 import sources
 import train
-from configurator import UserError
 from model import ModelConfig, Transformer
 from predict import Classifier
 from tests.conftest import open_split, packed, task_of, write_toy

@@ -1,5 +1,7 @@
 """Linear models end where algebra says; every model's gradient is that of finite differences."""
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,6 @@ import torch
 import data
 import train
 from baselines import build_model
-from configurator import UserError
 from model import ModelConfig, patchify
 from predict import Classifier, open_data
 from tests.conftest import open_split, packed, report_of

@@ -1,13 +1,14 @@
 """train_fraction: nested, stratified, the same each time, and nothing else of train is read;
 eval.py draws the curve."""
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 
 import batches
 import data
 import train
-from configurator import UserError
 from tests.conftest import open_split, script
 
 

@@ -6,6 +6,8 @@ import json
 import math
 import os
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ import optim
 import tasks
 import train
 from baselines import build_model
-from configurator import UserError
 from model import ModelConfig
 from tests.conftest import class_task, packed
 from tests.test_packed_equals_one_at_a_time import random_documents, random_model

@@ -3,6 +3,8 @@ there what it does here."""
 
 import json
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ import torch
 import data
 import fetch
 import finetune
-from configurator import UserError
 from huggingface import save_hf
 from tests.conftest import packed
 from weights import from_pretrained

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 
+from configurator import UserError
+
 import pytest
 import torch
 
 import train
-from configurator import UserError
 from tests.conftest import ROOT, script
 from tests.test_evaluating_changes_nothing import records
 from weights import load_checkpoint

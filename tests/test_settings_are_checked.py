@@ -7,11 +7,12 @@ import subprocess
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configurator import UserError, configure
+
 import pytest
 
 import eval as eval_script
 import train
-from configurator import UserError, configure
 from tests.conftest import ROOT, script
 
 

@@ -6,6 +6,8 @@ import json
 import random
 import warnings
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ import finetune
 import metrics
 import tasks
 import train
-from configurator import UserError
 from predict import Classifier, open_data
 from tests.conftest import WORDS, labelled, open_split, report_of, script
 from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
