@@ -103,10 +103,12 @@ def configure(cls, argv=None, positional=None):
         if not option.startswith("--") or not equals:
             raise UserError(f"cannot read '{option}': settings are written --key=value, "
                             "for instance --seed=2")
-        annotation = find_field(cls, key, "command line").type
-        value = check(cls, key, parse(annotation, text), "command line")
-        if key in given and isinstance(value, list):
-            value = given[key] + value  # a list option may be repeated
+        field = find_field(cls, key, "command line")
+        value = text if field.metadata.get("verbatim") else parse(field.type, text)
+        value = check(cls, key, value, "command line")
+        if key in given:  # a list's option may be repeated, once for each value
+            both = [*as_list(given[key]), *as_list(value)]
+            value = both if conform(field.type, both)[0] else value
         given[key], origin[key] = value, "command line"
     values |= given
     if origin and int(os.environ.get("RANK", 0)) == 0:
@@ -118,6 +120,10 @@ def configure(cls, argv=None, positional=None):
         if isinstance(value, str) and "{config}" in value:
             setattr(config, field.name, value.replace("{config}", name))
     return config
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
 def read_file(path):
@@ -214,7 +220,7 @@ def describe(annotation):
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(describe, args))
     if origin is list:
-        return f"a list of {describe(args[0])}"
+        return f"a list of {describe(args[0])} ([…, …], or the option again for each)"
     words = {type(None): "None", str: "text", bool: "True or False"}
     return words.get(annotation, annotation.__name__)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from array import array
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +32,11 @@ from tokenizers import (
 from tqdm import tqdm
 
 from batches import FORMAT, SPLITS, read_meta
+from readers import parse_number
 from sources import (
     DataConfig,
+    data_settings,
     held_out,
-    parse_number,
     rebuild_command,
     resolve,
     rows,
@@ -88,6 +89,9 @@ def open_meta(cfg):
     meta = read_meta(folder, rebuild)
     if meta is None:
         return None
+    if not cfg.train_file:  # the command must say what it was built from
+        files = {f"{split}_file": meta["build"].get(f"{split}_file") for split in SPLITS}
+        rebuild = rebuild_command(replace(data_settings(vars(cfg)), **files))
     built = build_settings(DataConfig()) | meta["build"]  # settings newer than it: the default
     for key, value in json.loads(json.dumps(build_settings(cfg))).items():
         if value != built.get(key, value):
@@ -189,8 +193,9 @@ def build_into(work, cfg):
              for i, split in enumerate(SPLITS)}
     for split in ("train", *files, *held_out(source)):
         if not sizes[split]:
-            raise UserError(f"{files['train']}: too few examples: {split} would be empty (removed: "
-                            f"{', '.join(f'{n} {w}' for w, n in removed.items())})")
+            counts = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in removed.items())
+            raise UserError(f"{files['train']}: {split} would be empty: {why_empty(removed)} "
+                            f"(removed: {counts})")
     writers = {split: Writer(work / split, encode, scaling, source.target)
                for split, size in sizes.items() if size}
     with tqdm(total=sum(sizes.values()), desc="encoding", unit=unit_of(source)) as bar:
@@ -214,12 +219,25 @@ def build_into(work, cfg):
     return meta
 
 
+def why_empty(removed):
+    """What most likely left a split without examples, and what to do."""
+    n_bad, n_twice, n_elsewhere = (removed[key] for key in (
+        "bad_rows", "duplicates_in_train", "train_rows_also_in_val_or_test"))
+    if not n_bad + n_twice + n_elsewhere:
+        return "too few examples; give a --val_file, or a larger --val_fraction"
+    if n_elsewhere >= max(n_bad, n_twice):
+        return "train's rows stand in val or test, too: give other files, or --dedup=False"
+    if n_twice >= n_bad:
+        return "most rows stand there several times; if that is right: --dedup=False"
+    return "most rows lack a text or a label: are --text_column and --label_column right?"
+
+
 def target_of(label, where, names, source):
     """A row's label as Writer takes it: a class, a number, or bytes, 1 for each label it has."""
     if source.target == "class":
         return names.index(label)
     if source.target == "number":
-        return parse_number(label, where)
+        return parse_number(label, where, source)
     if source.target == "none":
         return 0
     found = split_labels(label, source)
@@ -453,6 +471,22 @@ def print_table(meta):
             shares = "  ".join(f"{name} {n / counts['examples']:.1%}"
                                for name, n in zip(names[:10], counts["per_class"]))
         print(f"{split:6} {counts['examples']:9,} {lengths}  {shares}")
+    for split, counts in meta["splits"].items():
+        lacking = [name for name, n in zip(names, counts.get("per_class", ())) if not n]
+        if lacking:
+            print(f"{split} lacks {len(lacking)} of the {len(names)} {what}: "
+                  f"{', '.join(lacking[:10])}{', …' if len(lacking) > 10 else ''}")
+
+
+def print_cut(split, starts, max_len):
+    """Say how much of a split's texts is longer than max_len, and so not read. starts (N+1,): where
+    each text begins."""
+    lengths = np.diff(starts)
+    n_cut = (lengths > max_len).sum()
+    if n_cut:
+        lost = np.maximum(lengths - max_len, 0).sum() / lengths.sum()
+        print(f"{split}: {n_cut:,} texts ({n_cut / len(lengths):.1%}) are longer than max_len="
+              f"{max_len}: what stands behind, {lost:.1%} of all tokens, is not read", flush=True)
 
 
 def whole_config():
@@ -474,7 +508,12 @@ def main():
     asks_for_help = {"--help", "-h"} & set(sys.argv)
     cfg = configure(DataConfig if asks_for_help else whole_config())
     meta = None if cfg.overwrite else open_meta(cfg)
-    print_table(meta or build(cfg))
+    meta = meta or build(cfg)
+    print_table(meta)
+    if meta["kind"] == "text" and meta["task"] != "none" and getattr(cfg, "max_len", None):
+        for split in meta["splits"]:
+            starts = np.fromfile(folder_of(cfg) / f"{split}.idx", np.int64)
+            print_cut(split, starts, cfg.max_len)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def make_model(cfg, meta, task, path):
     if meta["task"] == "regression" or meta["kind"] == "features":
         raise UserError("finetune.py classifies text and images; train.py does the rest")
     image_size = meta["shape"] if meta["kind"] == "image" else None
-    loaded = from_pretrained(path, task.head["n_classes"], cfg.new_head, cfg.max_len, image_size)
+    loaded = from_pretrained(path, task.head["n_classes"], cfg.new_head, cfg.max_len, image_size,
+                             meta["label_names"])
     if loaded.config.lm_head and loaded.config.causal != task.head["causal"]:
         way_out = "both ways: continue with --objective=mlm --mask_prob=0.3"
         if loaded.config.causal:

@@ -197,6 +197,16 @@ def read_hf(folder):
     return config, rename_weights(config, theirs, folder)
 
 
+def read_label_names(folder):
+    """The classes' names in config.json, in order; [] where it has none, or LABEL_0 and so on."""
+    names = read_json(Path(folder) / "config.json").get("id2label") or {}
+    names = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else []
+    if not all(isinstance(name, str) for name in names):
+        return []
+    generic = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return [] if generic else names
+
+
 def read_safetensors(folder):
     shards = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"

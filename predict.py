@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import cpu
 from batches import PackedText, eval_requests, open_split, read_meta
-from sources import DataConfig, clean, data_settings, decoded_lines, rebuild_command, rows
+from readers import clean, decoded_lines
+from sources import DataConfig, data_settings, rebuild_command, rows
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from weights import checkpoint_file, load_checkpoint, load_model
 

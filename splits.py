@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from batches import SPLITS
-from sources import held_out, is_missing, parse_number, rows, split_labels
+from readers import is_header_word, is_missing, parse_number
+from sources import held_out, rows, skipped_files, split_labels
 
 
 def unit_of(source):
@@ -23,6 +24,8 @@ def unit_of(source):
 
 def is_complete(value, label, source):
     """Has a row both a value and a label? (With --target=labels it may have none.)"""
+    if label in source.skip_labels:
+        return False
     return not is_missing(value) and (label != "" or source.target == "labels")
 
 
@@ -30,14 +33,16 @@ class Survey:
     """The first reading: of each file's complete rows, in order, a fingerprint and a label.
 
     fingerprints {split: (N,) uint64}; labels {split: (N,)}: class; number; with --target=labels a
-    hash of the set; with --target=none the split. names: the labels, in order. source: the data
-    settings, with image_size filled in.
+    hash of the set (label_sets holds the set); with --target=none the split. names: the labels, in
+    order. source: the data settings, with image_size filled in.
     """
 
     def __init__(self, source, files):
         self.source, self.files, self.n_bad_rows = source, files, 0
+        self.n_skipped = 0  # rows of skip_labels
         self.fingerprints, self.labels = {}, {}
         self.ids = {}  # label → its number in order of first sight
+        self.label_sets = {}  # with --target=labels: hash → labels
         for split in files:
             self.read(split)
         if source.target == "class" and len(self.ids) < 2:
@@ -48,6 +53,8 @@ class Survey:
             raise UserError(f"{files['train']}: no row has a label (is --label_column the right "
                             "one?)")
         self.names = sorted(self.ids)
+        if source.target == "class":
+            self.check_names()
         if all(name.removeprefix("-").isdecimal() for name in self.names):
             self.names.sort(key=lambda name: (int(name), name))
         if source.target == "class":
@@ -66,6 +73,8 @@ class Survey:
                     self.source = replace(source, image_size=list(value.shape))
                 fingerprints.append(fingerprint(value))
                 labels.append(self.label_id(label, where, split))
+            elif label and label in source.skip_labels:
+                self.n_skipped += 1
             elif source.drop_bad_rows:
                 self.n_bad_rows += 1
             else:
@@ -79,7 +88,7 @@ class Survey:
 
     def label_id(self, label, where, split):
         if self.source.target == "number":
-            return parse_number(label, where)
+            return parse_number(label, where, self.source)
         if self.source.target == "none":
             return SPLITS.index(label)
         found = split_labels(label, self.source)
@@ -90,7 +99,27 @@ class Survey:
             self.ids.setdefault(name, len(self.ids))
         if self.source.target == "class":
             return self.ids[label]
-        return fingerprint(str(found)) >> 1
+        key = fingerprint(str(found)) >> 1
+        self.label_sets[key] = found
+        return key
+
+    def check_names(self):
+        """Raise UserError for a label that is a column's name, and for two that are one number."""
+        first = next(iter(self.ids))
+        is_alone = (self.labels["train"] == 0).sum() == 1
+        if self.source.header is None and is_alone and is_header_word(first):
+            raise UserError(f"{self.files['train']}: the label of the first row, {first!r}, occurs "
+                            "once: is that row names? Give --header=True, or --header=False if it "
+                            "is an example")
+        numbers = {}
+        for name in self.names:
+            try:
+                other = numbers.setdefault(float(name), name)
+            except ValueError:
+                continue
+            if other != name:
+                raise UserError(f"{self.files['train']}: the labels {other!r} and {name!r} are the "
+                                "same number: write them alike")
 
     def conflicts(self):
         """How many more pairs (value, label) train has than values."""
@@ -121,6 +150,11 @@ def assign_splits(survey, source):
             overlaps[f"{a}-{b}"] = int(np.isin(prints[a], prints[b]).sum())
     removed = {"bad_rows": survey.n_bad_rows, "duplicates_in_train": 0,
                "train_rows_also_in_val_or_test": 0}
+    if source.skip_labels:
+        removed["rows_of_skip_labels"] = survey.n_skipped
+    for file in survey.files.values():
+        for kind, n in skipped_files(file).items():
+            removed[kind] = removed.get(kind, 0) + n
     if source.dedup and source.kind != "features":  # two cars may well have the same numbers
         repeated = np.ones(len(prints["train"]), bool)
         repeated[np.unique(prints["train"], return_index=True)[1]] = False
@@ -133,27 +167,72 @@ def assign_splits(survey, source):
     if source.target == "none" and labels.any():  # a document that was cut
         assignment["train"] = labels
     else:
+        if source.target == "labels":
+            stratify_sets(assignment["train"], [survey.label_sets[key] for key in labels.tolist()],
+                          held_out(source), source.split_seed)
+            return assignment, removed, overlaps
         if source.target != "class":
-            labels = np.zeros(len(labels), int)  # numbers, and sets of labels: split at random
+            labels = np.zeros(len(labels), int)  # numbers: split at random
         stratify(assignment["train"], labels, held_out(source), source.split_seed)
     return assignment, removed, overlaps
 
 
 def stratify(assignment, labels, fractions, seed):
     """Move rows of train (assignment 0), at random but with equal shares of each class, to the
-    splits in `fractions`, in place."""
+    splits in `fractions`, in place. A class keeps at least one row in train. Where shares are no
+    whole rows and classes have equal claims, those go first of which less was taken; then by lot.
+    """
     rng = np.random.default_rng(seed)
     pools = []  # of each class, its rows in random order
     for c in range(labels.max() + 1):
         pools.append(rng.permutation(np.flatnonzero((labels == c) & (assignment == 0))))
+    lot = np.random.default_rng((seed, 1)).permutation(len(pools))
     sizes = np.array([len(pool) for pool in pools])
     taken = np.zeros(len(pools), int)
     for split, fraction in fractions.items():
         exact = sizes * fraction
-        take = np.floor(exact).astype(int)
+        most = np.maximum(sizes - 1 - taken, 0)
+        take = np.minimum(np.floor(exact).astype(int), most)
         n_missing = round(exact.sum()) - take.sum()
-        largest_remainders = np.argsort(take - exact, kind="stable")[:n_missing]
-        take[largest_remainders] += 1
+        by_claim = np.lexsort((lot, taken, take - exact))
+        take[by_claim[take[by_claim] < most[by_claim]][:n_missing]] += 1
         for pool, start, n in zip(pools, taken, take):
             assignment[pool[start : start + n]] = SPLITS.index(split)
         taken += take
+
+
+def stratify_sets(assignment, label_sets, fractions, seed):
+    """As stratify, of rows with several labels (iterative stratification, Sechidis et al. 2011).
+
+    The rarest label's rows are dealt out first, each to the split that lacks most of that label, of
+    equal ones to that which lacks most rows. Rows without labels are dealt out last.
+    """
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(np.flatnonzero(assignment == 0)).tolist()
+    shares = {"train": 1 - sum(fractions.values())} | fractions
+    rows_of = {}
+    for row in rows:
+        for label in label_sets[row]:
+            rows_of.setdefault(label, []).append(row)
+    wanted = {split: {label: share * len(members) for label, members in rows_of.items()}
+              for split, share in shares.items()}  # rows of each label that a split still lacks
+    lacks = {split: share * len(rows) for split, share in shares.items()}
+    left = {label: len(members) for label, members in rows_of.items()}  # not yet dealt out
+    dealt = set()
+
+    def deal(row, label=None):
+        split = max(shares, key=lambda s: (wanted[s].get(label, 0), lacks[s]))
+        assignment[row] = SPLITS.index(split)
+        dealt.add(row)
+        lacks[split] -= 1
+        for other in label_sets[row]:
+            wanted[split][other] -= 1
+            left[other] -= 1
+    while left := {label: n for label, n in left.items() if n}:
+        rarest = min(left, key=lambda label: (left[label], label))
+        for row in rows_of[rarest]:
+            if row not in dealt:
+                deal(row, rarest)
+    for row in rows:
+        if row not in dealt:
+            deal(row)

@@ -385,6 +385,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))  # held: the file may change
     train_set = open_examples("train", cfg.seed, training=True)
     val_set = None if cfg.lr_find else open_examples("val", 0, training=False)
+    if machine.rank == 0 and meta["kind"] == "text" and cfg.objective == "classify":
+        data.print_cut("train", train_set.starts, max_len)
     mirror = cfg.flip and meta["kind"] == "image"
     subset = None
     n_train = len(train_set)

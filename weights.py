@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import build_model
-from huggingface import read_hf, skeleton
+from huggingface import read_hf, read_label_names, skeleton
 from model import ModelConfig, Transformer
 
 CHECKPOINT_FORMAT = 2
@@ -140,26 +140,30 @@ def is_huggingface(path):
     return (path / "config.json").exists() and not (path / "best.pt").exists()
 
 
-def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None):
+def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None,
+                    label_names=None):
     """The Transformer of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in
     eval mode.
 
     n_classes: return a classifier, with the weights' own head, or a fresh one where they have none
-    or with new_head. n_classes=0: return a language model. Our checkpoints keep their own head;
-    others get one that is tied to the embedding. For GPT-2 that is exact; the rest lack the layer
-    before their head, so that it has to be trained. max_len: tokens that the model must read.
-    image_size: for images of another size, learned positions are interpolated (bicubic; Dosovitskiy
-    et al. 2021, section 3.2). Raises UserError for what is not supported, missing, left over, of
-    the wrong shape, or not finite.
+    or with new_head. label_names: the classes in the data's order, to which the head's rows are
+    brought; None: its own order. n_classes=0: return a language model. Our checkpoints keep their
+    own head; others get one that is tied to the embedding. For GPT-2 that is exact; the rest lack
+    the layer before their head, so that it has to be trained. max_len: tokens that the model must
+    read. image_size: for images of another size, learned positions are interpolated (bicubic;
+    Dosovitskiy et al. 2021, section 3.2). Raises UserError for what is not supported, missing, left
+    over, of the wrong shape, or not finite.
     """
     if is_huggingface(path):
         config, weights = read_hf(path)
+        names = read_label_names(path)
         if isinstance(config, dict):  # a folder that save_hf wrote for our own trunk
             config = read_model_config(config, path)
     else:
         saved = load_checkpoint(path)
         config = read_model_config(saved["model_config"], path)
         weights = saved["model"]
+        names = saved["label_names"]
     if n_classes == 0:
         config.n_classes = 0
         config.lm_head = config.lm_head or "tied"
@@ -172,6 +176,8 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
                             f"has {n_classes}; give it a new one with --new_head=True")
         new_head = new_head or config.n_classes != n_classes
         config.n_classes = n_classes
+        if label_names and not new_head:
+            weights = weights | head_in_order(weights, names, label_names, path)
     if config.image_size:
         weights = fit_image_size(config, weights, image_size, max_len, path)
     elif image_size:
@@ -193,6 +199,15 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     state = model.state_dict()
     model.load_state_dict(weights | {name: state[name] for name in fresh})
     return model.eval()
+
+
+def head_in_order(weights, names, label_names, path):
+    """The head's weights for classes `names`, with their rows in the order of label_names."""
+    if sorted(names) != sorted(label_names):
+        raise UserError(f"{path}: its head tells {names[:20] or 'unnamed classes'} apart, the data "
+                        f"has {label_names[:20]}; give it a new one with --new_head=True")
+    order = [names.index(name) for name in label_names]
+    return {name: weights[name][order] for name in ("head.weight", "head.bias") if name in weights}
 
 
 def without(weights, prefix):

@@ -39,11 +39,11 @@ GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in rang
         (GOOD.encode() + b"a,caf\xe9\n", r"line 42: not valid utf-8 \(byte 0xe9.*--encoding", {}),
         (GOOD + 'a,"never closed\n' + GOOD, r"line 83: .*quote", {}),
         (GOOD, "no encoding 'klingon'", dict(encoding="klingon")),
-        ("label,text\na,x\nb,y\na,z\n", "too few examples: val would be empty", {}),
+        ("label,text\na,x\nb,y\na,z\n", "val would be empty: too few examples", {}),
         (GOOD, "at least 258", dict(vocab_size=100)),
         (GOOD, "no such file", dict(tokenizer="nowhere.json")),
         (GOOD, "no such file", dict(train_file="nowhere.csv")),
-        (GOOD, "'.csv, .tsv and .jsonl can be read|of files, .csv", dict(train_file=__file__)),
+        (GOOD, "of files, .*.csv, .* can be read", dict(train_file=__file__)),
         (GOOD, "is built in|built-in", dict(dataset="bbc")),
         (GOOD, "needs --train_file", dict(train_file=None)),
         (GOOD, "--target=number is for --kind=features", dict(target="number")),
@@ -135,7 +135,9 @@ def test_json_null_is_missing_and_lone_surrogates_are_replaced(tmp_path):
     assert sum(s["examples"] for s in data.build(cfg)["splits"].values()) == 40
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(GOOD.encode() * 50)[:-30]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress((GOOD + GOOD[11:] * 50).encode())[:-30]]
+)
 def test_damaged_gzip(tmp_path, content):
     (tmp_path / "a.csv.gz").write_bytes(content)
     with pytest.raises(UserError, match="a.csv.gz: cannot be read"):

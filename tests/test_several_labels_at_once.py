@@ -54,7 +54,7 @@ def several(toy, tmp_path):
         dataset="several",
         train_file=str(tmp_path / "labels.csv"),
         target="labels",
-        epochs=20.0,
+        epochs=30.0,
         learning_rate=0.01,
     )
 

@@ -1,0 +1,566 @@
+"""The bytes of a file → rows of text fields, in any dialect.
+
+A reader yields (where, fields, label): `where` names file and line for messages; fields is a list
+of text, [] for a blank line, None for a row that is left out and counted (--drop_bad_rows); label
+is text. A new file format is one function in READERS, which takes (the file's name, its binary
+stream, the data settings).
+"""
+import ast
+import csv
+import functools
+import io
+import itertools
+import json
+import math
+import re
+import unicodedata
+import zlib
+from pathlib import Path
+
+from configurator import UserError
+
+import numpy as np
+
+# --------------------------------------------------------------------------------------------------
+# Lines
+
+BOMS = {  # longest first
+    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16"}
+
+
+def decoded_lines(raw, name, encoding, max_row_mb):
+    """Yield (number, text) of each line of a binary stream, without a byte-order mark. A line ends
+    in \\n, \\r\\n, or, as on old Macs, \\r."""
+    limit = max_row_mb * 1_000_000
+    number = 0
+    try:
+        encoding = known_encoding(raw) or encoding
+        if encoding.lower().startswith(("utf-16", "utf_16", "utf-32", "utf_32")):
+            stream = io.TextIOWrapper(raw, encoding, newline="")
+            lines = iter(lambda: stream.readline(limit), "")
+        else:
+            lines = byte_lines(raw, limit)
+        for number, line in enumerate(lines, 1):
+            if len(line) >= limit:
+                raise UserError(f"{name}, line {number}: longer than {max_row_mb} MB; is the file "
+                                "damaged? If not, raise --max_row_mb")
+            if isinstance(line, bytes):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                line = decode(line, encoding, f"{name}, line {number}")
+            yield number, line
+    except UnicodeError as error:
+        raise UserError(f"{name}, line {number + 1}: not valid {encoding}: {error}; give "
+                        "its --encoding") from None
+    except LookupError:
+        raise UserError(f"--encoding={encoding}: Python knows no encoding "
+                        f"'{encoding}'") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from error
+
+
+def known_encoding(raw):
+    """The encoding that a byte-order mark at a stream's start says, or None."""
+    start = raw.peek(4)[:4]
+    return next((encoding for bom, encoding in BOMS.items() if start.startswith(bom)), None)
+
+
+def byte_lines(raw, limit):
+    rest = b""
+    while chunk := raw.readline(limit):  # up to \n, or so many bytes
+        if b"\r" not in chunk and not rest:
+            yield chunk
+            continue
+        *lines, rest = re.split(rb"(?<=\r)(?!\n)", rest + chunk)
+        yield from lines
+        if rest.endswith(b"\n") or len(rest) >= limit:
+            yield rest
+            rest = b""
+    if rest:
+        yield rest
+
+
+def decode(line, encodings, where):
+    """A line by the first of the comma-separated encodings that fits."""
+    for encoding in encodings.split(","):
+        try:
+            return line.decode(encoding)
+        except UnicodeDecodeError as error:
+            failed = error
+    raise UserError(f"{where}: not valid {encoding} (byte 0x{line[failed.start]:02x} at column "
+                    f"{failed.start}); save it as UTF-8, or give its --encoding")
+
+
+@functools.cache
+def say(message):
+    """Print a line once: a source is read several times."""
+    print(message, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Text
+
+
+def read_txt(name, raw, cfg):
+    """A document a line (--lines=True), or fastText's lines, `__label__x text`, or one document in
+    all, whose label is its folder's name."""
+    lines = decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb)
+    if cfg.target == "none" and cfg.lines:
+        for number, line in lines:
+            text = line.rstrip("\r\n")
+            yield f"{name}, line {number}", [text] if text.strip() else [], ""
+        return
+    first = list(itertools.islice(lines, 1))
+    lines = itertools.chain(first, lines)
+    if cfg.target in ("class", "labels") and first and first[0][1].startswith("__label__"):
+        yield from read_fasttext(name, lines, cfg)
+    else:
+        yield name, ["".join(line for _, line in lines)], Path(name).parent.name
+
+
+def read_fasttext(name, lines, cfg):
+    for number, line in lines:
+        where = f"{name}, line {number}"
+        words = line.split()
+        labels = list(itertools.takewhile(lambda word: word.startswith("__label__"), words))
+        labels = [label.removeprefix("__label__") for label in labels]
+        if not words:
+            yield where, [], ""
+        elif cfg.target == "class" and len(labels) != 1:
+            problem = f"{where}: {len(labels)} labels; several are for --target=labels"
+            yield from bad_row(where, problem, cfg)
+        else:
+            text = line.split(maxsplit=len(labels))[len(labels) :]
+            yield where, text or [""], join_labels(labels, where, cfg)
+
+
+def bad_row(where, problem, cfg):
+    """What a reader yields for a row that cannot be used. Raises UserError unless such rows are
+    left out."""
+    if not cfg.drop_bad_rows:
+        raise UserError(f"{problem}; mend it, or build without such rows: --drop_bad_rows=True")
+    yield where, None, ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+HEADER_WORDS = {"text", "texts", "label", "labels", "class", "category", "sentence", "target",
+                "sentiment", "review", "title", "content", "question", "intent", "topic", "y"}
+DELIMITERS = {",": "a comma", ";": "a semicolon", "|": "a bar", "\t": "a tab"}
+
+
+def read_table(name, raw, cfg, usual):
+    """Fields in quotes may hold delimiters and newlines (RFC 4180)."""
+    csv.field_size_limit(cfg.max_row_mb * 1_000_000)
+    lines = (line for _, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb))
+    sample = list(itertools.islice(first_lines(lines), 200))
+    rest = list(itertools.islice(lines, 1))  # none: the sample is all of it
+    dialect = choose_dialect(sample, not rest, cfg, usual, name)
+    table = csv.reader(itertools.chain(sample, rest, lines), strict=True, **dialect)
+    names = None
+    try:
+        for row in table:
+            where = f"{name}, line {table.line_num}"
+            if not row:
+                yield where, [], ""
+                continue
+            if names is None:
+                values, labels = column_indices(row, cfg, name)
+                names, width = row, len(row)
+                if has_header(cfg):
+                    continue
+                if cfg.header is None and cfg.target == "none" and is_header_word(row[values[0]]):
+                    raise UserError(f"{where}: is {row[values[0]]!r} the name of the column? Give "
+                                    "--header=True, or --header=False if it is a text")
+            needed = max(values + labels) + 1
+            if has_header(cfg) and row == names:
+                problem = f"{where}: repeats the header"
+            elif any(row[width:]):  # empty fields at the end do no harm
+                problem = (f"{where}: {len(row)} fields, but the first row has {width}: is a text "
+                           f"with {dialect['delimiter']!r} in it not in quotes?")
+            elif len(row) < needed:
+                problem = f"{where}: {len(row)} fields where {needed} are needed"
+            else:
+                label = label_of([row[i] for i in labels], where, cfg)
+                yield where, [row[i] for i in values], label
+                continue
+            yield from bad_row(where, problem, cfg)
+    except csv.Error as error:
+        raise UserError(f"{name}, line {table.line_num}: {error} (is a quote left open? If not, "
+                        "raise --max_row_mb, or give --quotechar, --escapechar)") from error
+
+
+def first_lines(lines):
+    """The lines up to 100,000 characters."""
+    size = 0
+    while size < 100_000 and (line := next(lines, None)) is not None:
+        yield line
+        size += len(line)
+
+
+def choose_dialect(sample, is_all, cfg, usual, name):
+    """The csv dialect of a table's first lines: the usual one of its suffix, unless another makes
+    equal rows of them that have the columns that are asked for."""
+    delimiters = [cfg.delimiter] if cfg.delimiter else [usual, *(DELIMITERS.keys() - {usual})]
+    quoted = {"quoting": csv.QUOTE_MINIMAL, "quotechar": cfg.quotechar or '"'}
+    escaped = quoted | {"escapechar": cfg.escapechar or "\\", "doublequote": False}
+    ways = [quoted] if cfg.quotechar is None else [quoted if cfg.quotechar else
+                                                   {"quoting": csv.QUOTE_NONE}]
+    if cfg.quotechar is None and usual == "\t" and not quotes_explain_all(sample):
+        ways = [{"quoting": csv.QUOTE_NONE}, quoted]
+    if cfg.escapechar:
+        ways = [escaped]
+    elif any('\\"' in line for line in sample) and cfg.quotechar != "":
+        ways.append(escaped)
+    candidates = [{"delimiter": d} | way for d in sorted(delimiters, key=lambda d: d != usual)
+                  for way in ways]
+    fitting = [dialect for dialect in candidates if fits(sample, is_all, dialect, cfg)]
+    if not fitting:
+        return candidates[0]
+    dialect = fitting[0]
+    possible = {d["delimiter"] for d in fitting}
+    if len(possible) > 1 and not has_header(cfg) and is_wide(cfg):
+        raise UserError(f"{name}: its rows could be parted by {' or '.join(sorted(possible))!r}: "
+                        "give --delimiter")
+    if dialect != candidates[0]:
+        how = "quoted fields" if dialect["quoting"] == csv.QUOTE_MINIMAL else "no quotes"
+        if "escapechar" in dialect:
+            how = "quotes escaped by a backslash"
+        delimiter = DELIMITERS.get(dialect["delimiter"], dialect["delimiter"])
+        say(f"{name}: read with {delimiter} between fields and {how} (--delimiter, --quotechar and "
+            "--escapechar say otherwise)")
+    return dialect
+
+
+def quotes_explain_all(sample):
+    """Is every field of a table between tabs that begins with a quote a quoted field, and does one
+    hold a doubled quote, as only quoted fields do, or are all fields quoted?"""
+    fields = [field for line in sample for field in line.rstrip("\r\n").split("\t")]
+    quoted = [field for field in fields if field.startswith('"')]
+    proper = all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in quoted)
+    return proper and (any('""' in field[1:-1] for field in quoted) or len(quoted) == len(fields))
+
+
+def fits(sample, is_all, dialect, cfg):
+    """Do the lines make rows of one length under a dialect, with the columns that are asked for?"""
+    table = csv.reader(sample, strict=True, **dialect)
+    rows = []
+    try:
+        rows.extend(row for row in table if row)
+    except csv.Error:
+        if is_all or table.line_num < len(sample):
+            return False  # else the sample ends within a row
+    try:
+        column_indices(rows[0], cfg, "")
+    except (UserError, IndexError):
+        return False
+    return len({len(row) for row in rows}) == 1
+
+
+def has_header(cfg):
+    if cfg.header is not None:
+        return cfg.header
+    values, labels = named_columns(cfg)
+    return any(isinstance(column, str) for column in values + labels)
+
+
+def is_wide(cfg):
+    """Are columns behind the first asked for?"""
+    values, labels = named_columns(cfg)
+    return values + labels != [0]
+
+
+def is_header_word(text):
+    return text.strip().casefold() in HEADER_WORDS
+
+
+def named_columns(cfg):
+    """(the columns that hold the value, those of the label), as the settings name them."""
+    values = cfg.text_column if cfg.kind == "text" else cfg.columns or []
+    labels = [] if cfg.target == "none" else cfg.label_column
+    return [columns if isinstance(columns, list) else [columns] for columns in (values, labels)]
+
+
+def column_indices(row, cfg, name):
+    """Where the columns stand, by a table's first row: (the value's, the label's)."""
+    values, labels = named_columns(cfg)
+    header = has_header(cfg)
+
+    def index_of(column):
+        index = row.index(column) if header and column in row else column
+        if isinstance(index, str) or not 0 <= index < len(row):
+            raise UserError(f"{name}: there is no column {column!r} in its first row, "
+                            f"{[field[:40] for field in row]}; give its columns by name, or by "
+                            "number from 0 without a header (--text_column, --label_column)")
+        return index
+    label_indices = [index_of(column) for column in labels]
+    if cfg.kind != "text" and not cfg.columns:  # all but the label's
+        return [i for i in range(len(row)) if i not in label_indices], label_indices
+    return [index_of(column) for column in values], label_indices
+
+
+# --------------------------------------------------------------------------------------------------
+# Records
+
+
+def read_json(name, raw, cfg):
+    """A JSON object a line, or an array of objects."""
+    try:
+        encoding = known_encoding(raw) or cfg.encoding.split(",")[0]
+        start = raw.peek(1000)[:1000].decode(encoding, "ignore")
+    except (OSError, EOFError, LookupError, zlib.error) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from error
+    is_array = start.lstrip("\ufeff \t\r\n").startswith("[")
+    for where, record in (array_elements if is_array else json_lines)(name, raw, cfg):
+        if isinstance(record, dict):
+            yield from read_record(record, where, cfg)
+        elif record == "":
+            yield where, [], ""
+        else:
+            yield from bad_row(where, f"{where}: not a JSON object", cfg)
+
+
+def json_lines(name, raw, cfg):
+    """(where, object) of each line; "" of a blank one, None of one that is not JSON."""
+    for number, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb):
+        record = ""
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            record = None if record == "" else record  # which stands for a blank line
+        yield f"{name}, line {number}", record
+
+
+def array_elements(name, raw, cfg):
+    """(where, element) of each element of a JSON array, one at a time."""
+    encoding = known_encoding(raw) or cfg.encoding.split(",")[0]
+    stream = io.TextIOWrapper(raw, "utf-8-sig" if encoding == "utf-8" else encoding)
+    decoder = json.JSONDecoder()
+    waiting = ""  # what is read and not yet understood, from `position` on
+    position = 0
+    is_open = False
+    number = 0
+    while True:
+        position = re.compile(r"[\s,]*").match(waiting, position).end()
+        try:
+            if waiting[position : position + 1] == "]" and is_open:
+                return
+            if not is_open and waiting:
+                is_open = True
+                position += 1  # [
+                continue
+            record, end = decoder.raw_decode(waiting, position)
+            if end == len(waiting):
+                raise ValueError  # a number may go on
+        except (ValueError, RecursionError):
+            try:
+                more = stream.read(1_000_000)
+            except (OSError, EOFError, UnicodeError, zlib.error) as error:
+                raise UserError(f"{name}: cannot be read: {error}") from None
+            if not more or len(waiting) - position > cfg.max_row_mb * 1_000_000:
+                raise UserError(f"{name}, element {number}: not valid JSON, or longer than "
+                                f"--max_row_mb={cfg.max_row_mb}") from None
+            waiting = waiting[position:] + more
+            position = 0
+            continue
+        yield f"{name}, element {number}", record
+        number += 1
+        position = end
+
+
+def read_parquet(name, raw, cfg):
+    """Parquet, or Arrow's own files (.arrow, .feather)."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{name}: needs a package that is not here: pip install pyarrow") from None
+    try:
+        if name.endswith(".parquet"):
+            batches = pyarrow.parquet.ParquetFile(raw).iter_batches(1000)
+        else:
+            table = pyarrow.ipc.open_file(raw)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        number = 0
+        for batch in batches:
+            for record in batch.to_pylist():
+                yield from read_record(record, f"{name}, row {number}", cfg)
+                number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def read_record(record, where, cfg):
+    """A dict as a row."""
+    values, labels = named_columns(cfg)
+    if cfg.kind != "text" and not cfg.columns:  # all but the label's
+        values = [key for key in record if key not in labels]
+    for column in values + labels:
+        if column not in record:
+            problem = (f"{where}: there is no key {column!r} among {list(record)[:20]} (give "
+                       "--text_column and --label_column)")
+            yield from bad_row(where, problem, cfg)
+            return
+    fields = [scalar(record[column], where, column) for column in values]
+    yield where, fields, label_of([record[column] for column in labels], where, cfg)
+
+
+def scalar(value, where, column):
+    """A value of JSON as text; of null and NaN "". Raises UserError for lists and objects."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return ""
+    if isinstance(value, (list, tuple, dict)):
+        raise UserError(f"{where}: {column!r} is a list or an object, not a single value (several "
+                        "labels of a text are for --target=labels)")
+    return str(value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Labels
+
+
+def label_of(cells, where, cfg):
+    """A row's label as text: of a list the elements, of several columns those that are 1."""
+    if not cells:
+        return ""
+    if len(cells) > 1:
+        given = [name for name, cell in zip(cfg.label_column, cells)
+                 if is_one(scalar(cell, where, name), where, name)]
+        return join_labels(given, where, cfg)
+    (cell,) = cells
+    if cfg.target == "labels":
+        if isinstance(cell, str) and cell.strip()[:1] in ("[", "("):
+            try:
+                cell = ast.literal_eval(cell.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass  # a label may begin so
+        if isinstance(cell, (list, tuple)):
+            return join_labels([scalar(name, where, "label") for name in cell], where, cfg)
+    return scalar(cell, where, cfg.label_column)
+
+
+def is_one(cell, where, name):
+    """Is a cell of a label's own column 1?"""
+    cell = cell.strip().casefold()
+    if cell in ("1", "1.0", "true", "yes"):
+        return True
+    if cell in ("", "0", "0.0", "false", "no"):
+        return False
+    raise UserError(f"{where}: column {name!r} is {cell!r}, where 1 or 0 says whether a text has "
+                    "that label")
+
+
+def join_labels(names, where, cfg):
+    """Several labels as one text. Raises UserError where one holds the separator."""
+    if cfg.target == "class":
+        return names[0]
+    for name in names:
+        if cfg.label_separator in name:
+            raise UserError(f"{where}: label {name!r} holds {cfg.label_separator!r}; give a "
+                            "--label_separator that no label holds")
+    return cfg.label_separator.join(names)
+
+
+INVISIBLE = dict.fromkeys((0x200B, 0x2060, 0xFEFF))  # zero-width spaces
+
+
+def clean_label(label):
+    """Labels that look alike are alike: as clean, without zero-width spaces, blanks made one."""
+    return " ".join(clean(label.translate(INVISIBLE)).split())
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
+
+BLANKS = dict.fromkeys((*range(11, 14), *range(28, 32)), " ")  # \v, \f and separators
+CONTROL = dict.fromkeys([*range(32), 127]) | BLANKS | {9: "\t", 10: "\n"}
+MISSING_NUMBERS = {"", "na", "n/a", "nan", "?", "null", "none", "-", "#n/a"}
+
+
+def clean(text):
+    """NFC, \\n line ends, no control characters nor lone surrogates, no blanks at the ends."""
+    text = text.encode("utf-8", "replace").decode()
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text.translate(CONTROL).strip()
+
+
+def is_missing(value):
+    return value is None or isinstance(value, str) and not value
+
+
+def to_float(text, cfg):
+    """A field as a number, NaN where it says that it has none. Raises ValueError."""
+    text = text.strip()
+    if text.casefold() in MISSING_NUMBERS:
+        return math.nan
+    if cfg.decimal == ",":
+        if "." in text and not re.fullmatch(r"[-+]?\d{1,3}(\.\d{3})+(,\d+)?", text):
+            raise ValueError(f"{text!r} has a point, and --decimal=, is set")
+        text = text.replace(".", "").replace(",", ".")
+    elif re.fullmatch(r"[-+]?\d+,\d+", text):
+        raise ValueError(f"{text!r} has a comma: give --decimal=, if that is the decimal point")
+    return float(text)
+
+
+def parse_number(text, where, cfg):
+    """A row's label as a number."""
+    try:
+        value = to_float(text, cfg)
+    except ValueError as error:
+        hint = f" ({error})" if "--decimal" in str(error) else ""
+        raise UserError(f"{where}: label {text!r} is not a number, which --target=number "
+                        f"needs{hint}") from None
+    if not math.isfinite(value):
+        raise UserError(f"{where}: label {text!r} is not a number, which --target=number needs")
+    if abs(value) > 1e100:
+        raise UserError(f"{where}: label {text!r} is too large: its square would overflow; use "
+                        "another unit, or the logarithm")
+    return value
+
+
+def parse_numbers(fields, where, cfg):
+    """The fields of a row as features (F,) or pixels (C, H, W); None where one is missing."""
+    try:
+        values = [to_float(field, cfg) for field in fields]
+    except ValueError as error:
+        if cfg.drop_bad_rows:
+            return None
+        raise UserError(f"{where}: {error}: --columns must name columns of numbers only (names in "
+                        "the first row: --header=True; rows to be left out: "
+                        "--drop_bad_rows=True)") from None
+    x = np.array(values, np.float32)
+    if cfg.kind == "image":
+        return parse_pixels(x, where, cfg)
+    infinite = np.isinf(x)
+    empty = np.isnan(x)
+    index = int(np.argmin(np.isfinite(x)))
+    if infinite.any() and not cfg.drop_bad_rows:
+        raise UserError(f"{where}: feature {index} is infinite; mend the row, or leave such rows "
+                        "out with --drop_bad_rows=True")
+    if empty.any() and not cfg.impute and not cfg.drop_bad_rows:
+        raise UserError(f"{where}: feature {index} is empty or NaN; mend the row, leave such rows "
+                        "out with --drop_bad_rows=True, or take train's mean with --impute=True")
+    if infinite.any() or empty.any() and not cfg.impute:
+        return None
+    return x
+
+
+def parse_pixels(x, where, cfg):
+    if not cfg.image_size or math.prod(cfg.image_size) != len(x):
+        raise UserError(f"{where}: {len(x)} pixels; give --image_size=[channels,height,width] with "
+                        "that many")
+    if not (np.isfinite(x) & (x >= 0) & (x <= 255) & (x == np.round(x))).all():
+        raise UserError(f"{where}: pixels are whole numbers from 0 to 255")
+    return x.astype(np.uint8).reshape(cfg.image_size)
+
+
+READERS = {
+    ".txt": read_txt, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
+    ".csv": functools.partial(read_table, usual=","),
+    ".tsv": functools.partial(read_table, usual="\t"),
+    ".parquet": read_parquet, ".arrow": read_parquet, ".feather": read_parquet,
+}
