@@ -109,6 +109,8 @@ def read_meta(folder, rebuild):
     wrong = mismatch(meta, META) or mismatch(meta, META_OF_TASK[meta["task"]])
     if not wrong and meta["kind"] == "text":
         wrong = mismatch(meta, META_OF_TEXT)
+    elif not wrong and len(meta["shape"]) != {"image": 3, "features": 1}[meta["kind"]]:
+        wrong = "shape"
     if wrong:
         raise UserError(f"{folder}/meta.json is damaged: its {wrong} is missing or not what it "
                         f"should be; rebuild the data set with: {rebuild}")
@@ -230,15 +232,17 @@ class PackedText(Examples):
     """Documents and their labels.
 
     crop: train on a random window of this many tokens of each document. mask_prob: hide this share
-    of the tokens in training. n_suffix: special tokens at the end of each document.
+    of the tokens in training. n_suffix: special tokens at the end of each document. long: what is
+    read of a document longer than max_len: its head; head+tail, the second half from its end; or,
+    by `windows`, all of it.
     """
 
     def __init__(self, tokens, starts, labels, max_len, n_suffix, mask_id=None, seed=0, crop=None,
-                 mask_prob=0.0):
+                 mask_prob=0.0, long="head"):
         self.tokens, self.starts, self.labels = tokens, starts, labels
         self.lengths = np.minimum(np.diff(starts), crop or max_len)
         self.max_len, self.n_suffix, self.mask_id = max_len, n_suffix, mask_id
-        self.seed, self.crop, self.mask_prob = seed, crop, mask_prob
+        self.seed, self.crop, self.mask_prob, self.long = seed, crop, mask_prob, long
         if mask_prob and mask_id is None:
             raise UserError("mask_prob needs a tokenizer with a [MASK] or <mask> token; "
                             "set --mask_prob=0")
@@ -249,7 +253,11 @@ class PackedText(Examples):
         start = self.starts[i]
         end = self.starts[i + 1]
         if epoch is None or not (self.crop or self.mask_prob):
-            return truncate(self.tokens[start:end].astype(np.int64), self.max_len, self.n_suffix)
+            ids = self.tokens[start:end].astype(np.int64)
+            n_end = self.n_suffix
+            if self.long == "head+tail":
+                n_end = max(n_end, self.max_len // 2)
+            return truncate(ids, self.max_len, n_end)
         rng = np.random.default_rng((self.seed, epoch, i))
         skip = 0
         if self.crop and self.crop < end - start:
@@ -272,13 +280,33 @@ class PackedText(Examples):
         targets = torch.from_numpy(np.concatenate([labels, ignored]).astype(np.int64))
         return Batch(inputs, targets, len(labels), sum(map(len, documents)))
 
+    def windows(self):
+        """All documents in pieces of up to max_len tokens, each with the first token and the
+        special ones at the end: (PackedText, each piece's document (W,) int64). The last piece of a
+        longer document is full, too: it starts earlier."""
+        pieces, document = [], []
+        width = self.max_len - 1 - self.n_suffix
+        for i in range(len(self)):
+            ids = self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.int64)
+            n_body = len(ids) - 1 - self.n_suffix
+            n = max(1, ceil_div(n_body, width))
+            for start in np.linspace(0, max(0, n_body - width), n).astype(int):
+                body = ids[1 + start : 1 + min(start + width, n_body)]
+                pieces.append([ids[:1], body, ids[len(ids) - self.n_suffix :]])
+                document.append(i)
+        tokens = np.concatenate([part for piece in pieces for part in piece])
+        starts = np.cumsum([0, *(sum(map(len, piece)) for piece in pieces)])
+        labels = self.labels[document]
+        return (PackedText(tokens, starts, labels, self.max_len, self.n_suffix),
+                torch.tensor(document))
+
     def empty_batch(self):
         targets = torch.full((1, *self.labels.shape[1:]), IGNORE)
         return Batch(pack([np.zeros(1, np.int64)]), targets, 0, 0)
 
     def content(self, i):
         """A document's bytes, to compare documents by: all of it, not only what is read."""
-        return self.tokens[self.starts[i] : self.starts[i + 1]].tobytes()
+        return self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.uint32).tobytes()
 
 
 class LanguageBlocks(Examples):

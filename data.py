@@ -32,7 +32,6 @@ from tokenizers import (
 from tqdm import tqdm
 
 from batches import FORMAT, SPLITS, read_meta
-from readers import parse_number
 from sources import (
     DataConfig,
     data_settings,
@@ -40,7 +39,7 @@ from sources import (
     rebuild_command,
     resolve,
     rows,
-    split_labels,
+    target_of,
 )
 from splits import Survey, assign_splits, is_complete, unit_of
 
@@ -230,18 +229,6 @@ def why_empty(removed):
     if n_twice >= n_bad:
         return "most rows stand there several times; if that is right: --dedup=False"
     return "most rows lack a text or a label: are --text_column and --label_column right?"
-
-
-def target_of(label, where, names, source):
-    """A row's label as Writer takes it: a class, a number, or bytes, 1 for each label it has."""
-    if source.target == "class":
-        return names.index(label)
-    if source.target == "number":
-        return parse_number(label, where, source)
-    if source.target == "none":
-        return 0
-    found = split_labels(label, source)
-    return bytes(name in found for name in names)
 
 
 # --------------------------------------------------------------------------------------------------

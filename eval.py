@@ -26,7 +26,7 @@ import metrics
 from baselines import build_model
 from batches import Request, eval_requests
 from model import flops_per_token
-from predict import Classifier, open_classifier, open_data
+from predict import Classifier, labelled_examples, open_classifier, open_data
 from report import (
     log_to_wandb,
     plot_learning_curves,
@@ -45,6 +45,10 @@ class Config:
     #   checkpoint files
     split: Literal["test", "val", "train"] = "test"  # val while you still choose between models;
     #   test once, at the end
+    test_file: str | None = None  # evaluate on this labelled file instead of a split; it is read
+    #   as the run's own files were, and compared with its train
+    long: Literal["head", "head+tail", "windows"] = "head"  # of texts longer than max_len: the
+    #   start; half of it and the end; or all of it, in windows whose logits are averaged
     resamples: int = 1000  # of the bootstrap that makes the intervals
     cheaper: bool = False  # True: what bfloat16, int8, torch.compile and shorter texts cost in
     #   accuracy and gain in speed
@@ -68,8 +72,12 @@ class Config:
 def full_report(clf, cfg):
     """(everything that is known of a checkpoint on cfg.split, for eval.json; the examples; their
     logits (N, C) float64, None of a language model)."""
-    examples = open_data(clf, cfg.split, cfg.data_dir)
-    report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": cfg.split,
+    if cfg.test_file and clf.is_language_model:
+        raise UserError(f"{clf.path} is a language model; --test_file is for labelled files")
+    split = cfg.test_file or cfg.split
+    examples = labelled_examples(clf, cfg.test_file, cfg) if cfg.test_file else None
+    examples = examples or open_data(clf, cfg.split, cfg.data_dir)
+    report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": split,
               "step": clf.step, "label_names": clf.label_names}
     size = len(examples) * max(1, len(clf.label_names))
     resamples = metrics.affordable_resamples(cfg.resamples, size)
@@ -81,9 +89,9 @@ def full_report(clf, cfg):
         numbers = (metrics.own_unit(x, clf.scaling) for x in (z[:, 0], examples.labels))
         report["interval"] = metrics.intervals(metrics.number_sample(*numbers), len(z), resamples)
         return report, examples, z
-    if cfg.split == "test":
+    if split not in ("val", "train"):
         report["in_train"] = report_overlap(clf, cfg, examples, z)
-    val = None if cfg.split == "val" and not clf.multilabel else open_data(clf, "val", cfg.data_dir)
+    val = None if split == "val" and not clf.multilabel else open_data(clf, "val", cfg.data_dir)
     if clf.multilabel:
         report |= report_labels(clf, cfg, examples, z, val, resamples)
     else:
@@ -128,7 +136,7 @@ def report_labels(clf, cfg, examples, z, val, resamples):
     thresholds = metrics.fit_thresholds(clf.logits(val), val.labels)
     report = {"interval": metrics.intervals(metrics.label_sample(z, y), len(y), resamples),
               "thresholds": thresholds.tolist()}
-    if cfg.split != "val":
+    if cfg.test_file or cfg.split != "val":
         fitted = metrics.label_sample(z, y, thresholds)
         report["at_thresholds"] = metrics.label_report(z, y, thresholds)
         report["at_thresholds"]["interval"] = metrics.intervals(fitted, len(y), resamples)
@@ -184,10 +192,11 @@ def report_checkpoint(path, cfg):
     report, examples, z = full_report(clf, cfg)
     print_report(report)
     folder = clf.path.parent
-    write_json(folder / "eval.json", report)
-    plots = plot_report(clf, report, examples, z, read_records(folder), folder)
-    write_page(report, folder, plots)
-    print(f"\nwritten to {folder}: eval.json, {', '.join(plots)}, report.html")
+    suffix = f"-{Path(cfg.test_file).stem}" if cfg.test_file else ""
+    write_json(folder / f"eval{suffix}.json", report)
+    plots = plot_report(clf, report, examples, z, read_records(folder), folder, suffix)
+    write_page(report, folder, plots, suffix)
+    print(f"\nwritten to {folder}: eval{suffix}.json, {', '.join(plots)}, report{suffix}.html")
     settings = clf.config | {"out_dir": str(folder)}
     if cfg.wandb_mode:
         settings["wandb_mode"] = cfg.wandb_mode

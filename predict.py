@@ -6,17 +6,18 @@
     clf = Classifier("out/textcls")
     clf(["Shares fell again"])  # [{"label": "business", "probability": 0.98, "probabilities": …}]
 """
+import contextlib
 import csv
-import gzip
+import dataclasses
 import hashlib
-import os
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, cannot_write, configure, mismatch, read_json, run
+from configurator import UserError, configure, mismatch, read_json, replacing, run
 
 import numpy as np
 import torch
@@ -24,9 +25,22 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import cpu
-from batches import PackedText, eval_requests, open_split, read_meta
-from readers import clean, decoded_lines
-from sources import DataConfig, data_settings, rebuild_command, rows
+from batches import Arrays, PackedText, eval_requests, open_split, read_meta
+from metrics import own_unit
+from pictures import IMAGES
+from readers import clean, decoded_lines, is_missing
+from sources import (
+    DataConfig,
+    data_settings,
+    file_rows,
+    is_hidden,
+    members,
+    rebuild_command,
+    rows,
+    split_labels,
+    target_of,
+    value_of,
+)
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from weights import checkpoint_file, load_checkpoint, load_model
 
@@ -36,18 +50,30 @@ FORMULA = "=", "+", "-", "@", "\t", "\r"  # what spreadsheets take for the start
 @dataclass
 class Config:
     checkpoint: list[str] = field(default_factory=list)  # a run's folder or a checkpoint file
-    text: list[str] = field(default_factory=list)  # label this text (repeatable); - reads lines
-    #   from standard input
-    input: str | None = None  # label the texts of this .csv, .tsv, .jsonl (each also .gz) or .txt
-    #   (one a line), in order …
-    output: str | None = None  # … into this .csv
-    text_column: str | int | list[str | int] = "text"  # of input
-    header: bool | None = None  # of input: is the first row names? None: yes where text_column is
-    #   a name
-    encoding: str = "utf-8"  # of input; comma-separated: each is tried in turn
+    text: list[str] = field(default_factory=list, metadata={"verbatim": True})  # label this text
+    #   (the option again for each); - reads lines from standard input
+    input: str | None = None  # label the rows of this file (of any kind that data.py reads; .txt: a
+    #   text a line), in order; of pictures also a folder, or "new/*.png" …
+    output: str | None = None  # … into this .csv, .jsonl or .parquet: a row for each row
+    # how to read input; None: as the data set of the run was read
+    text_column: str | int | list[str | int] | None = None
+    columns: list[str | int] | None = None  # of features
+    header: bool | None = None
+    encoding: str | None = None  # comma-separated: each is tried in turn
+    delimiter: str | None = None
+    quotechar: str | None = None
+    escapechar: str | None = None
+    decimal: Literal[".", ","] | None = None
+    max_row_mb: int = 16  # a longer row is taken for a damaged file
+    # what to write
+    keep: list[str | int] = field(default_factory=list)  # columns of input to copy, such as its ids
+    where: bool = False  # True: a column with each row's file and line
+    probabilities: bool = False  # True: a column for the probability of each label
     spreadsheet: bool = False  # True: an apostrophe goes before what a spreadsheet would run as a
     #   formula
-    max_row_mb: int = 16  # of input: a longer row is taken for a damaged file
+    # how to compute
+    long: Literal["head", "head+tail", "windows"] = "head"  # of texts longer than max_len: the
+    #   start; half of it and the end; or all of it, in windows whose logits are averaged
     micro_batch_tokens: int | None = None  # most tokens at once; None: 2048 on CPUs, whose cache
     #   holds them, else 16384
     device: str = "auto"  # cuda, mps or cpu
@@ -64,11 +90,12 @@ class Classifier:
     model can only predict. Raises UserError.
     """
 
-    def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=None):
+    def __init__(self, path, device="auto", dtype=torch.float32, micro_batch_tokens=None,
+                 long="head"):
         self.path = checkpoint_file(path)
         checkpoint = load_checkpoint(path)
         self.device = open_device(device)
-        self.dtype = dtype
+        self.dtype, self.long = dtype, long
         self.model = load_model(checkpoint, self.path).to(self.device)
         self.config = checkpoint["config"]
         self.step = checkpoint["step"]
@@ -88,7 +115,12 @@ class Classifier:
             raise UserError(f"{self.path}: its settings are damaged: no label_separator or "
                             "mask_prob")
         self.multilabel = bool(self.label_names) and self.config.get("target") == "labels"
-        self.tokenizer = checkpoint["tokenizer"] and Tokenizer.from_str(checkpoint["tokenizer"])
+        self.tokenizer = None
+        if self.modality == "text":
+            try:
+                self.tokenizer = Tokenizer.from_str(checkpoint["tokenizer"])
+            except Exception as error:  # the library raises plain Exception
+                raise UserError(f"{self.path}: its tokenizer is damaged: {error}") from None
         self.thresholds = self.fitted_thresholds() if self.multilabel else None
         if dtype != torch.float32:
             self.lower_precision()
@@ -128,7 +160,12 @@ class Classifier:
 
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a data set's examples (see batches.py), in their order;
-        independent of how they are batched."""
+        independent of how they are batched. Of windows they are averaged."""
+        if getattr(examples, "long", "head") == "windows":
+            windows, document = examples.windows()
+            total = torch.zeros(len(examples), self.model.config.n_classes)
+            total.index_add_(0, document, self.logits(windows))
+            return total / document.bincount(minlength=len(examples))[:, None]
         requests = eval_requests(examples.lengths, self.micro_batch_tokens)
         out = torch.empty(len(examples), self.model.config.n_classes)
         mirror = self.modality == "image" and self.config.get("flip", False)
@@ -150,32 +187,49 @@ class Classifier:
         torch.set_num_threads(cores)
         return out
 
-    def __call__(self, texts):
-        """Texts → [{"label": str, "probability": float, "probabilities": {label: float}}, ...].
+    def __call__(self, values):
+        """Texts (or uint8 pictures (C, H, W), or rows of numbers (F,)) → [{"label": str,
+        "probability": float, "probabilities": {label: float}}, ...]; where a number is predicted,
+        [{"value": float}, ...].
 
         With --target=labels, also "labels": those that reach their thresholds; "label" is these
         joined by the data's separator, "probability" that of just this set, labels taken as
-        independent. Of a text the first 100·max_len characters are read: more could only count
-        after words of a hundred letters.
+        independent.
         """
-        self.check_labels_texts()
-        texts = [clean(text[: 100 * self.max_len]) for text in texts]
-        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts)]  # GPT-2: no [CLS]
-        tokens = np.concatenate([[], *ids]).astype(np.int64)
-        starts = np.cumsum([0, *map(len, ids)])
-        none = np.zeros(len(ids), np.int64)
-        documents = PackedText(tokens, starts, none, self.max_len, self.n_suffix)
-        logits = self.logits(documents).double()
+        self.check_predicts()
+        logits = self.logits(self.examples(values)).double()
         if self.multilabel:
             return [self.label_set(p) for p in logits.sigmoid().numpy()]
+        if not self.label_names:
+            numbers = own_unit(logits[:, 0].numpy(), self.scaling)
+            return [{"value": float(number)} for number in numbers]
         return [{"label": self.label_names[p.argmax()], "probability": float(p.max()),
                  "probabilities": dict(zip(self.label_names, p.tolist()))}
                 for p in logits.softmax(1)]
 
-    def check_labels_texts(self):
+    def examples(self, values, labels=None):
+        """Values as the examples of a data set (see batches.py), with labels (N,) or none.
+
+        Of a text of which the start is read, that is the first 100·max_len characters: more could
+        only count after words of a hundred letters.
+        """
+        if labels is None:
+            labels = np.zeros(len(values), np.int64)
         if self.modality != "text":
-            raise UserError(f"{self.path} was trained on --kind={self.modality}; only texts can be "
-                            "labelled")
+            values = np.stack(values)
+            if self.modality == "features":
+                mean, std = np.array(self.scaling["mean"]), np.array(self.scaling["std"])
+                values = np.nan_to_num((values - mean) / std, nan=0.0).astype(np.float32)
+            return Arrays(values, labels, len(self.label_names), self.max_len)
+        if self.long == "head":
+            values = [text[: 100 * self.max_len] for text in values]
+        texts = [clean(text) for text in values]
+        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts)]  # GPT-2: no [CLS]
+        tokens = np.concatenate([[], *ids]).astype(np.int64)
+        starts = np.cumsum([0, *map(len, ids)])
+        return PackedText(tokens, starts, labels, self.max_len, self.n_suffix, long=self.long)
+
+    def check_predicts(self):
         if self.is_language_model:
             raise UserError(f"{self.path} is a language model; make a classifier of it with "
                             "finetune.py --init_from")
@@ -199,7 +253,7 @@ class Classifier:
 def open_classifier(path, cfg, auto):
     """The Classifier that the settings ask for; auto: the dtype that "auto" stands for."""
     dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    return Classifier(path, cfg.device, dtype, cfg.micro_batch_tokens)
+    return Classifier(path, cfg.device, dtype, cfg.micro_batch_tokens, cfg.long)
 
 
 def open_data(clf, split, data_dir=None):
@@ -226,7 +280,7 @@ def open_data(clf, split, data_dir=None):
         if ours != theirs:
             raise UserError(f"{clf.path} was trained on other data than {folder} is now: "
                             f"its {difference}")
-    settings = {}
+    settings = {"long": clf.long} if clf.modality == "text" else {}
     if clf.is_language_model:
         settings = {"objective": clf.objective, "mask_prob": clf.config["mask_prob"]}
     return open_split(folder, meta, split, clf.max_len, rebuild, **settings)
@@ -253,6 +307,8 @@ def label_texts(clf, texts):
 
 
 def print_label(clf, text):
+    if clf.modality != "text":
+        raise UserError(f"{clf.path} reads {clf.modality}, not text: give --input")
     (result,) = clf([text])
     ranked = sorted(result["probabilities"].items(), key=lambda item: -item[1])
     labels = f"{result['label'] or 'none'}: " if clf.multilabel else ""
@@ -260,65 +316,178 @@ def print_label(clf, text):
     print(f"{labels}{probabilities}   {text.strip()[:60]}", flush=True)
 
 
+def file_settings(clf, cfg):
+    """The data settings of a checkpoint's run, with those that cfg gives, to read a new file."""
+    given = {name: value for name in vars(cfg)
+             if name in vars(DataConfig()) and (value := getattr(cfg, name)) is not None}
+    given |= {"train_file": None, "drop_bad_rows": False, "lines": True}
+    source = dataclasses.replace(data_settings(clf.config), **given)
+    if clf.modality == "image":
+        source.image_size = list(clf.model.config.image_size)
+    return source
+
+
 def label_file(clf, cfg):
-    """Write cfg.output: the label and its probability of each text of cfg.input, in order; memory
-    stays flat."""
-    if not cfg.output:
-        raise UserError("--input needs --output=labels.csv")
-    if not Path(cfg.input).is_file():
-        raise UserError(f"--input={cfg.input}: no such file")
+    """Write cfg.output: a row with the label and its probability for each row of cfg.input, in
+    order; memory stays flat. Raises UserError."""
+    if not cfg.output or Path(cfg.output).suffix not in WRITERS:
+        raise UserError(f"--input needs --output=labels.csv (or {', '.join(WRITERS)})")
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():
         raise UserError(f"--output={cfg.output} is the input, which it would replace")
-    clf.check_labels_texts()
-    temporary = Path(f"{cfg.output}.tmp")
-    n = 0
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as file, tqdm(unit=" texts") as bar:
-            table = csv.writer(file)
-            table.writerow(["label", "probability"])
-            for chunk in chunks(text[: 100 * clf.max_len] for text in input_texts(cfg)):
-                for result in clf(chunk):
-                    label = result["label"]
-                    if cfg.spreadsheet and label.startswith(FORMULA):
-                        label = f"'{label}"
-                    table.writerow([label, f"{result['probability']:.6f}"])
+    clf.check_predicts()
+    names = ["where"] * cfg.where + [str(column) for column in cfg.keep]
+    names += ["label", "probability"] if clf.label_names else ["value"]
+    if cfg.probabilities:
+        names += [f"p_{name}" for name in clf.label_names]
+    n = n_empty = 0
+    with replacing(cfg.output) as temporary, tqdm(unit=" rows", delay=1) as bar:
+        with WRITERS[temporary.suffix](temporary, names, cfg) as write:
+            for chunk in chunks(input_rows(clf, cfg)):
+                is_empty = [isinstance(value, str) and not value for _, value, _ in chunk]
+                results = clf([value for _, value, _ in chunk])
+                write([row_of(result, where, kept, cfg, empty)
+                       for (where, _, kept), result, empty in zip(chunk, results, is_empty)])
                 n += len(chunk)
+                n_empty += sum(is_empty)
                 bar.update(len(chunk))
         if not n:
-            raise UserError(f"{cfg.input}: holds no texts")
-        os.replace(temporary, cfg.output)
-    except OSError as error:
-        raise cannot_write(f"--output={cfg.output}", error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"{n} texts labelled: {cfg.output}")
+            raise UserError(f"{cfg.input}: holds no rows")
+    note = f" ({n_empty} of them empty, which get no label)" if n_empty else ""
+    print(f"{n} rows labelled{note}: {cfg.output}")
 
 
-def input_texts(cfg):
-    if cfg.input.endswith((".txt", ".txt.gz")):
-        opener = gzip.open if cfg.input.endswith(".gz") else open
-        stream = opener(cfg.input, "rb")
-        for _, line in decoded_lines(stream, cfg.input, cfg.encoding, cfg.max_row_mb):
-            yield line.rstrip("\r\n")
+def input_rows(clf, cfg):
+    """Yield (where, value, the columns to keep) of each row of cfg.input, blank ones too."""
+    source = file_settings(clf, cfg)
+    if clf.modality == "image":
+        if cfg.keep:
+            raise UserError("--keep is for tables; of pictures --where=True gives the files")
+        for where, pixels, _ in picture_files(cfg.input, source):
+            yield where, pixels, []
         return
-    columns = cfg.text_column if isinstance(cfg.text_column, list) else [cfg.text_column]
-    source = DataConfig(text_column=columns, header=cfg.header, label_column=columns[0],
-                        encoding=cfg.encoding, max_row_mb=cfg.max_row_mb)
-    for _, text, _ in rows(cfg.input, source):
-        yield text
+    source.target = "none"
+    n_values = None
+    if clf.modality == "text":
+        columns = source.text_column
+        columns = columns if isinstance(columns, list) else [columns]
+        n_values = len(columns)
+        source.text_column = columns + cfg.keep
+    elif source.columns:
+        n_values = len(source.columns)
+        source.columns = source.columns + cfg.keep
+    elif cfg.keep:
+        raise UserError("--keep needs --columns, which says what the features are")
+    for name, opener in members(cfg.input, source.data_dir):
+        for where, fields, _ in file_rows(name, opener, source):
+            values = fields[:n_values]
+            if clf.modality == "text":
+                yield where, value_of(values or [""], where, source), fields[n_values:]
+            elif fields:
+                yield where, value_of(values, where, source), fields[n_values or len(fields) :]
 
 
-def chunks(texts):
-    """Lists of up to 4096 texts, or a million characters."""
+def picture_files(path, source):
+    """Rows of pictures: of files, of a folder's files, or of its folders' files."""
+    if Path(path).is_dir():
+        files = [f for f in Path(path).rglob("*") if f.suffix.lower() in IMAGES]
+        path = " + ".join(str(f) for f in sorted(files) if not is_hidden(f.relative_to(path)))
+        if not path:
+            raise UserError(f"{path}: holds no pictures")
+    return rows(path, source)
+
+
+def row_of(result, where, kept, cfg, is_empty):
+    """A row of cfg.output: a list of text and numbers."""
+    row = [where] * cfg.where + list(kept)
+    if "value" in result:
+        return [*row, result["value"]]
+    if is_empty:
+        n_more = len(result["probabilities"]) if cfg.probabilities else 0
+        return [*row, "", None, *[None] * n_more]
+    row += [result["label"], round(result["probability"], 6)]
+    if cfg.probabilities:
+        row += [round(p, 6) for p in result["probabilities"].values()]
+    return row
+
+
+@contextlib.contextmanager
+def csv_writer(path, names, cfg):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+
+        def write(rows):
+            for row in rows:
+                if cfg.spreadsheet:
+                    row = [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA)
+                           else cell for cell in row]
+                table.writerow(f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row)
+        table.writerow(names)
+        yield write
+
+
+@contextlib.contextmanager
+def jsonl_writer(path, names, cfg):
+    with open(path, "w", encoding="utf-8") as file:
+        yield lambda rows: file.writelines(
+            json.dumps(dict(zip(names, row)), ensure_ascii=False) + "\n" for row in rows)
+
+
+@contextlib.contextmanager
+def parquet_writer(path, names, cfg):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{cfg.output}: needs a package that is not here: pip install "
+                        "pyarrow") from None
+    kinds = {"probability": pyarrow.float64(), "value": pyarrow.float64()}
+    schema = pyarrow.schema([
+        (name, pyarrow.float64() if name.startswith("p_") else kinds.get(name, pyarrow.string()))
+        for name in names])
+    with pyarrow.parquet.ParquetWriter(path, schema) as file:
+        yield lambda rows: file.write_table(
+            pyarrow.table([list(column) for column in zip(*rows)], schema=schema))
+
+
+WRITERS = {".csv": csv_writer, ".jsonl": jsonl_writer, ".parquet": parquet_writer}
+
+
+def chunks(found):
+    """Lists of up to 4096 rows, or a million characters or numbers."""
     chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for row in found:
+        chunk.append(row)
+        size += len(row[1]) if isinstance(row[1], str) else row[1].size
         if len(chunk) == 4096 or size > 1_000_000:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def labelled_examples(clf, file, cfg):
+    """The examples of a labelled file, to evaluate a checkpoint on. Raises UserError for a label
+    that the checkpoint does not know."""
+    source = file_settings(clf, cfg)
+    values, targets = [], []
+    for where, value, label in rows(file, source):
+        if is_missing(value) or label == "" and source.target != "labels":
+            raise UserError(f"{where}: the text or the label is empty; mend the row")
+        unknown = set(split_labels(label, source)) - set(clf.label_names)
+        if clf.label_names and unknown:
+            raise UserError(f"{where}: label {min(unknown)!r} is none that {clf.path} knows: "
+                            f"{clf.label_names[:20]}")
+        target = target_of(label, where, clf.label_names, source)
+        values.append(value)
+        targets.append(list(target) if isinstance(target, bytes) else target)
+    if not values:
+        raise UserError(f"{file}: holds no examples")
+    labels = np.array(targets)
+    if not clf.label_names:
+        scaling = clf.scaling
+        labels = (labels - scaling["target_mean"]) / scaling["target_std"]
+        labels = labels.astype(np.float32)
+    return clf.examples(values, labels)
 
 
 def main():
@@ -327,7 +496,7 @@ def main():
         raise UserError("which checkpoint? One, for instance: python predict.py out/textcls")
     if not cfg.text and not cfg.input:
         raise UserError("which texts? Give --text=…, --text=- for the lines of standard input, or "
-                        "--input=texts.csv --output=labels.csv")
+                        "--input=new.csv --output=labels.csv")
     native = bf16_is_native(open_device(cfg.device))
     clf = open_classifier(cfg.checkpoint[0], cfg, torch.bfloat16 if native else torch.float32)
     if cfg.text:

@@ -2,6 +2,7 @@
 import base64
 import html
 import math
+from pathlib import Path
 
 from configurator import replacing, write_text
 
@@ -115,7 +116,7 @@ def save_figure(figure, path):
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
 
 
-def plot_report(clf, report, examples, z, records, folder):
+def plot_report(clf, report, examples, z, records, folder, suffix=""):
     """Write the .png files that say most about this kind of model; returns their names. z (N, C):
     the logits of `examples`; records: those of the run's metrics.jsonl."""
     plots = {}
@@ -138,8 +139,8 @@ def plot_report(clf, report, examples, z, records, folder):
     if records:
         plots["curves"] = plot_curves(records)
     for name, figure in plots.items():
-        save_figure(figure, folder / f"{name}.png")
-    return [f"{name}.png" for name in plots]
+        save_figure(figure, folder / f"{name}{suffix}.png")
+    return [f"{name}{suffix}.png" for name in plots]
 
 
 def plot_labels(report):
@@ -278,8 +279,9 @@ table{border-collapse:collapse;margin:1em 0}
 td,th{border-bottom:1px solid #ddd;padding:.2em .8em;text-align:left;vertical-align:top}"""
 
 
-def write_page(r, folder, plots):
-    """report.html: figures, plots and the worst mistakes on one page that needs no other file."""
+def write_page(r, folder, plots, suffix=""):
+    """report{suffix}.html: figures, plots and the worst mistakes on one page that needs no other
+    file."""
     title = html.escape(r["checkpoint"])
     summary = f"{html.escape(r['dataset'])}, {r['split']}, {r['n']} examples"
     parts = [f"<h1>{title}</h1><p>{summary}</p>", figures_table(r)]
@@ -309,7 +311,7 @@ def write_page(r, folder, plots):
         parts += ["<h2>The most confident mistakes</h2>",
                   html_table(("true", "predicted", "probability", "text"), rows)]
     body = "\n".join(parts)
-    write_text(folder / "report.html", "<!doctype html><html lang=en><meta charset=utf-8>"
+    write_text(folder / f"report{suffix}.html", "<!doctype html><html lang=en><meta charset=utf-8>"
                f"<title>{title}</title><style>{STYLE}</style>{body}</html>")
 
 
@@ -337,7 +339,7 @@ def log_to_wandb(wandb_run, report, folder, plots, texts):
     """Add the figures to a run's summary, and tables and plots to its page. texts: with the texts
     of the mistakes?"""
     import wandb
-    split = report["split"]
+    split = Path(report["split"]).stem
     numbers = {key: value for key, value in report.items() if isinstance(value, (int, float))}
     wandb_run.summary.update({f"{split}_{key}": value for key, value in numbers.items()})
     logged = {f"{split}_{name.removesuffix('.png')}": wandb.Image(str(folder / name))

@@ -25,7 +25,7 @@ import numpy as np
 
 from fetch import web_members, wheel_members
 from pictures import IMAGES, check_shape, picture_rows
-from readers import READERS, clean, clean_label, parse_numbers, read_record
+from readers import READERS, clean, clean_label, parse_number, parse_numbers, read_record
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
          "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
@@ -362,6 +362,18 @@ def split_labels(label, cfg):
         return [label]
     names = (clean_label(name) for name in label.split(cfg.label_separator))
     return sorted({name for name in names if name})
+
+
+def target_of(label, where, names, source):
+    """A row's label as Writer takes it: a class, a number, or bytes, 1 for each label it has."""
+    if source.target == "class":
+        return names.index(label)
+    if source.target == "number":
+        return parse_number(label, where, source)
+    if source.target == "none":
+        return 0
+    found = split_labels(label, source)
+    return bytes(name in found for name in names)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,13 +27,18 @@ def task_class(cfg, source):
     return task
 
 
+LOWER_IS_BETTER = "val_loss", "val_bits_per_byte"
+
+
 class Task:
     """What the tasks on labelled examples share.
 
     head: the settings of ModelConfig that say what the model's outputs are. n_totals: how many
-    numbers `totals` returns.
+    numbers `totals` returns. figure_names: what `figures` returns; by the last one the best
+    checkpoint is chosen, unless --best_by names another.
     """
     n_totals = 3
+    figure_names = ("val_loss",)
 
     def __init__(self, cfg, meta):
         self.head = {"n_classes": len(meta["label_names"])}
@@ -68,13 +73,15 @@ class Task:
         """The figures on val, from the totals over all batches."""
         raise NotImplementedError
 
-    def better(self, a, b):
-        """Are figures `a` better than `b`?"""
-        return a["val_loss"] < b["val_loss"]
+    def better(self, a, b, by):
+        """Are figures `a` better than `b` in the figure `by`? Of equal ones, the lower loss."""
+        sign = -1 if by in LOWER_IS_BETTER else 1
+        return (sign * a[by], -a["val_loss"]) > (sign * b[by], -b["val_loss"])
 
 
 class ClassTask(Task):
     """One of several classes: cross-entropy."""
+    figure_names = "val_loss", "val_accuracy"
 
     def __init__(self, cfg, meta):
         super().__init__(cfg, meta)
@@ -109,10 +116,6 @@ class ClassTask(Task):
         loss, correct, n = totals
         return {"val_loss": loss / n, "val_accuracy": correct / n}
 
-    def better(self, a, b):
-        """Higher accuracy; of equal ones, the lower loss."""
-        return (a["val_accuracy"], -a["val_loss"]) > (b["val_accuracy"], -b["val_loss"])
-
 
 def class_weights(cfg, per_class):
     """The weight of each class in the loss, (C,) float32, or None. per_class: train's counts."""
@@ -130,6 +133,7 @@ def class_weights(cfg, per_class):
 class LabelsTask(Task):
     """Any number of labels: binary cross-entropy, the mean over labels."""
     n_totals = 6
+    figure_names = "val_loss", "val_accuracy", "val_micro_f1"  # accuracy is too coarse
 
     @staticmethod
     def check_settings(cfg):
@@ -162,14 +166,11 @@ class LabelsTask(Task):
         micro_f1 = 2 * hits / max(predicted + true, 1)
         return {"val_loss": loss / n, "val_accuracy": correct / n, "val_micro_f1": micro_f1}
 
-    def better(self, a, b):
-        """Higher micro-F1 (accuracy is too coarse); of equal ones, the lower loss."""
-        return (a["val_micro_f1"], -a["val_loss"]) > (b["val_micro_f1"], -b["val_loss"])
-
 
 class NumberTask(Task):
     """A number: squared error of the standardised target."""
     n_totals = 4
+    figure_names = "val_r2", "val_loss"
 
     def __init__(self, cfg, meta):
         self.head = {"n_classes": 1}
@@ -199,6 +200,7 @@ class NumberTask(Task):
 
 class LanguageTask(Task):
     """Tokens of text itself: those that are masked (mlm), or the next one (clm)."""
+    figure_names = "val_token_accuracy", "val_loss"
 
     def __init__(self, cfg, meta):
         self.head = {"n_classes": 0, "lm_head": "own", "causal": cfg.objective == "clm"}

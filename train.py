@@ -127,6 +127,8 @@ class Config(DataConfig):
     #   (Lin et al. 2017)
     ema_decay: float = 0.0  # 0.99-0.9999: evaluate and keep an exponential moving average of the
     #   weights
+    best_by: str | None = None  # the figure on val that says which checkpoint is best.pt: val_loss,
+    #   val_accuracy, val_micro_f1, val_r2; None: accuracy, of several labels micro-F1, else loss
     patience: int | None = None  # stop after this many evaluations without a better one
     lr_find: bool = False  # True: no run, but a learning-rate range test: lr_find.png, and a
     #   learning_rate to begin with
@@ -374,6 +376,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     # data
     folder, meta = machine.rank0_first(lambda: data.open_or_build(cfg))
     task = make_task(cfg, meta)
+    best_by = cfg.best_by or task.figure_names[-1]
+    if best_by not in task.figure_names:
+        raise UserError(f"--best_by={best_by}: there are {', '.join(task.figure_names)}")
     max_len = tokens_per_example(cfg, meta)
     if max_len > cfg.micro_batch_tokens:
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, "
@@ -510,7 +515,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                 figures = {"step": step, **figures}
                 check_finite(model, figures, cfg)
                 log.write(figures)
-                improved = best is None or task.better(figures, best)
+                improved = best is None or task.better(figures, best, best_by)
                 bad_evals = 0 if improved else bad_evals + 1
                 if improved:
                     best = figures

@@ -75,7 +75,10 @@ def load_checkpoint(path, map_location="cpu"):
 
 
 def is_view(tensor):
-    """Does a tensor show more values than it holds? A small file could then fill the memory."""
+    """Is a tensor sparse, or does it show more values than it holds? A small file could then fill
+    the memory."""
+    if tensor.layout != torch.strided:
+        return True
     return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
 
 

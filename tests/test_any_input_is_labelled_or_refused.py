@@ -96,7 +96,7 @@ def test_memory_stays_flat_and_order_is_kept(run, tmp_path):
         csv.writer(f).writerows([["text"], *([t] for t in texts)])
     process = start(run, f"--input={tmp_path}/in.csv", f"--output={tmp_path}/out.csv")
     out, err = process.communicate()
-    assert process.returncode == 0 and b"50000 texts labelled" in out, err
+    assert process.returncode == 0 and b"50000 rows labelled" in out, err
     assert peak(err) < base + 150
     got = [r["label"] for r in csv.DictReader(open(tmp_path / "out.csv"))]
     assert got[:3] + got[7:8] + got[-2:] == ["sport", "money", "tech", "money", "sport", "sport"]
@@ -124,8 +124,8 @@ def test_bad_standard_input(run, sent, says):
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("e.csv", b"", "holds no texts"),
-        ("e.csv", b"text\n", "holds no texts"),
+        ("e.csv", b"", "holds no rows"),
+        ("e.csv", b"text\n", "holds no rows"),
         ("e.csv", b"body\na\n", "no column 'text'"),
         ("e.jsonl", b"{}\n", "line 1: there is no key 'text'"),
         ("e.csv", b"text\ncaf\xe9\n", "line 2: not valid utf-8"),

@@ -225,7 +225,7 @@ def test_a_file_of_texts_is_labelled_in_order(trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert open(tmp_path / "out2.csv").read() == "".join(open(tmp_path / "out.csv").readlines()[:4])
-    for content, says in ((b"", "holds no texts"), (b"caf\xe9\n", "line 1: not valid utf-8")):
+    for content, says in ((b"", "holds no rows"), (b"caf\xe9\n", "line 1: not valid utf-8")):
         (tmp_path / "bad.txt").write_bytes(content)
         done = script(
             "predict.py", trained, input=tmp_path / "bad.txt", output=tmp_path / "bad.csv"

@@ -332,3 +332,14 @@ def test_what_the_range_test_suggests():
         for losses in (flat, flat + fall)
     ]
     assert rises == [2, 1]  # a tenth of 9 at a time: above 3.0, above 1.5 times the lowest
+
+
+def test_the_best_checkpoint_is_chosen_by_the_figure_that_is_asked_for(toy):
+    for by, best in (("val_loss", min), ("val_accuracy", max)):
+        out = f"{toy['out_dir']}-{by}"
+        changes = dict(out_dir=out, best_by=by, epochs=8.0, learning_rate=0.02, eval_interval=2)
+        train.train(train.Config(**toy | changes))
+        evals = [r for r in map(json.loads, open(f"{out}/metrics.jsonl")) if "val_loss" in r]
+        assert torch.load(f"{out}/best.pt")["best"][by] == best(r[by] for r in evals)
+    with pytest.raises(UserError, match="--best_by=val_r2: there are val_loss, val_accuracy"):
+        train.train(train.Config(**toy | dict(best_by="val_r2")))
