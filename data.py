@@ -31,7 +31,7 @@ from tokenizers import (
 )
 from tqdm import tqdm
 
-from batches import FORMAT, SPLITS, read_meta
+from format import FORMAT, SPLITS, read_meta
 from sources import (
     DataConfig,
     data_settings,

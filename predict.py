@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import cpu
-from batches import Arrays, PackedText, eval_requests, open_split, read_meta
+from batches import Arrays, PackedText, eval_requests, open_split
+from format import read_meta
 from metrics import own_unit
 from pictures import IMAGES
 from readers import clean, decoded_lines, is_missing

@@ -26,14 +26,8 @@ import cpu
 import data
 import optim
 from baselines import build_model
-from batches import (
-    GlobalBatches,
-    ceil_div,
-    eval_requests,
-    open_split,
-    read_tokenizer,
-    stratified_subset,
-)
+from batches import GlobalBatches, ceil_div, eval_requests, open_split, stratified_subset
+from format import read_tokenizer
 from model import ModelConfig, flops_per_token
 from runs import (
     FolderLock,

@@ -13,7 +13,6 @@ from configurator import UserError
 import pytest
 import torch
 
-import batches
 import data
 import eval as eval_script
 import train
@@ -179,7 +178,7 @@ def test_damaged_data_sets(toy_config, toy):
                 train.train(toy_config)
             open(path, "wb").write(whole)
     meta = open(f"{folder}/meta.json").read()
-    for text in (None, meta[:-20], meta.replace(f'"format": {batches.FORMAT}', '"format": 9')):
+    for text in (None, meta[:-20], meta.replace(f'"format": {data.FORMAT}', '"format": 9')):
         os.remove(f"{folder}/meta.json") if text is None else open(
             f"{folder}/meta.json", "w"
         ).write(text)

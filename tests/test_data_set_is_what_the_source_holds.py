@@ -87,7 +87,7 @@ def test_duplicates_and_overlaps(tmp_path):
     )
     (tmp_path / "val.csv").write_text("label,text\na,three\na,three\nb,seven\n")
     (tmp_path / "test.csv").write_text("label,text\nb,Four\na,eight\nb,seven\n")
-    files = {f"{s}_file": str(tmp_path / f"{s}.csv") for s in batches.SPLITS}
+    files = {f"{s}_file": str(tmp_path / f"{s}.csv") for s in data.SPLITS}
     meta, found, _ = built(tmp_path, **files)
     assert [t for t, _ in found["train"]] == ["one x", "two", "five", "six"]
     assert [t for t, _ in found["val"]] == [

@@ -70,7 +70,7 @@ def test_an_image_folder_is_stored_learnt_and_told_apart(images):
     cfg = train.Config(**images)
     meta = data.open_meta(cfg)
     assert meta["shape"] == [1, 12, 12] and meta["label_names"] == ["bar", "ring"]
-    stored = {s: open_split(cfg, meta, s, 9) for s in batches.SPLITS}
+    stored = {s: open_split(cfg, meta, s, 9) for s in data.SPLITS}
     pixels = {bytes(x.tobytes()): y for d in stored.values() for x, y in zip(d.values, d.labels)}
     assert len(pixels) == 120
     for label, name in enumerate(meta["label_names"]):
@@ -297,7 +297,7 @@ def test_an_empty_feature_becomes_trains_mean_if_asked(tmp_path):
         impute=True,
     )
     meta = data.build(cfg)
-    x = np.concatenate([open_split(cfg, meta, s, 1).values for s in batches.SPLITS])
+    x = np.concatenate([open_split(cfg, meta, s, 1).values for s in data.SPLITS])
     assert (x[:, 0] == 0).sum() == 1 and np.isfinite(x).all()  # 0 is the mean, standardised
 
 
@@ -441,7 +441,7 @@ def test_cifars_and_mnists_files_are_read(server, tmp_path):
             data_dir=str(tmp_path / "d"),
         )
         meta = data.build(cfg)
-        splits = [open_split(cfg, meta, s, 1) for s in batches.SPLITS]
+        splits = [open_split(cfg, meta, s, 1) for s in data.SPLITS]
         found = {x.tobytes(): y for d in splits for x, y in zip(d.values, d.labels)}
         assert found == {x.tobytes(): y for x, y in zip(pixels, labels)} and meta["shape"] == shape
     with pytest.raises(UserError, match="the download has SHA-256 .* not 0000"):

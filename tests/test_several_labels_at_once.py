@@ -78,7 +78,7 @@ def test_the_data_set_holds_the_labels_of_the_source(tmp_path, file, separator):
         0,
     )
     tokenizer = Tokenizer.from_file(str(tmp_path / "data/s/tokenizer.json"))
-    for split in batches.SPLITS:
+    for split in data.SPLITS:
         examples = open_split(cfg, meta, split, 512)
         assert (
             examples.labels.dtype == np.uint8
