@@ -216,8 +216,9 @@ def plot_length(lengths, correct):
 def plot_mistakes(clf, examples, p, correct):
     """The pictures that were predicted wrongly with most confidence."""
     figure, axes = new_figure(12, 7, nrows=4, ncols=8)
-    for ax, i in zip(axes.flat, np.where(correct, 0, p.max(1)).argsort()[::-1]):
+    for ax in axes.flat:
         ax.axis("off")
+    for ax, i in zip(axes.flat, np.where(correct, 0, p.max(1)).argsort()[::-1]):
         if not correct[i]:
             ax.imshow(examples.values[i].transpose(1, 2, 0).squeeze(), cmap="gray")
             true = clf.truth(examples.labels[i])

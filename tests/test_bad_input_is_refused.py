@@ -443,3 +443,28 @@ def test_a_script_says_it_in_one_line(tmp_path, toy):
         "toy.csv",
         "data",
     }
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        ("MemoryError()", "out of memory: lower --micro_batch_tokens"),
+        ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')", "out of memory"),
+        ("OSError(28, 'No space left on device', 'x/y')", "x/y cannot be written: No space left"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_in_one_line(error, says):
+    program = f"import configurator\ndef main(): raise {error}\nconfigurator.run(main)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_messages_are_utf8_whatever_the_locale():
+    program = "import configurator\nconfigurator.run(lambda: print('2×3 · Москва'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
+    )
+    assert done.stdout.decode() == "2×3 · Москва\n"
