@@ -460,11 +460,11 @@ def test_what_the_machine_lacks_is_said_in_one_line(error, says):
 
 
 def test_messages_are_utf8_whatever_the_locale():
-    program = "import configurator\nconfigurator.run(lambda: print('2×3 · Москва'))"
+    program = r"import configurator; configurator.run(lambda: print('2\u00d73 \u041c'))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
         capture_output=True,
         env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
     )
-    assert done.stdout.decode() == "2×3 · Москва\n"
+    assert done.stdout.decode() == "2×3 М\n"
