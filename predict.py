@@ -29,7 +29,7 @@ from batches import Arrays, PackedText, eval_requests, open_split
 from format import read_meta
 from metrics import own_unit
 from pictures import IMAGES
-from readers import clean, decoded_lines, is_missing
+from readers import decoded_lines
 from sources import (
     DataConfig,
     data_settings,
@@ -43,6 +43,7 @@ from sources import (
     value_of,
 )
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
+from values import clean, is_missing
 from weights import checkpoint_file, load_checkpoint, load_model
 
 FORMULA = "=", "+", "-", "@", "\t", "\r"  # what spreadsheets take for the start of one

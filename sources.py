@@ -25,7 +25,8 @@ import numpy as np
 
 from fetch import web_members, wheel_members
 from pictures import IMAGES, check_shape, picture_rows
-from readers import READERS, clean, clean_label, parse_number, parse_numbers, read_record
+from readers import READERS, read_record
+from values import clean, clean_label, parse_number, parse_numbers
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
          "#sha256=c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")

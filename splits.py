@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from format import SPLITS
-from readers import is_header_word, is_missing, parse_number
+from readers import is_header_word
 from sources import held_out, rows, skipped_files, split_labels
+from values import is_missing, parse_number
 
 
 def unit_of(source):

@@ -112,7 +112,7 @@ def test_random_tables_are_read_back(tmp_path_factory, data):
     quoting = data.draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
     path = tmp_path_factory.mktemp("t") / "a.csv"
     content = table(found, ("text", "label"), delimiter=delimiter, quoting=quoting)
-    from readers import clean, clean_label
+    from values import clean, clean_label
 
     expected = [(clean(t), clean_label(x)) for t, x in found]
     assert read(path, content) == expected
@@ -265,6 +265,8 @@ def test_several_labels_in_lists_cells_and_columns(tmp_path):
     )
     found = read(tmp_path / "b.csv", one_hot, target="labels", label_column=["x", "y", "z"])
     assert [x for _, x in found] == expected
+    found = read(tmp_path / "b.csv", one_hot, target="labels", label_column=["z"])
+    assert [x for _, x in found] == ["", "", "", "z"]
     tags = "__label__x __label__y one\n__label__x two\n"
     found = read(tmp_path / "f.txt", tags, target="labels")
     assert found == [("one", "x,y"), ("two", "x")]

@@ -16,9 +16,9 @@ import batches
 import data
 import eval as eval_script
 import finetune
-import readers
 import report as report_script
 import train
+import values
 from model import ModelConfig, Transformer
 from predict import Classifier
 from tests.conftest import open_split, packed, task_of, write_toy
@@ -160,7 +160,7 @@ def test_evaluation_reads_every_token_once_and_training_moves_the_blocks(unlabel
         assert all(
             len(block) == 16 for epoch in seen for block in epoch
         )  # the last one reaches back
-    text = readers.clean(open(cfg.train_file).read())
+    text = values.clean(open(cfg.train_file).read())
     assert meta["splits"]["val"]["bytes"] == len(text[int(len(text) * 0.9) :].encode())
 
 

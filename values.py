@@ -1,0 +1,161 @@
+"""What the fields of a row mean: labels, clean text, numbers."""
+import ast
+import functools
+import math
+import re
+import unicodedata
+
+from configurator import UserError
+
+import numpy as np
+
+# --------------------------------------------------------------------------------------------------
+# Labels
+
+
+def scalar(value, where, column):
+    """A value of JSON as text; of null and NaN "". Raises UserError for lists and objects."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return ""
+    if isinstance(value, (list, tuple, dict)):
+        raise UserError(f"{where}: {column!r} is a list or an object, not a single value (several "
+                        "labels of a text are for --target=labels)")
+    return str(value)
+
+
+def label_of(cells, where, cfg):
+    """A row's label as text: of a list the elements, of several columns those that are 1."""
+    if not cells:
+        return ""
+    if isinstance(cfg.label_column, list):
+        given = [name for name, cell in zip(cfg.label_column, cells)
+                 if is_one(scalar(cell, where, name), where, name)]
+        return join_labels(given, where, cfg)
+    (cell,) = cells
+    if cfg.target == "labels":
+        if isinstance(cell, str) and cell.strip()[:1] in ("[", "("):
+            try:
+                cell = ast.literal_eval(cell.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass  # a label may begin so
+        if isinstance(cell, (list, tuple)):
+            return join_labels([scalar(name, where, "label") for name in cell], where, cfg)
+    return scalar(cell, where, cfg.label_column)
+
+
+def is_one(cell, where, name):
+    """Is a cell of a label's own column 1?"""
+    cell = cell.strip().casefold()
+    if cell in ("1", "1.0", "true", "yes"):
+        return True
+    if cell in ("", "0", "0.0", "false", "no"):
+        return False
+    raise UserError(f"{where}: column {name!r} is {cell!r}, where 1 or 0 says whether a text has "
+                    "that label")
+
+
+def join_labels(names, where, cfg):
+    """Several labels as one text. Raises UserError where one holds the separator."""
+    if cfg.target == "class":
+        return names[0]
+    for name in names:
+        if cfg.label_separator in name:
+            raise UserError(f"{where}: label {name!r} holds {cfg.label_separator!r}; give a "
+                            "--label_separator that no label holds")
+    return cfg.label_separator.join(names)
+
+
+INVISIBLE = dict.fromkeys((0x200B, 0x2060, 0xFEFF))  # zero-width spaces
+
+
+@functools.lru_cache(4096)
+def clean_label(label):
+    """Labels that look alike are alike: as clean, without zero-width spaces, blanks made one."""
+    return " ".join(clean(label.translate(INVISIBLE)).split())
+
+
+# --------------------------------------------------------------------------------------------------
+# Text and numbers
+
+BLANKS = dict.fromkeys((*range(11, 14), *range(28, 32)), " ")  # \v, \f and separators
+CONTROL = dict.fromkeys([*range(32), 127]) | BLANKS | {9: "\t", 10: "\n"}
+MISSING_NUMBERS = {"", "na", "n/a", "nan", "?", "null", "none", "-", "#n/a"}
+
+
+def clean(text):
+    """NFC, \\n line ends, no control characters nor lone surrogates, no blanks at the ends."""
+    if text.isascii() and text.isprintable():
+        return text.strip()  # as most are: the rest takes four times as long
+    text = text.encode("utf-8", "replace").decode()
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text.translate(CONTROL).strip()
+
+
+def is_missing(value):
+    return value is None or isinstance(value, str) and not value
+
+
+def to_float(text, cfg):
+    """A field as a number, NaN where it says that it has none. Raises ValueError."""
+    text = text.strip()
+    if text.casefold() in MISSING_NUMBERS:
+        return math.nan
+    if cfg.decimal == ",":
+        if "." in text and not re.fullmatch(r"[-+]?\d{1,3}(\.\d{3})+(,\d+)?", text):
+            raise ValueError(f"{text!r} has a point, and --decimal=, is set")
+        text = text.replace(".", "").replace(",", ".")
+    elif re.fullmatch(r"[-+]?\d+,\d+", text):
+        raise ValueError(f"{text!r} has a comma: give --decimal=, if that is the decimal point")
+    return float(text)
+
+
+def parse_number(text, where, cfg):
+    """A row's label as a number."""
+    try:
+        value = to_float(text, cfg)
+    except ValueError as error:
+        hint = f" ({error})" if "--decimal" in str(error) else ""
+        raise UserError(f"{where}: label {text!r} is not a number, which --target=number "
+                        f"needs{hint}") from None
+    if not math.isfinite(value):
+        raise UserError(f"{where}: label {text!r} is not a number, which --target=number needs")
+    if abs(value) > 1e100:
+        raise UserError(f"{where}: label {text!r} is too large: its square would overflow; use "
+                        "another unit, or the logarithm")
+    return value
+
+
+def parse_numbers(fields, where, cfg):
+    """The fields of a row as features (F,) or pixels (C, H, W); None where one is missing."""
+    try:
+        values = [to_float(field, cfg) for field in fields]
+    except ValueError as error:
+        if cfg.drop_bad_rows:
+            return None
+        raise UserError(f"{where}: {error}: --columns must name columns of numbers only (names in "
+                        "the first row: --header=True; rows to be left out: "
+                        "--drop_bad_rows=True)") from None
+    x = np.array(values, np.float32)
+    if cfg.kind == "image":
+        return parse_pixels(x, where, cfg)
+    infinite = np.isinf(x)
+    empty = np.isnan(x)
+    index = int(np.argmin(np.isfinite(x)))
+    if infinite.any() and not cfg.drop_bad_rows:
+        raise UserError(f"{where}: feature {index} is infinite; mend the row, or leave such rows "
+                        "out with --drop_bad_rows=True")
+    if empty.any() and not cfg.impute and not cfg.drop_bad_rows:
+        raise UserError(f"{where}: feature {index} is empty or NaN; mend the row, leave such rows "
+                        "out with --drop_bad_rows=True, or take train's mean with --impute=True")
+    if infinite.any() or empty.any() and not cfg.impute:
+        return None
+    return x
+
+
+def parse_pixels(x, where, cfg):
+    if not cfg.image_size or math.prod(cfg.image_size) != len(x):
+        raise UserError(f"{where}: {len(x)} pixels; give --image_size=[channels,height,width] with "
+                        "that many")
+    if not (np.isfinite(x) & (x >= 0) & (x <= 255) & (x == np.round(x))).all():
+        raise UserError(f"{where}: pixels are whole numbers from 0 to 255")
+    return x.astype(np.uint8).reshape(cfg.image_size)
