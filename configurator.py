@@ -281,6 +281,9 @@ def replacing(path):
 
 
 def cannot_write(path, error):
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return UserError(f"{path} cannot be written: {error.strerror}; make its folder, or choose "
+                         "another place")
     return UserError(f"{path} cannot be written: {error.strerror or error}; make room there, or "
                      "choose another place")
 

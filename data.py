@@ -35,6 +35,7 @@ from format import FORMAT, SPLITS, read_meta
 from sources import (
     DataConfig,
     data_settings,
+    feature_columns,
     held_out,
     rebuild_command,
     resolve,
@@ -161,6 +162,8 @@ def build_into(work, cfg):
     source = resolve(cfg)
     files = {split: file for split in SPLITS if (file := getattr(source, f"{split}_file"))}
     print(f"building {folder_of(cfg)} from {files['train']}", flush=True)
+    if source.kind == "features" and not source.columns:
+        source = replace(source, columns=feature_columns(files["train"], source))
     survey = Survey(source, files)
     source = survey.source
     assignment, removed, overlaps = assign_splits(survey, source)
@@ -359,7 +362,7 @@ def moments(examples, source):
     std[std == 0] = 1
     scaling = {}
     if source.kind == "features":
-        scaling = {"mean": mean[:-1].tolist(), "std": std[:-1].tolist()}
+        scaling = {"mean": mean[:-1].tolist(), "std": std[:-1].tolist(), "columns": source.columns}
     if source.target == "number":
         scaling |= {"target_mean": float(mean[-1]), "target_std": float(std[-1])}
     return scaling

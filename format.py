@@ -17,7 +17,8 @@ META = {  # what meta.json holds, for configurator.mismatch
     "format": int, "kind": Literal["text", "image", "features"], "dataset": str,
     "task": Literal["classification", "multilabel", "regression", "none"],
     "label_names": list[str], "dtype": Literal["uint8", "uint16", "uint32", "float32"],
-    "vocab_size": int, "shape": list[int], "scaling": {"*": float | list[float]}, "build": dict,
+    "vocab_size": int, "shape": list[int], "build": dict,
+    "scaling": {"*": float | list[float] | list[str | int]},
     "source": {"*": str}, "source_sha256": {"*": str}, "removed": {"*": int},
     "conflicting_labels": int, "overlaps": {"*": int}, "splits": {"train": {}, "*": {
         "examples": int}}, "sha256": {"*": str}}

@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import math
+import zipfile
 from pathlib import Path
 
 from configurator import UserError
@@ -30,8 +31,8 @@ def picture_rows(name, opener, files, cfg):
             raise UserError(f"{name}: give --image_size=[channels,height,width]")
         label_stream = raw
         if labels:
-            raw = gzip.open(raw)
-            label_stream = gzip.open(label_raw)
+            raw, label_stream = (gzip.open(stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
+                                 for stream in (raw, label_raw))
             raw.read(16)  # magic number, count, height, width
             label_stream.read(8)  # magic number, count
         size = math.prod(cfg.image_size)
@@ -58,8 +59,9 @@ def decode_picture(content, name, cfg):
         image = Image.open(io.BytesIO(content))
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS:,}")
-        image = eight_bits(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = eight_bits(ImageOps.exif_transpose(image), image.format)
+    except (OSError, ValueError, SyntaxError, zipfile.BadZipFile,
+            Image.DecompressionBombError) as error:
         if cfg.drop_bad_rows:
             return None
         raise UserError(f"{name}: not a readable image ({error}); replace it, or leave such files "
@@ -75,13 +77,15 @@ def decode_picture(content, name, cfg):
     return x[None] if x.ndim == 2 else x.transpose(2, 0, 1)
 
 
-def eight_bits(image):
+def eight_bits(image, file_format):
     """A picture of any mode as L (grey) or RGB."""
     from PIL import Image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         x = np.asarray(image, np.float64)
-        if x.min() < 0 or x.max() > 65535:
-            raise ValueError(f"grey values from {x.min():g} to {x.max():g}, not of 16 bits")
+        is_png = image.mode == "I" and file_format == "PNG"  # Pillow's mode of 16 bits, formerly
+        if not (image.mode.startswith("I;16") or is_png):
+            raise ValueError("grey values of 32 bits, of which white is not known; save it with 8 "
+                             "or 16")
         return Image.fromarray((x / 257).round().astype(np.uint8))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         is_grey = image.mode in ("1", "L", "LA", "La")

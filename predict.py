@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from batches import Arrays, PackedText, eval_requests, open_split
 from format import read_meta
 from metrics import own_unit
 from pictures import IMAGES
-from readers import decoded_lines
+from readers import decoded_lines, has_header
 from sources import (
     DataConfig,
     data_settings,
@@ -39,8 +40,10 @@ from sources import (
     rebuild_command,
     rows,
     split_labels,
+    suffix_of,
     target_of,
     value_of,
+    with_built_in,
 )
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
 from values import clean, is_missing
@@ -55,7 +58,7 @@ class Config:
     text: list[str] = field(default_factory=list, metadata={"verbatim": True})  # label this text
     #   (the option again for each); - reads lines from standard input
     input: str | None = None  # label the rows of this file (of any kind that data.py reads; .txt: a
-    #   text a line), in order; of pictures also a folder, or "new/*.png" …
+    #   text a line; a folder: a text a file), in order; of pictures also "new/*.png" …
     output: str | None = None  # … into this .csv, .jsonl or .parquet: a row for each row
     # how to read input; None: as the data set of the run was read
     text_column: str | int | list[str | int] | None = None
@@ -67,6 +70,9 @@ class Config:
     escapechar: str | None = None
     decimal: Literal[".", ","] | None = None
     max_row_mb: int = 16  # a longer row is taken for a damaged file
+    impute: bool | None = None  # of features
+    drop_bad_rows: bool = False  # True: no row in the output for a row that cannot be read, instead
+    #   of stopping
     # what to write
     keep: list[str | int] = field(default_factory=list)  # columns of input to copy, such as its ids
     where: bool = False  # True: a column with each row's file and line
@@ -117,6 +123,7 @@ class Classifier:
             raise UserError(f"{self.path}: its settings are damaged: no label_separator or "
                             "mask_prob")
         self.multilabel = bool(self.label_names) and self.config.get("target") == "labels"
+        self.n_cut = 0  # texts so far of which only the start was read
         self.tokenizer = None
         if self.modality == "text":
             try:
@@ -229,6 +236,8 @@ class Classifier:
         ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts)]  # GPT-2: no [CLS]
         tokens = np.concatenate([[], *ids]).astype(np.int64)
         starts = np.cumsum([0, *map(len, ids)])
+        if self.long == "head":
+            self.n_cut += int((np.diff(starts) > self.max_len).sum())
         return PackedText(tokens, starts, labels, self.max_len, self.n_suffix, long=self.long)
 
     def check_predicts(self):
@@ -322,8 +331,12 @@ def file_settings(clf, cfg):
     """The data settings of a checkpoint's run, with those that cfg gives, to read a new file."""
     given = {name: value for name in vars(cfg)
              if name in vars(DataConfig()) and (value := getattr(cfg, name)) is not None}
-    given |= {"train_file": None, "drop_bad_rows": False, "lines": True}
-    source = dataclasses.replace(data_settings(clf.config), **given)
+    source = with_built_in(data_settings(clf.config))
+    if getattr(cfg, "header", None) is None and getattr(cfg, "text_column", None) is None:
+        given["header"] = has_header(source)
+    source = dataclasses.replace(source, train_file=None, lines=True, **given)
+    if clf.modality == "features" and not getattr(cfg, "columns", None):
+        source.columns = clf.scaling.get("columns") or source.columns
     if clf.modality == "image":
         source.image_size = list(clf.model.config.image_size)
     return source
@@ -341,6 +354,9 @@ def label_file(clf, cfg):
     names += ["label", "probability"] if clf.label_names else ["value"]
     if cfg.probabilities:
         names += [f"p_{name}" for name in clf.label_names]
+    if len(set(names)) < len(names):
+        raise UserError(f"--keep={cfg.keep}: two columns of the output would have one name: "
+                        f"{names[:20]}")
     n = n_empty = 0
     with replacing(cfg.output) as temporary, tqdm(unit=" rows", delay=1) as bar:
         with WRITERS[temporary.suffix](temporary, names, cfg) as write:
@@ -356,6 +372,9 @@ def label_file(clf, cfg):
             raise UserError(f"{cfg.input}: holds no rows")
     note = f" ({n_empty} of them empty, which get no label)" if n_empty else ""
     print(f"{n} rows labelled{note}: {cfg.output}")
+    if clf.n_cut:
+        print(f"{clf.n_cut} texts are longer than max_len={clf.max_len}: their starts were read "
+              "(--long)")
 
 
 def input_rows(clf, cfg):
@@ -374,18 +393,34 @@ def input_rows(clf, cfg):
         columns = columns if isinstance(columns, list) else [columns]
         n_values = len(columns)
         source.text_column = columns + cfg.keep
-    elif source.columns:
+    else:
         n_values = len(source.columns)
         source.columns = source.columns + cfg.keep
-    elif cfg.keep:
-        raise UserError("--keep needs --columns, which says what the features are")
-    for name, opener in members(cfg.input, source.data_dir):
+    for name, opener in input_files(cfg.input, source):
+        if cfg.keep and suffix_of(name) == ".txt":
+            raise UserError(f"{name}: has no columns to --keep")
         for where, fields, _ in file_rows(name, opener, source):
-            values = fields[:n_values]
-            if clf.modality == "text":
-                yield where, value_of(values or [""], where, source), fields[n_values:]
-            elif fields:
-                yield where, value_of(values, where, source), fields[n_values or len(fields) :]
+            if fields is None:  # left out by --drop_bad_rows
+                continue
+            if not fields and clf.modality != "text":
+                raise UserError(f"{where}: is blank, where numbers are needed; delete the line")
+            values = fields[:n_values] or [""]
+            if suffix_of(name) == ".txt" and values[0].startswith("__label__"):
+                values = [re.sub(r"^(__label__\S+\s+)+", "", values[0])]  # as fastText trains on
+            value = value_of(values, where, source)
+            if value is not None:
+                yield where, value, fields[n_values:] or [""] * len(cfg.keep)
+
+
+def input_files(path, source):
+    """The files to read; of a folder all its .txt, each of which is one text."""
+    if not Path(path).is_dir():
+        return members(path, source.data_dir)
+    source.lines, source.target = False, "class"
+    files = [f for f in sorted(Path(path).rglob("*.txt")) if not is_hidden(f.relative_to(path))]
+    if not files:
+        raise UserError(f"{path}: holds no .txt files")
+    return [(str(file), lambda file=file: open(file, "rb")) for file in files]
 
 
 def picture_files(path, source):
@@ -474,7 +509,10 @@ def labelled_examples(clf, file, cfg):
     values, targets = [], []
     for where, value, label in rows(file, source):
         if is_missing(value) or label == "" and source.target != "labels":
-            raise UserError(f"{where}: the text or the label is empty; mend the row")
+            if cfg.drop_bad_rows:
+                continue
+            raise UserError(f"{where}: the text or the label is empty; mend the row, or leave such "
+                            "rows out with --drop_bad_rows=True")
         unknown = set(split_labels(label, source)) - set(clf.label_names)
         if clf.label_names and unknown:
             raise UserError(f"{where}: label {min(unknown)!r} is none that {clf.path} knows: "

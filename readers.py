@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import re
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def decoded_lines(raw, name, encoding, max_row_mb):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 line = decode(line, encoding, f"{name}, line {number}")
+            if "\0" in line:
+                raise UserError(f"{name}, line {number}: holds zero bytes: is the file damaged, or "
+                                "UTF-16 without a mark (--encoding=utf-16-le)?")
             yield number, line
     except UnicodeError as error:
         raise UserError(f"{name}, line {number + 1}: not valid {encoding}: {error}; give "
@@ -53,8 +57,11 @@ def decoded_lines(raw, name, encoding, max_row_mb):
     except LookupError:
         raise UserError(f"--encoding={encoding}: Python knows no encoding "
                         f"'{encoding}'") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise UserError(f"{name}: cannot be read: {error}") from error
+
+
+UNREADABLE = OSError, EOFError, zlib.error, zipfile.BadZipFile
 
 
 def known_encoding(raw):
@@ -108,12 +115,18 @@ def read_txt(name, raw, cfg):
             text = line.rstrip("\r\n")
             yield f"{name}, line {number}", [text] if text.strip() else [], ""
         return
-    first = list(itertools.islice(lines, 1))
+    first = []  # the lines up to the first that is not blank
+    for number, line in lines:
+        first.append((number, line))
+        if line.strip():
+            break
     lines = itertools.chain(first, lines)
-    if cfg.target in ("class", "labels") and first and first[0][1].startswith("__label__"):
+    is_fasttext = first and first[-1][1].lstrip().startswith("__label__")
+    if cfg.target in ("class", "labels") and is_fasttext:
         yield from read_fasttext(name, lines, cfg)
     else:
-        yield name, ["".join(line for _, line in lines)], Path(name).parent.name
+        folder = Path(name.rpartition("!")[2]).parent.name  # in an archive: of its member
+        yield name, ["".join(line for _, line in lines)], folder
 
 
 def read_fasttext(name, lines, cfg):
@@ -122,8 +135,11 @@ def read_fasttext(name, lines, cfg):
         words = line.split()
         labels = list(itertools.takewhile(lambda word: word.startswith("__label__"), words))
         labels = [label.removeprefix("__label__") for label in labels]
+        n_labels = sum(word.startswith("__label__") for word in words)
         if not words:
             yield where, [], ""
+        elif n_labels > len(labels):
+            yield from bad_row(where, f"{where}: a label stands within the text", cfg)
         elif cfg.target == "class" and len(labels) != 1:
             problem = f"{where}: {len(labels)} labels; several are for --target=labels"
             yield from bad_row(where, problem, cfg)
@@ -150,18 +166,14 @@ DELIMITERS = {",": "a comma", ";": "a semicolon", "|": "a bar", "\t": "a tab"}
 
 def read_table(name, raw, cfg, usual):
     """Fields in quotes may hold delimiters and newlines (RFC 4180)."""
-    csv.field_size_limit(cfg.max_row_mb * 1_000_000)
-    lines = (line for _, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb))
-    sample = list(itertools.islice(first_lines(lines), 200))
-    rest = list(itertools.islice(lines, 1))  # none: the sample is all of it
-    dialect = choose_dialect(sample, not rest, cfg, usual, name)
-    table = csv.reader(itertools.chain(sample, rest, lines), strict=True, **dialect)
+    table, dialect = open_table(name, raw, cfg, usual)
+    no_quotes = dialect["quoting"] == csv.QUOTE_NONE and cfg.quotechar is None
     header = has_header(cfg)
     names = None
     try:
         for row in table:
             where = f"{name}, line {table.line_num}"
-            if not row:
+            if not row or not "".join(row).strip() and len(row) < len(names or ()):
                 yield where, [], ""
                 continue
             if names is None:
@@ -180,14 +192,51 @@ def read_table(name, raw, cfg, usual):
                            f"with {dialect['delimiter']!r} in it not in quotes?")
             elif len(row) < needed:
                 problem = f"{where}: {len(row)} fields where {needed} are needed"
+            elif no_quotes and any(map(is_quoted, row)):
+                raise UserError(f"{where}: is a field in quotes? --quotechar='\"' reads it so, "
+                                "--quotechar= takes all quotes as parts of texts")
             else:
-                label = label_of([row[i] for i in labels], where, cfg)
-                yield where, [row[i] for i in values], label
+                yield from labelled_row(where, [row[i] for i in values], [row[i] for i in labels],
+                                        cfg)
                 continue
             yield from bad_row(where, problem, cfg)
     except csv.Error as error:
-        raise UserError(f"{name}, line {table.line_num}: {error} (is a quote left open? If not, "
-                        "raise --max_row_mb, or give --quotechar, --escapechar)") from error
+        way_out = "is a quote left open? --quotechar= takes quotes as parts of texts"
+        if "limit" in str(error):
+            way_out = "is a quote left open? If not, raise --max_row_mb"
+        raise UserError(f"{name}, line {table.line_num}: {error} ({way_out})") from error
+
+
+def open_table(name, raw, cfg, usual):
+    """(a csv.reader, the dialect that it reads)."""
+    csv.field_size_limit(cfg.max_row_mb * 1_000_000)
+    lines = (line for _, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb))
+    sample = list(itertools.islice(first_lines(lines), 200))
+    rest = list(itertools.islice(lines, 1))  # none: the sample is all of it
+    dialect = choose_dialect(sample, not rest, cfg, usual, name)
+    return parse(itertools.chain(sample, rest, lines), dialect), dialect
+
+
+def is_quoted(field):
+    """Does a field look like one in quotes, in which quotes are doubled?"""
+    return '""' in field[1:-1] and field[0] == field[-1] == '"' and len(field) > 2
+
+
+def labelled_row(where, fields, cells, cfg):
+    try:
+        label = label_of(cells, where, cfg)
+    except UserError as error:
+        yield from bad_row(where, str(error), cfg)
+    else:
+        yield where, fields, label
+
+
+def parse(lines, dialect):
+    """A csv.reader. With "unescape", backslashes go that stand before a quote or a backslash."""
+    options = {key: value for key, value in dialect.items() if key != "unescape"}
+    if "unescape" in dialect:
+        lines = (re.sub(r'\\(["\\])', lambda m: m[1].replace('"', '""'), line) for line in lines)
+    return csv.reader(lines, strict=True, **options)
 
 
 def first_lines(lines):
@@ -201,30 +250,33 @@ def first_lines(lines):
 def choose_dialect(sample, is_all, cfg, usual, name):
     """The csv dialect of a table's first lines: the usual one of its suffix, unless another makes
     equal rows of them that have the columns that are asked for."""
-    delimiters = [cfg.delimiter] if cfg.delimiter else [usual, *(DELIMITERS.keys() - {usual})]
+    delimiters = [cfg.delimiter] if cfg.delimiter else [usual]
+    if not cfg.delimiter and is_wide(cfg):
+        delimiters += [delimiter for delimiter in DELIMITERS if delimiter != usual]
     quoted = {"quoting": csv.QUOTE_MINIMAL, "quotechar": cfg.quotechar or '"'}
-    escaped = quoted | {"escapechar": cfg.escapechar or "\\", "doublequote": False}
     ways = [quoted] if cfg.quotechar is None else [quoted if cfg.quotechar else
                                                    {"quoting": csv.QUOTE_NONE}]
     if cfg.quotechar is None and usual == "\t" and not quotes_explain_all(sample):
         ways = [{"quoting": csv.QUOTE_NONE}, quoted]
     if cfg.escapechar:
-        ways = [escaped]
+        ways = [quoted | {"escapechar": cfg.escapechar, "doublequote": False}]
     elif any('\\"' in line for line in sample) and cfg.quotechar != "":
-        ways.append(escaped)
-    candidates = [{"delimiter": d} | way for d in sorted(delimiters, key=lambda d: d != usual)
-                  for way in ways]
+        ways.append(quoted | {"unescape": True})
+    candidates = [{"delimiter": delimiter} | way for delimiter in delimiters for way in ways]
     fitting = [dialect for dialect in candidates if fits(sample, is_all, dialect, cfg)]
-    if not fitting:
-        return candidates[0]
+    if not fitting:  # rows of several lengths: the first one that has the columns
+        fitting = [d for d in candidates if fits(sample[:1], True, d, cfg)] or candidates
+        return fitting[0]
     dialect = fitting[0]
     possible = {d["delimiter"] for d in fitting}
+    if not has_header(cfg) and fits(sample[:1], True, candidates[0], cfg):
+        possible.add(candidates[0]["delimiter"])  # even if some row has more or fewer fields
     if len(possible) > 1 and not has_header(cfg) and is_wide(cfg):
         raise UserError(f"{name}: its rows could be parted by {' or '.join(sorted(possible))!r}: "
                         "give --delimiter")
     if dialect != candidates[0]:
         how = "quoted fields" if dialect["quoting"] == csv.QUOTE_MINIMAL else "no quotes"
-        if "escapechar" in dialect:
+        if "unescape" in dialect:
             how = "quotes escaped by a backslash"
         delimiter = DELIMITERS.get(dialect["delimiter"], dialect["delimiter"])
         say(f"{name}: read with {delimiter} between fields and {how} (--delimiter, --quotechar and "
@@ -243,7 +295,7 @@ def quotes_explain_all(sample):
 
 def fits(sample, is_all, dialect, cfg):
     """Do the lines make rows of one length under a dialect, with the columns that are asked for?"""
-    table = csv.reader(sample, strict=True, **dialect)
+    table = parse(sample, dialect)
     rows = []
     try:
         rows.extend(row for row in table if row)
@@ -287,11 +339,15 @@ def column_indices(row, cfg, name):
     header = has_header(cfg)
 
     def index_of(column):
+        if header and row.count(column) > 1:
+            raise UserError(f"{name}: {row.count(column)} columns have the name {column!r}; give "
+                            "them different names")
         index = row.index(column) if header and column in row else column
         if isinstance(index, str) or not 0 <= index < len(row):
+            hint = "; or give --delimiter" if len(row) == 1 else ""
             raise UserError(f"{name}: there is no column {column!r} in its first row, "
                             f"{[field[:40] for field in row]}; give its columns by name, or by "
-                            "number from 0 without a header (--text_column, --label_column)")
+                            f"number from 0 without a header (--text_column, --label_column){hint}")
         return index
     label_indices = [index_of(column) for column in labels]
     if cfg.kind != "text" and not cfg.columns:  # all but the label's
@@ -303,15 +359,20 @@ def column_indices(row, cfg, name):
 # Records
 
 
+def unique_keys(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+# numbers stay as they are written
+JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=str, parse_int=str)
+BLANKS = re.compile(r"\s*")
+
+
 def read_json(name, raw, cfg):
     """A JSON object a line, or an array of objects."""
-    try:
-        encoding = known_encoding(raw) or cfg.encoding.split(",")[0]
-        start = raw.peek(1000)[:1000].decode(encoding, "ignore")
-    except (OSError, EOFError, LookupError, zlib.error) as error:
-        raise UserError(f"{name}: cannot be read: {error}") from error
-    is_array = start.lstrip("\ufeff \t\r\n").startswith("[")
-    for where, record in (array_elements if is_array else json_lines)(name, raw, cfg):
+    for where, record in json_records(name, raw, cfg):
         if isinstance(record, dict):
             yield from read_record(record, where, cfg)
         elif record == "":
@@ -320,13 +381,23 @@ def read_json(name, raw, cfg):
             yield from bad_row(where, f"{where}: not a JSON object", cfg)
 
 
+def json_records(name, raw, cfg):
+    """(where, object) of each; "" of a blank line, None of what is not JSON."""
+    try:
+        encoding = known_encoding(raw) or cfg.encoding.split(",")[0]
+        start = raw.peek(1000)[:1000].decode(encoding, "ignore")
+    except (*UNREADABLE, LookupError) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from error
+    is_array = start.lstrip("\ufeff \t\r\n").startswith("[")
+    return (array_elements if is_array else json_lines)(name, raw, cfg)
+
+
 def json_lines(name, raw, cfg):
-    """(where, object) of each line; "" of a blank one, None of one that is not JSON."""
     for number, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb):
         record = ""
         if line.strip():
             try:
-                record = json.loads(line)
+                record = JSON.decode(line)
             except (ValueError, RecursionError):
                 record = None
             record = None if record == "" else record  # which stands for a blank line
@@ -337,27 +408,39 @@ def array_elements(name, raw, cfg):
     """(where, element) of each element of a JSON array, one at a time."""
     encoding = known_encoding(raw) or cfg.encoding.split(",")[0]
     stream = io.TextIOWrapper(raw, "utf-8-sig" if encoding == "utf-8" else encoding)
-    decoder = json.JSONDecoder()
     waiting = ""  # what is read and not yet understood, from `position` on
     position = 0
     is_open = False
     number = 0
     while True:
-        position = re.compile(r"[\s,]*").match(waiting, position).end()
+        before = position = BLANKS.match(waiting, position).end()
         try:
             if waiting[position : position + 1] == "]" and is_open:
+                if (waiting[position + 1 :] + stream.read(1000)).strip():
+                    raise UserError(f"{name}: something follows the array")
                 return
+            if number and waiting[position : position + 1] == ",":
+                position += 1
+            elif number and waiting[position:]:
+                raise UserError(f"{name}, element {number}: no comma before it")
             if not is_open and waiting:
                 is_open = True
                 position += 1  # [
                 continue
-            record, end = decoder.raw_decode(waiting, position)
+            position = BLANKS.match(waiting, position).end()
+            record, end = JSON.raw_decode(waiting, position)
             if end == len(waiting):
                 raise ValueError  # a number may go on
+        except UserError:
+            raise
         except (ValueError, RecursionError):
+            position = before
             try:
                 more = stream.read(1_000_000)
-            except (OSError, EOFError, UnicodeError, zlib.error) as error:
+            except UnicodeError as error:
+                raise UserError(f"{name}: not valid {encoding}: {error}; give its one "
+                                "--encoding") from None
+            except UNREADABLE as error:
                 raise UserError(f"{name}: cannot be read: {error}") from None
             if not more or len(waiting) - position > cfg.max_row_mb * 1_000_000:
                 raise UserError(f"{name}, element {number}: not valid JSON, or longer than "
@@ -372,6 +455,11 @@ def array_elements(name, raw, cfg):
 
 def read_parquet(name, raw, cfg):
     """Parquet, or Arrow's own files (.arrow, .feather)."""
+    for where, record in parquet_records(name, raw, cfg):
+        yield from read_record(record, where, cfg)
+
+
+def parquet_records(name, raw, cfg):
     try:
         import pyarrow
         import pyarrow.parquet
@@ -386,7 +474,7 @@ def read_parquet(name, raw, cfg):
         number = 0
         for batch in batches:
             for record in batch.to_pylist():
-                yield from read_record(record, f"{name}, row {number}", cfg)
+                yield f"{name}, row {number}", record
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
@@ -404,9 +492,21 @@ def read_record(record, where, cfg):
             yield from bad_row(where, problem, cfg)
             return
     fields = [scalar(record[column], where, column) for column in values]
-    yield where, fields, label_of([record[column] for column in labels], where, cfg)
+    yield from labelled_row(where, fields, [record[column] for column in labels], cfg)
 
 
+def column_names(name, raw, cfg, suffix):
+    """The columns of a table or of a file's first record: names, or without a header numbers."""
+    if suffix in (".csv", ".tsv"):
+        table, _ = open_table(name, raw, cfg, "," if suffix == ".csv" else "\t")
+        row = next((row for row in table if row), [])
+        return row if has_header(cfg) else list(range(len(row)))
+    records = parquet_records if suffix in PARQUET else json_records
+    found = (record for _, record in records(name, raw, cfg) if isinstance(record, dict))
+    return list(next(found, {}))
+
+
+PARQUET = ".parquet", ".arrow", ".feather"
 READERS = {
     ".txt": read_txt, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
     ".csv": functools.partial(read_table, usual=","),

@@ -23,7 +23,10 @@ def print_report(r):
         names = "micro_f1", "macro_f1", "samples_f1", "accuracy", "hamming_loss"
         print_figures(r, names)
         if "at_thresholds" in r:
-            print("  at thresholds fitted on val, which predict.py now uses too:")
+            used = ""
+            if r["split"] in ("test", "train"):  # a file's report leaves eval.json as it was
+                used = ", which predict.py now uses too"
+            print(f"  at thresholds fitted on val{used}:")
             print_figures(r["at_thresholds"], names)
         print_labels(r)
     else:

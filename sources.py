@@ -25,7 +25,7 @@ import numpy as np
 
 from fetch import web_members, wheel_members
 from pictures import IMAGES, check_shape, picture_rows
-from readers import READERS, read_record
+from readers import READERS, column_names, read_record
 from values import clean, clean_label, parse_number, parse_numbers
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
@@ -131,11 +131,23 @@ def data_settings(settings):
     return DataConfig(**{name: check(DataConfig, name, settings[name], where) for name in names})
 
 
-def resolve(cfg):
-    """A config's data settings, with a built-in data set's own filled in. Raises UserError."""
-    source = data_settings(vars(cfg))
+def with_built_in(source):
+    """The settings with those of a built-in data set filled in."""
     if source.dataset in BUILT_IN and not source.train_file:
         return dataclasses.replace(source, **BUILT_IN[source.dataset])
+    return source
+
+
+def resolve(cfg):
+    """A config's data settings, with a built-in data set's own filled in. Raises UserError."""
+    given = data_settings(vars(cfg))
+    source = with_built_in(given)
+    for name in ("delimiter", "quotechar", "escapechar"):
+        if len(getattr(source, name) or "") > 1 or name != "quotechar" and \
+           getattr(source, name) == "":
+            raise UserError(f"--{name}={getattr(source, name)} must be one character")
+    if source != given:
+        return source
     if source.dataset in BUILT_IN:
         raise UserError(f"'{source.dataset}' is a built-in data set: with --train_file, name your "
                         "own: --dataset=NAME")
@@ -150,6 +162,8 @@ def resolve(cfg):
     if train:
         source = dataclasses.replace(source, train_file=train, val_file=source.val_file or val,
                                      test_file=source.test_file or test)
+    if source.resize != "no" and not source.image_size:
+        raise UserError(f"--resize={source.resize} needs --image_size=[channels,height,width]")
     if isinstance(source.label_column, list) and source.target != "labels":
         raise UserError("--label_column is several columns, so --target=labels is needed: one "
                         "column for each label")
@@ -227,9 +241,23 @@ def zip_members(spec):
     names = [name for name in archive.namelist() if not name.endswith("/") and not is_hidden(name)]
     names = [name for name in names if fnmatch.fnmatch(name, pattern or "*")
              and suffix_of(name) in (*READERS, *IMAGES)]
+    folders = {part.casefold() for name in names for part in Path(name).parts[:2]}
+    folders = {SPLIT_FOLDERS.get(folder) for folder in folders}
+    if not pattern and "train" in folders and folders & {"val", "test"}:
+        raise UserError(f"{path}: holds splits in folders of their own; name each: "
+                        f"--train_file='{path}!*train/*' --test_file='{path}!*test/*'")
+    tables = [name for name in names if suffix_of(name) not in (".txt", *IMAGES)]
+    if tables and not pattern:
+        names = tables  # a readme.txt beside them is no example
     if not names:
         raise UserError(f"{path}: holds no file {pattern or 'of a kind that can be read'}")
-    return [(f"{path}!{name}", lambda name=name: archive.open(name)) for name in sorted(names)]
+
+    def open_member(name):
+        try:
+            return archive.open(name)
+        except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}!{name}: cannot be read: {error}") from error
+    return [(f"{path}!{name}", lambda name=name: open_member(name)) for name in sorted(names)]
 
 
 def is_hidden(path):
@@ -243,9 +271,14 @@ def class_files(folder):
 
 
 def skipped_files(source):
-    """{kind of file: count} of a folder's files that are no examples, hidden ones aside."""
+    """{kind of file: count} of a folder's or zip archive's files that are no examples, hidden ones
+    aside."""
     folder = Path(source)
     counts = {}
+    if folder.suffix == ".zip" and folder.is_file():
+        inside = [n for n in zipfile.ZipFile(folder).namelist() if not n.endswith("/")]
+        n_skipped = sum(not is_hidden(n) for n in inside) - len(zip_members(source))
+        counts = {"skipped_files_of_the_archive": n_skipped} if n_skipped else {}
     if folder.is_dir():
         taken = set(class_files(folder))
         for file in folder.rglob("*"):
@@ -329,6 +362,20 @@ def file_rows(name, opener, cfg):
         yield from READERS[suffix](name, stream, cfg)
 
 
+def feature_columns(source, cfg):
+    """The columns of features of a source's first file, all but the label's, so that each further
+    file and row is read by these names."""
+    if source.startswith("hf:"):
+        found, split = open_hub(source)
+        names = found[split or "train"].column_names
+    else:
+        name, opener = members(source, cfg.data_dir)[0]
+        with opener() as raw:
+            stream = gzip.open(raw) if name.endswith(".gz") else raw
+            names = column_names(name, stream, cfg, suffix_of(name))
+    return [name for name in names if name != cfg.label_column]
+
+
 def examples_of(found, cfg):
     """A reader's rows as (where, value, label); blank lines are none."""
     for where, fields, label in found:
@@ -336,7 +383,17 @@ def examples_of(found, cfg):
             yield where, None, ""
         elif fields:
             value = value_of(fields, where, cfg)
+            if cfg.target == "number" and cfg.drop_bad_rows and not is_number(label, where, cfg):
+                label = ""
             yield where, value, "train" if cfg.target == "none" else clean_label(label)
+
+
+def is_number(label, where, cfg):
+    try:
+        parse_number(label, where, cfg)
+    except UserError:
+        return False
+    return True
 
 
 def value_of(fields, where, cfg):
@@ -355,6 +412,11 @@ def cut_document(where, text, _, shares):
     ends = [int(len(text) * share) for share in np.cumsum(list(parts.values())).round(9)]
     for split, start, end in zip(parts, [0, *ends], ends):
         yield where, text[start:end], split
+
+
+def is_skipped(label, cfg):
+    """Is a row left out for one of its labels (--skip_labels)?"""
+    return bool(cfg.skip_labels) and not set(cfg.skip_labels).isdisjoint(split_labels(label, cfg))
 
 
 def split_labels(label, cfg):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from format import SPLITS
 from readers import is_header_word
-from sources import held_out, rows, skipped_files, split_labels
+from sources import held_out, is_skipped, rows, skipped_files, split_labels
 from values import is_missing, parse_number
 
 
@@ -25,7 +25,7 @@ def unit_of(source):
 
 def is_complete(value, label, source):
     """Has a row both a value and a label? (With --target=labels it may have none.)"""
-    if label in source.skip_labels:
+    if is_skipped(label, source):
         return False
     return not is_missing(value) and (label != "" or source.target == "labels")
 
@@ -41,11 +41,15 @@ class Survey:
     def __init__(self, source, files):
         self.source, self.files, self.n_bad_rows = source, files, 0
         self.n_skipped = 0  # rows of skip_labels
+        self.unseen = set(source.skip_labels)
         self.fingerprints, self.labels = {}, {}
         self.ids = {}  # label → its number in order of first sight
         self.label_sets = {}  # with --target=labels: hash → labels
         for split in files:
             self.read(split)
+        if self.unseen:
+            raise UserError(f"--skip_labels={min(self.unseen)}: no row has that label; the others "
+                            f"are {sorted(self.ids)[:20]}")
         if source.target == "class" and len(self.ids) < 2:
             raise UserError(f"{files['train']}: every example has the label {list(self.ids)[0]!r}; "
                             "a classifier needs two labels or more (is --label_column the right "
@@ -74,8 +78,9 @@ class Survey:
                     self.source = replace(source, image_size=list(value.shape))
                 fingerprints.append(fingerprint(value))
                 labels.append(self.label_id(label, where, split))
-            elif label and label in source.skip_labels:
+            elif is_skipped(label, source):
                 self.n_skipped += 1
+                self.unseen -= set(split_labels(label, source))
             elif source.drop_bad_rows:
                 self.n_bad_rows += 1
             else:
@@ -112,6 +117,9 @@ class Survey:
             raise UserError(f"{self.files['train']}: the label of the first row, {first!r}, occurs "
                             "once: is that row names? Give --header=True, or --header=False if it "
                             "is an example")
+        if self.source.header is None and is_alone and len(self.labels["train"]) > 20:
+            print(f"the first row's label, {first!r}, occurs once: if that row is names, give "
+                  "--header=True", flush=True)
         numbers = {}
         for name in self.names:
             try:

@@ -1,6 +1,7 @@
 """What the fields of a row mean: labels, clean text, numbers."""
 import ast
 import functools
+import json
 import math
 import re
 import unicodedata
@@ -33,14 +34,24 @@ def label_of(cells, where, cfg):
         return join_labels(given, where, cfg)
     (cell,) = cells
     if cfg.target == "labels":
-        if isinstance(cell, str) and cell.strip()[:1] in ("[", "("):
-            try:
-                cell = ast.literal_eval(cell.strip())
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                pass  # a label may begin so
+        if isinstance(cell, str) and re.fullmatch(r"\[.*\]|\{.*\}", cell.strip(), re.DOTALL):
+            cell = written_list(cell.strip(), where)
         if isinstance(cell, (list, tuple)):
-            return join_labels([scalar(name, where, "label") for name in cell], where, cfg)
+            names = [scalar(name, where, "label") for name in cell]
+            return join_labels([name for name in names if name], where, cfg)
     return scalar(cell, where, cfg.label_column)
+
+
+def written_list(cell, where):
+    """The list that a cell holds as Python or JSON writes it. Raises UserError."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, (list, set)) and not re.search(r"['\"]\s*['\"]", cell[1:-1]):
+            return sorted(found) if isinstance(found, set) else found
+    raise UserError(f"{where}: {cell[:60]!r} is no list of labels, as Python or JSON writes one")
 
 
 def is_one(cell, where, name):
@@ -100,8 +111,10 @@ def to_float(text, cfg):
     text = text.strip()
     if text.casefold() in MISSING_NUMBERS:
         return math.nan
+    if "_" in text:
+        raise ValueError(f"{text!r} is not a number")
     if cfg.decimal == ",":
-        if "." in text and not re.fullmatch(r"[-+]?\d{1,3}(\.\d{3})+(,\d+)?", text):
+        if "." in text and not re.fullmatch(r"[-+]?[1-9]\d{0,2}(\.\d{3})+(,\d+)?", text):
             raise ValueError(f"{text!r} has a point, and --decimal=, is set")
         text = text.replace(".", "").replace(",", ".")
     elif re.fullmatch(r"[-+]?\d+,\d+", text):

@@ -359,3 +359,103 @@ def test_how_much_is_cut_is_said(tmp_path, capsys):
     assert "train: 1 texts (33.3%) are longer than max_len=20" in capsys.readouterr().out
     data.print_cut("train", np.array([0, 10, 30, 50]), 20)
     assert capsys.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# What a careful tester found
+
+
+def test_features_go_by_their_names_in_every_file_and_row(tmp_path):
+    numbers = dict(kind="features", target="number", label_column="y")
+    a = "a,b,y\n" + "".join(f"{i},{-i},{i * 3}\n" for i in range(1, 30))
+    (tmp_path / "p1.csv").write_text(a)
+    (tmp_path / "p2.csv").write_text(
+        "y,b,a\n" + "".join(f"{i * 3},{-i},{i}\n" for i in range(30, 60))
+    )
+    meta = build(tmp_path, tmp_path / "p*.csv", **numbers)
+    assert meta["scaling"]["columns"] == ["a", "b"]
+    assert meta["scaling"]["mean"][0] > 0 > meta["scaling"]["mean"][1]
+    lines = [json.dumps({"a": i, "b": -i, "y": 3 * i}) for i in range(1, 30)]
+    lines += [json.dumps({"b": -i, "y": 3 * i, "a": i}) for i in range(30, 60)]
+    other = build(tmp_path, tmp_path / "p.jsonl", "\n".join(lines), dataset="j", **numbers)
+    assert other["scaling"] == meta["scaling"]
+    with pytest.raises(UserError, match="line 60: there is no key 'b'"):
+        lines.append(json.dumps({"a": 1, "c": 2, "y": 3}))
+        build(tmp_path, tmp_path / "q.jsonl", "\n".join(lines), dataset="k", **numbers)
+
+
+@pytest.mark.parametrize(
+    "name, content, changes, says",
+    [
+        ("short.csv", "good; film,pos\nfine; film,neg\nbad; film\n",
+         {"text_column": 0, "label_column": 1}, "could be parted by"),
+        ("two.json", '[{"text": "a", "label": "x"}]\n[{"text": "b", "label": "y"}]', {},
+         "something follows the array"),
+        ("comma.json", '[{"text": "a", "label": "x"} {"text": "b", "label": "y"}]', {}, "no comma"),
+        ("twice.jsonl", '{"text": "a", "label": "x", "label": "y"}', {}, "not a JSON object"),
+        ("late.tsv", "text\tlabel\n" + "a\tx\n" * 300 + '"He said ""hi"""\tx\n', {},
+         "line 302: is a field in quotes"),
+        ("zero.txt", "Привет мир\nда нет\n".encode("utf-16-le"), {"target": "none", "lines": True},
+         "zero bytes.*--encoding=utf-16-le"),
+        ("names.csv", "text,text,label\na,b,x\n", {}, "2 columns have the name 'text'"),
+        ("np.csv", "text,label\na,\"['joy' 'anger']\"\n", {"target": "labels"}, "is no list"),
+        ("bare.csv", 'text,label\na,"[a, b]"\n', {"target": "labels"}, "no list of labels"),
+        ("in.txt", "__label__a one\ntwo __label__b\n", {"target": "labels"}, "within the text"),
+        ("d.csv", table(ROWS), {"delimiter": "||"}, "--delimiter=.* must be one character"),
+    ],
+)  # fmt: skip
+def test_what_a_careful_tester_found_is_refused(tmp_path, name, content, changes, says):
+    with pytest.raises(UserError, match=says):
+        build(tmp_path, tmp_path / name, content, **changes)
+
+
+def test_what_a_careful_tester_found_is_read(tmp_path):
+    slashes = [('a "q" and \\new C:\\dir', "pos"), ("foo", "\\N")]
+    content = '"text","label"\n"a \\"q\\" and \\new C:\\dir","pos"\n"foo","\\N"\n'
+    assert read(tmp_path / "slashes.csv", content) == slashes
+    numbers = '{"text": "1.10", "label": 1e2}\n{"text": 123456789.123456789123, "label": 1.10}\n'
+    assert read(tmp_path / "numbers.jsonl", numbers) == [
+        ("1.10", "1e2"),
+        ("123456789.123456789123", "1.10"),
+    ]
+    sets = 'text,label\na,"{\'y\', \'x\'}"\nb,"[""x"", null]"\n'
+    assert [x for _, x in read(tmp_path / "s.csv", sets, target="labels")] == ["x,y", "x"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("data.csv", table(ROWS))
+        archive.writestr("README.txt", "about it")
+    meta = build(tmp_path, tmp_path / "a.zip")
+    assert meta["label_names"] == ["neg", "pos"]
+    assert meta["removed"]["skipped_files_of_the_archive"] == 1
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for i, (text, label) in enumerate(ROWS):
+            archive.writestr(f"{label}/{i}.txt", text)
+    assert sorted(read(tmp_path / "b.zip")) == sorted(ROWS)
+    several = table([(t, "a,b" if i % 2 else "a" if i % 3 else "b") for i, t in enumerate(TEXTS)])
+    settings = dict(target="labels", skip_labels=["b"])
+    meta = build(tmp_path, tmp_path / "skip.csv", several, dataset="s", **settings)
+    assert meta["label_names"] == ["a"] and meta["removed"]["rows_of_skip_labels"] == 27
+
+
+def test_what_a_newcomer_stumbled_over(tmp_path, capsys):
+    """One short row leaves the delimiter as it is; misspelt labels to skip, splits in an archive,
+    and names in the first row are said."""
+    lines = table([(i, *r) for i, r in enumerate(ROWS)], ("id", "text", "label"), delimiter=";")
+    with pytest.raises(UserError, match="line 42: 2 fields where 3 are needed"):
+        build(tmp_path, tmp_path / "a.csv", lines + "40;short\n")
+    meta = build(tmp_path, tmp_path / "a.csv", lines + "40;short\n", drop_bad_rows=True)
+    assert meta["removed"]["bad_rows"] == 1
+    with pytest.raises(UserError, match="--skip_labels=poss: no row has that label"):
+        build(tmp_path, tmp_path / "a.csv", lines, skip_labels=["poss"], dataset="y")
+    with zipfile.ZipFile(tmp_path / "split.zip", "w") as archive:
+        for i, (text, label) in enumerate(ROWS):
+            archive.writestr(f"x/{['train', 'test'][i > 29]}/{label}/{i}.txt", text)
+    with pytest.raises(UserError, match=r"--train_file='.*split.zip!\*train/\*' --test_file="):
+        build(tmp_path, tmp_path / "split.zip", dataset="z")
+    meta = build(tmp_path, f"{tmp_path}/split.zip!*train/*", dataset="z",
+                 test_file=f"{tmp_path}/split.zip!*test/*")  # fmt: skip
+    assert meta["splits"]["test"]["examples"] == 10
+    stars = table([(t, i % 3) for i, t in enumerate(TEXTS)], ("comment", "stars"))
+    build(tmp_path, tmp_path / "s.csv", stars, text_column=0, label_column=1, dataset="s")
+    assert "the first row's label, 'stars', occurs once" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--resize=crop needs --image_size"):
+        build(tmp_path, tmp_path / "s.csv", kind="image", resize="crop", dataset="r")

@@ -271,3 +271,30 @@ def test_one_data_set_of_many_sizes(tmp_path):
     assert build_model(ModelConfig(image_size=(1, 8, 8), n_classes=2))(
         torch.zeros(1, 1, 8, 8)
     ).shape == (1, 2)
+
+
+def test_columns_stay_where_they_belong(titled, tmp_path):
+    blank = "id;title;body\n7;goal goal;it\n\n8;bank bank;of\n"
+    assert [r["id"] for r in labels(titled, blank, keep=["id"])] == ["7", "", "8"]
+    with pytest.raises(UserError, match="has no columns to --keep"):
+        labels(titled, "goal\n", name="a.txt", keep=["id"])
+    with pytest.raises(UserError, match="two columns of the output would have one name"):
+        labels(titled, NEW, keep=["title", "title"])
+    short = "id;title;body\n7;goal goal;it\n8\n9;bank bank;it\n"
+    with pytest.raises(UserError, match="line 3: 1 fields where 3 are needed"):
+        labels(titled, short)
+    assert [r["label"] for r in labels(titled, short, drop_bad_rows=True)] == ["sport", "money"]
+
+
+def test_new_texts_in_files_of_their_own_and_fasttext_lines(titled, capsys):
+    (titled / "texts").mkdir(exist_ok=True)
+    for name, text in (("a", "goal\ngoal coach"), ("b", "bank\nbank"), (".c", "hidden")):
+        (titled / f"texts/{name}.txt").write_text(text)
+    config = Config(input=str(titled / "texts"), output=str(titled / "l.csv"), where=True)
+    label_file(Classifier(titled / "out"), config)
+    found = [(r["where"][-5:], r["label"]) for r in csv.DictReader(open(titled / "l.csv"))]
+    assert found == [("a.txt", "sport"), ("b.txt", "money")]
+    lines = "__label__money goal goal\nbank bank\n"
+    assert [r["label"] for r in labels(titled, lines, name="f.txt")] == ["sport", "money"]
+    labels(titled, "bank " * 99, name="long.txt")
+    assert "1 texts are longer than max_len=32: their starts were read" in capsys.readouterr().out
