@@ -24,7 +24,7 @@ from pathlib import Path
 
 # libgomp reads this when torch is loaded, so this module is imported before torch. Its threads spin
 # 300,000 times at each barrier by default, in vain where another process holds the other core: a
-# step of config/textcls.py then takes 95 ms instead of 27; with 3,000 it takes 65 (quiet: 2 % more)
+# step of config/textcls.py then takes 95 ms instead of 27; with 3,000 it takes 65 (quiet: 3 % more)
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
