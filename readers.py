@@ -173,7 +173,7 @@ def read_table(name, raw, cfg, usual):
     try:
         for row in table:
             where = f"{name}, line {table.line_num}"
-            if not row or not "".join(row).strip() and len(row) < len(names or ()):
+            if not row or len(row) < len(names or ()) and not "".join(row).strip():
                 yield where, [], ""
                 continue
             if names is None:

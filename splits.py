@@ -88,7 +88,8 @@ class Survey:
                 raise UserError(f"{where}: the {empty} is empty; mend the row, or leave such rows "
                                 "out with --drop_bad_rows=True")
         if not fingerprints:
-            raise UserError(f"{file}: holds no examples")
+            left_out = f": {self.n_bad_rows} bad rows are left out" if self.n_bad_rows else ""
+            raise UserError(f"{file}: holds no examples{left_out}")
         self.fingerprints[split] = np.array(fingerprints, np.uint64)
         self.labels[split] = np.array(labels)
 
