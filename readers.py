@@ -248,32 +248,18 @@ def first_lines(lines):
 
 
 def choose_dialect(sample, is_all, cfg, usual, name):
-    """The csv dialect of a table's first lines: the usual one of its suffix, unless another makes
-    equal rows of them that have the columns that are asked for."""
-    delimiters = [cfg.delimiter] if cfg.delimiter else [usual]
-    if not cfg.delimiter and is_wide(cfg):
-        delimiters += [delimiter for delimiter in DELIMITERS if delimiter != usual]
-    quoted = {"quoting": csv.QUOTE_MINIMAL, "quotechar": cfg.quotechar or '"'}
-    ways = [quoted] if cfg.quotechar is None else [quoted if cfg.quotechar else
-                                                   {"quoting": csv.QUOTE_NONE}]
-    if cfg.quotechar is None and usual == "\t" and not quotes_explain_all(sample):
-        ways = [{"quoting": csv.QUOTE_NONE}, quoted]
-    if cfg.escapechar:
-        ways = [quoted | {"escapechar": cfg.escapechar, "doublequote": False}]
-    elif any('\\"' in line for line in sample) and cfg.quotechar != "":
-        ways.append(quoted | {"unescape": True})
-    candidates = [{"delimiter": delimiter} | way for delimiter in delimiters for way in ways]
-    fitting = [dialect for dialect in candidates if fits(sample, is_all, dialect, cfg)]
-    if not fitting:  # rows of several lengths: the first one that has the columns
-        fitting = [d for d in candidates if fits(sample[:1], True, d, cfg)] or candidates
-        return fitting[0]
-    dialect = fitting[0]
-    possible = {d["delimiter"] for d in fitting}
-    if not has_header(cfg) and fits(sample[:1], True, candidates[0], cfg):
-        possible.add(candidates[0]["delimiter"])  # even if some row has more or fewer fields
-    if len(possible) > 1 and not has_header(cfg) and is_wide(cfg):
-        raise UserError(f"{name}: its rows could be parted by {' or '.join(sorted(possible))!r}: "
-                        "give --delimiter")
+    """The csv dialect of a table's first lines: of those in which the first row has the columns
+    that are asked for, the most usual one, if possible one that makes all rows of one length. Said
+    where it is not the usual one. By number, where delimiters could be several, none is guessed."""
+    candidates = possible_dialects(sample, cfg, usual)
+    of_equal_rows = [d for d in candidates if fits(sample, is_all, d, cfg)]
+    of_first_row = [d for d in candidates if fits(sample[:1], True, d, cfg)]
+    if is_wide(cfg) and not has_header(cfg):
+        delimiters = {d["delimiter"] for d in of_equal_rows + of_first_row[:1]}
+        if len(delimiters) > 1:
+            raise UserError(f"{name}: its rows could be parted by "
+                            f"{' or '.join(sorted(delimiters))!r}: give --delimiter")
+    dialect = (of_equal_rows or of_first_row or candidates)[0]
     if dialect != candidates[0]:
         how = "quoted fields" if dialect["quoting"] == csv.QUOTE_MINIMAL else "no quotes"
         if "unescape" in dialect:
@@ -282,6 +268,26 @@ def choose_dialect(sample, is_all, cfg, usual, name):
         say(f"{name}: read with {delimiter} between fields and {how} (--delimiter, --quotechar and "
             "--escapechar say otherwise)")
     return dialect
+
+
+def possible_dialects(sample, cfg, usual):
+    """csv's settings for tables like this one, the most usual first. "unescape": see parse."""
+    delimiters = [cfg.delimiter or usual]
+    if not cfg.delimiter and is_wide(cfg):
+        delimiters += [delimiter for delimiter in DELIMITERS if delimiter != usual]
+    quoted = {"quoting": csv.QUOTE_MINIMAL, "quotechar": cfg.quotechar or '"'}
+    unquoted = {"quoting": csv.QUOTE_NONE}
+    if cfg.quotechar == "":
+        ways = [unquoted]
+    elif cfg.escapechar:
+        ways = [quoted | {"escapechar": cfg.escapechar, "doublequote": False}]
+    elif cfg.quotechar is None and usual == "\t" and not quotes_explain_all(sample):
+        ways = [unquoted, quoted]
+    else:
+        ways = [quoted]
+    if cfg.quotechar != "" and not cfg.escapechar and any('\\"' in line for line in sample):
+        ways.append(quoted | {"unescape": True})
+    return [{"delimiter": delimiter} | way for delimiter in delimiters for way in ways]
 
 
 def quotes_explain_all(sample):
