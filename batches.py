@@ -81,8 +81,12 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
         raise UserError(f"{folder}: this data set has no {split} split, "
                         f"only {', '.join(meta['splits'])}")
     is_text = meta["kind"] == "text"
-    suffixes = {"bin": True, "idx": is_text, "lbl": meta["task"] != "none"}
-    for name in (f"{split}.{suffix}" for suffix, is_there in suffixes.items() if is_there):
+    names = [f"{split}.bin"]
+    if is_text:
+        names.append(f"{split}.idx")
+    if meta["task"] != "none":
+        names.append(f"{split}.lbl")
+    for name in names:
         path = folder / name
         if not path.is_file() or file_sha256(path) != meta["sha256"].get(name):
             raise UserError(f"{path} is missing, truncated or altered (its SHA-256 is not the one "
@@ -126,8 +130,8 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
 
 class Examples(torch.utils.data.Dataset):
     """What the classes below share. lengths (N,): tokens of each example, before filling up.
-    same_length: all examples have max_len tokens."""
-    same_length = False
+    same_length: all examples have max_len tokens. long: see PackedText."""
+    same_length, long = False, "head"
 
     def __len__(self):
         return len(self.lengths)

@@ -66,11 +66,12 @@ def plain_message(error):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room there"
+        return str(cannot_write(error.filename or "a file", error))
     no_memory = "out of memory", "not enough memory", "can't allocate memory"
     if isinstance(error, MemoryError) or any(words in str(error) for words in no_memory):
+        reason = str(error).partition("\n")[0]
         return ("out of memory: lower --micro_batch_tokens, --batch_size or the model's size; of "
-                f"files, read smaller ones ({str(error).splitlines()[:1]})")
+                f"files, read smaller ones ({reason})")
     return None
 
 

@@ -82,7 +82,7 @@ def settings(folder, **changes):
 
 def start(work, environment=None, memory=None, seconds=None):
     """Fork a process that does work() and exits with 0, with 2 for a UserError in one line, with 3
-    where memory ran out, else with 1 and its traceback in the folder. Returns its id."""
+    where memory ran out, else with 1. What it says goes to the file `messages`. Returns its id."""
     pid = os.fork()
     if pid:
         return pid

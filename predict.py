@@ -30,13 +30,13 @@ from batches import Arrays, PackedText, eval_requests, open_split
 from format import read_meta
 from metrics import own_unit
 from pictures import IMAGES
-from readers import decoded_lines, has_header
+from readers import decoded_lines, has_header, named_columns
 from sources import (
-    DataConfig,
     data_settings,
     file_rows,
     is_hidden,
     members,
+    picture_examples,
     rebuild_command,
     rows,
     split_labels,
@@ -170,7 +170,7 @@ class Classifier:
     def logits(self, examples):
         """Logits (N, n_outputs) float32 of a data set's examples (see batches.py), in their order;
         independent of how they are batched. Of windows they are averaged."""
-        if getattr(examples, "long", "head") == "windows":
+        if examples.long == "windows":
             windows, document = examples.windows()
             total = torch.zeros(len(examples), self.model.config.n_classes)
             total.index_add_(0, document, self.logits(windows))
@@ -329,17 +329,16 @@ def print_label(clf, text):
 
 def file_settings(clf, cfg):
     """The data settings of a checkpoint's run, with those that cfg gives, to read a new file."""
-    given = {name: value for name in vars(cfg)
-             if name in vars(DataConfig()) and (value := getattr(cfg, name)) is not None}
     source = with_built_in(data_settings(clf.config))
-    if getattr(cfg, "header", None) is None and getattr(cfg, "text_column", None) is None:
+    given = {name: value for name, value in vars(cfg).items()
+             if name in vars(source) and value is not None}
+    if "header" not in given and "text_column" not in given:
         given["header"] = has_header(source)
-    source = dataclasses.replace(source, train_file=None, lines=True, **given)
-    if clf.modality == "features" and not getattr(cfg, "columns", None):
-        source.columns = clf.scaling.get("columns") or source.columns
+    if clf.modality == "features" and "columns" not in given:
+        given["columns"] = clf.scaling.get("columns") or source.columns
     if clf.modality == "image":
-        source.image_size = list(clf.model.config.image_size)
-    return source
+        given["image_size"] = list(clf.model.config.image_size)
+    return dataclasses.replace(source, train_file=None, **given)
 
 
 def label_file(clf, cfg):
@@ -350,10 +349,7 @@ def label_file(clf, cfg):
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():
         raise UserError(f"--output={cfg.output} is the input, which it would replace")
     clf.check_predicts()
-    names = ["where"] * cfg.where + [str(column) for column in cfg.keep]
-    names += ["label", "probability"] if clf.label_names else ["value"]
-    if cfg.probabilities:
-        names += [f"p_{name}" for name in clf.label_names]
+    names = output_columns(clf, cfg)
     if len(set(names)) < len(names):
         raise UserError(f"--keep={cfg.keep}: two columns of the output would have one name: "
                         f"{names[:20]}")
@@ -377,26 +373,36 @@ def label_file(clf, cfg):
               "(--long)")
 
 
+def output_columns(clf, cfg):
+    names = [str(column) for column in cfg.keep]
+    if cfg.where:
+        names.insert(0, "where")
+    if not clf.label_names:
+        return [*names, "value"]
+    names += ["label", "probability"]
+    if cfg.probabilities:
+        names += [f"p_{name}" for name in clf.label_names]
+    return names
+
+
 def input_rows(clf, cfg):
     """Yield (where, value, the columns to keep) of each row of cfg.input, blank ones too."""
     source = file_settings(clf, cfg)
     if clf.modality == "image":
         if cfg.keep:
             raise UserError("--keep is for tables; of pictures --where=True gives the files")
-        for where, pixels, _ in picture_files(cfg.input, source):
-            yield where, pixels, []
+        files = input_files(cfg.input, source, IMAGES)
+        for where, pixels, _ in picture_examples(files, source):
+            if pixels is not None:  # else left out by --drop_bad_rows
+                yield where, pixels, []
         return
-    source.target = "none"
-    n_values = None
-    if clf.modality == "text":
-        columns = source.text_column
-        columns = columns if isinstance(columns, list) else [columns]
-        n_values = len(columns)
-        source.text_column = columns + cfg.keep
-    else:
-        n_values = len(source.columns)
-        source.columns = source.columns + cfg.keep
-    for name, opener in input_files(cfg.input, source):
+    # of a folder each .txt is a text, of a .txt each line
+    source = dataclasses.replace(source, target="none", lines=not Path(cfg.input).is_dir())
+    columns, _ = named_columns(source)
+    n_values = len(columns)
+    setting = "text_column" if clf.modality == "text" else "columns"
+    source = dataclasses.replace(source, **{setting: columns + cfg.keep})
+    for name, opener in input_files(cfg.input, source, (".txt",)):
         if cfg.keep and suffix_of(name) == ".txt":
             raise UserError(f"{name}: has no columns to --keep")
         for where, fields, _ in file_rows(name, opener, source):
@@ -412,39 +418,28 @@ def input_rows(clf, cfg):
                 yield where, value, fields[n_values:] or [""] * len(cfg.keep)
 
 
-def input_files(path, source):
-    """The files to read; of a folder all its .txt, each of which is one text."""
+def input_files(path, source, suffixes):
+    """The files to read; of a folder all in it, however deep, that have one of the suffixes."""
     if not Path(path).is_dir():
         return members(path, source.data_dir)
-    source.lines, source.target = False, "class"
-    files = [f for f in sorted(Path(path).rglob("*.txt")) if not is_hidden(f.relative_to(path))]
+    files = [file for file in sorted(Path(path).rglob("*"))
+             if file.suffix.lower() in suffixes and not is_hidden(file.relative_to(path))]
     if not files:
-        raise UserError(f"{path}: holds no .txt files")
+        raise UserError(f"{path}: holds no {', '.join(suffixes)} files")
     return [(str(file), lambda file=file: open(file, "rb")) for file in files]
-
-
-def picture_files(path, source):
-    """Rows of pictures: of files, of a folder's files, or of its folders' files."""
-    if Path(path).is_dir():
-        files = [f for f in Path(path).rglob("*") if f.suffix.lower() in IMAGES]
-        path = " + ".join(str(f) for f in sorted(files) if not is_hidden(f.relative_to(path)))
-        if not path:
-            raise UserError(f"{path}: holds no pictures")
-    return rows(path, source)
 
 
 def row_of(result, where, kept, cfg, is_empty):
     """A row of cfg.output: a list of text and numbers."""
-    row = [where] * cfg.where + list(kept)
+    row = [where, *kept] if cfg.where else list(kept)
     if "value" in result:
         return [*row, result["value"]]
+    label, probability = result["label"], round(result["probability"], 6)
+    probabilities = [round(p, 6) for p in result["probabilities"].values()]
     if is_empty:
-        n_more = len(result["probabilities"]) if cfg.probabilities else 0
-        return [*row, "", None, *[None] * n_more]
-    row += [result["label"], round(result["probability"], 6)]
-    if cfg.probabilities:
-        row += [round(p, 6) for p in result["probabilities"].values()]
-    return row
+        label, probability, probabilities = "", None, [None for _ in probabilities]
+    row += [label, probability]
+    return row + probabilities if cfg.probabilities else row
 
 
 @contextlib.contextmanager
@@ -458,7 +453,7 @@ def csv_writer(path, names, cfg):
                     row = [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA)
                            else cell for cell in row]
                 table.writerow(f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row)
-        table.writerow(names)
+        write([names])
         yield write
 
 

