@@ -77,8 +77,10 @@ def full_report(clf, cfg):
     if cfg.test_file and clf.is_language_model:
         raise UserError(f"{clf.path} is a language model; --test_file is for labelled files")
     split = cfg.test_file or cfg.split
-    examples = labelled_examples(clf, cfg.test_file, cfg) if cfg.test_file else None
-    examples = examples or open_data(clf, cfg.split, cfg.data_dir)
+    if cfg.test_file:
+        examples = labelled_examples(clf, cfg.test_file, cfg)
+    else:
+        examples = open_data(clf, cfg.split, cfg.data_dir)
     report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": split,
               "step": clf.step, "label_names": clf.label_names}
     size = len(examples) * max(1, len(clf.label_names))
@@ -86,10 +88,8 @@ def full_report(clf, cfg):
     if clf.is_language_model:
         return report | report_language(clf, examples, resamples), examples, None
     z = clf.logits(examples).double().numpy()
-    report |= basic_report(clf, z, examples.labels)
+    report |= basic_report(clf, z, examples.labels, resamples)
     if not clf.label_names:
-        numbers = (metrics.own_unit(x, clf.scaling) for x in (z[:, 0], examples.labels))
-        report["interval"] = metrics.intervals(metrics.number_sample(*numbers), len(z), resamples)
         return report, examples, z
     if split not in ("val", "train"):
         report["in_train"] = report_overlap(clf, cfg, examples, z)
@@ -97,27 +97,27 @@ def full_report(clf, cfg):
     if clf.multilabel:
         report |= report_labels(clf, cfg, examples, z, val, resamples)
     else:
-        report |= report_classes(clf, examples, z, val, resamples)
+        report |= report_classes(clf, examples, z, val)
     return report, examples, z
 
 
-def basic_report(clf, z, y):
-    """What metrics.py says of logits z (N, C) and the data set's labels y."""
+def basic_report(clf, z, y, resamples=0):
+    """What metrics.py says of logits z (N, C) and the data set's labels y, with intervals if there
+    are resamples."""
     if clf.multilabel:
-        return metrics.label_report(z, y)
+        return metrics.label_report(z, y, resamples=resamples)
     if clf.label_names:
-        return metrics.class_report(z, y)
+        return metrics.class_report(z, y, resamples)
     return metrics.number_report(metrics.own_unit(z[:, 0], clf.scaling),
-                                 metrics.own_unit(y, clf.scaling))
+                                 metrics.own_unit(y, clf.scaling), resamples)
 
 
-def report_classes(clf, examples, z, val, resamples):
-    """Intervals, calibration, a temperature fitted on val (None: z is val's), mistakes."""
+def report_classes(clf, examples, z, val):
+    """Calibration, a temperature fitted on val (None: z is val's), mistakes."""
     y = examples.labels
     logp = metrics.log_softmax(z)
     predicted = z.argmax(1)
-    report = {"interval": metrics.intervals(metrics.class_sample(logp, y), len(y), resamples),
-              "calibration": metrics.calibration(logp, y)}
+    report = {"calibration": metrics.calibration(logp, y)}
     if val is not None:
         T = metrics.temperature(clf.logits(val).double().numpy(), val.labels)
         scaled = metrics.log_softmax(z / T)
@@ -133,15 +133,12 @@ def report_classes(clf, examples, z, val, resamples):
 
 
 def report_labels(clf, cfg, examples, z, val, resamples):
-    """Intervals, thresholds fitted on val and what they reach, mistakes."""
+    """Thresholds fitted on val and what they reach, mistakes."""
     y = examples.labels
     thresholds = metrics.fit_thresholds(clf.logits(val), val.labels)
-    report = {"interval": metrics.intervals(metrics.label_sample(z, y), len(y), resamples),
-              "thresholds": thresholds.tolist()}
+    report = {"thresholds": thresholds.tolist()}
     if cfg.test_file or cfg.split != "val":
-        fitted = metrics.label_sample(z, y, thresholds)
-        report["at_thresholds"] = metrics.label_report(z, y, thresholds)
-        report["at_thresholds"]["interval"] = metrics.intervals(fitted, len(y), resamples)
+        report["at_thresholds"] = metrics.label_report(z, y, thresholds, resamples)
     error = np.abs(metrics.sigmoid(z) - y).max(1)
     report["mistakes"] = [mistake(clf, examples, i, clf.truth(z[i] >= 0), error[i])
                           for i in error.argsort()[::-1][:20] if error[i] >= 0.5]
@@ -182,10 +179,9 @@ def report_language(clf, examples, resamples):
         np.add.at(sums[:, 0], blocks, losses.numpy())
         np.add.at(sums[:, 1], blocks, correct.numpy())
         np.add.at(n_targets, blocks, 1)
-    figures = metrics.language_sample(sums, n_targets, examples.n_bytes)
-    n = len(n_targets)
-    return {"n": int(n_targets.sum()), **metrics.as_floats(figures(np.ones(n))),
-            "interval": metrics.intervals(figures, n, resamples)}
+    sample = metrics.language_sample(sums, n_targets, examples.n_bytes)
+    figures = metrics.with_intervals(sample, len(n_targets), resamples)
+    return figures | {"n": int(n_targets.sum())}
 
 
 def report_checkpoint(path, cfg):

@@ -37,6 +37,15 @@ def as_floats(figures):
     return {key: value if value is None else float(value) for key, value in figures.items()}
 
 
+def with_intervals(sample, n, resamples):
+    """The figures of n examples: {"n": n, name: value, ..., "interval": {name: [low, high]}}, the
+    last only if there are resamples. sample: see the top."""
+    figures = {"n": n, **as_floats(sample(np.ones(n, np.int32)))}
+    if resamples:
+        figures["interval"] = intervals(sample, n, resamples)
+    return figures
+
+
 def f1_score(hits, support, predicted):
     return 2 * hits / np.maximum(support + predicted, 1)
 
@@ -143,18 +152,19 @@ def confusion_matrix(predicted, y, C):
     return np.bincount(y * C + predicted, minlength=C * C).reshape(C, C)
 
 
-def class_report(logits, y):
-    """What eval.json says of logits (N, C) and classes (N,): class_figures, the loss in nats, the
-    figures of each class, and confusion[true][predicted] (None of more than 200 classes)."""
+def class_report(logits, y, resamples=0):
+    """What eval.json says of logits (N, C) and classes (N,): see class_sample and with_intervals,
+    and the figures of each class, and confusion[true][predicted] (None of more than 200
+    classes)."""
     logp = log_softmax(np.asarray(logits, np.float64))
     C = logp.shape[1]
-    figures = as_floats(class_figures(logp, y))
+    figures = with_intervals(class_sample(logp, y), len(y), resamples)
     predicted = logp.argmax(1)
     hits = np.bincount(y[predicted == y], minlength=C)
     counts = np.bincount(y, minlength=C), np.bincount(predicted, minlength=C)
     confusion = confusion_matrix(predicted, y, C).tolist() if C <= MOST_IN_CONFUSION else None
-    return {"n": len(y), "loss": figures["log_loss"], **figures,
-            "per_class": per_class(hits, *counts), "confusion": confusion}
+    return {"loss": figures["log_loss"], **figures, "per_class": per_class(hits, *counts),
+            "confusion": confusion}
 
 
 def confidence_bins(logp, correct, n_bins=15):
@@ -214,12 +224,13 @@ def label_figures(z, y, thresholds=0.5):
     return label_sample(z, y, thresholds)(np.ones(len(z), np.int32))
 
 
-def label_sample(z, y, thresholds=0.5):
+def label_sample(z, y, thresholds=0.5, areas=None):
     """A function of weights (N,) → every single-number metric of predicting the labels whose
     probability is ≥ thresholds, a number or (C,). accuracy is the share of examples with all labels
     right, hamming_loss that of wrong decisions among all N·C, log_loss the mean over them; macro_f1
     is over the labels that occur or are predicted, samples_f1 over the examples (1 where there is
-    neither), auroc over the labels for which it is defined."""
+    neither), auroc over the labels for which it is defined. areas: auroc_sample's
+    function, where it is made already."""
     predicted = sigmoid(z) >= thresholds
     true = y.astype(bool)
     both = predicted & true
@@ -227,7 +238,7 @@ def label_sample(z, y, thresholds=0.5):
     samples_f1 = np.where(size, 2 * both.sum(1) / np.maximum(size, 1), 1.0)
     n_wrong = (predicted != true).sum(1)
     loss = (np.logaddexp(0, z) - true * z).mean(1)
-    areas = auroc_sample(z, *true.nonzero())
+    areas = areas or auroc_sample(z, *true.nonzero())
     counted = [part.astype(np.float32) for part in (both, true, predicted)]
 
     def figures(weight):
@@ -246,17 +257,18 @@ def label_sample(z, y, thresholds=0.5):
     return figures
 
 
-def label_report(z, y, thresholds=0.5):
-    """What eval.json says of logits (N, C) and multi-hot y (N, C): label_figures, the loss in nats,
-    and the figures of each label (AUROC None where undefined)."""
+def label_report(z, y, thresholds=0.5, resamples=0):
+    """What eval.json says of logits (N, C) and multi-hot y (N, C): see label_sample and
+    with_intervals, and the figures of each label (AUROC None where undefined)."""
     z = np.asarray(z, np.float64)
     true = np.asarray(y).astype(bool)
     predicted = sigmoid(z) >= thresholds
-    figures = as_floats(label_figures(z, true, thresholds))
+    areas = auroc_sample(z, *true.nonzero())
+    figures = with_intervals(label_sample(z, true, thresholds, areas), len(z), resamples)
     of_labels = per_class((predicted & true).sum(0), true.sum(0), predicted.sum(0))
-    areas = auroc_sample(z, *true.nonzero())(np.ones(len(z), np.int32))
-    of_labels["auroc"] = [float(area) if np.isfinite(area) else None for area in areas]
-    return {"n": len(z), "loss": figures["log_loss"], **figures, "per_class": of_labels}
+    of_labels["auroc"] = [float(area) if np.isfinite(area) else None
+                          for area in areas(np.ones(len(z), np.int32))]
+    return {"loss": figures["log_loss"], **figures, "per_class": of_labels}
 
 
 def f1_thresholds(z, y, weights):
@@ -316,9 +328,10 @@ def number_sample(predicted, true):
     return figures
 
 
-def number_report(predicted, true):
-    figures = as_floats(number_figures(predicted, true))
-    return {"n": len(true), "loss": figures["rmse"] ** 2, **figures}
+def number_report(predicted, true, resamples=0):
+    """What eval.json says of predictions and numbers (N,): see number_sample, with_intervals."""
+    figures = with_intervals(number_sample(predicted, true), len(true), resamples)
+    return {"loss": figures["rmse"] ** 2, **figures}
 
 
 def language_sample(sums, n_targets, n_bytes):
