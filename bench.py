@@ -238,7 +238,7 @@ def busy(options):
     """Print how fast the settings train and label, alone and beside a process that keeps a core
     busy; three times in turn."""
     configure(train.Config, options)
-    fast = []
+    found = {False: [], True: []}  # beside a neighbour? → (tokens/s, seconds of eval.py)
     for neighbour in (False, True) * 3:
         command = [sys.executable, "-c", "while True: pass"]
         other = subprocess.Popen(command) if neighbour else None
@@ -253,12 +253,12 @@ def busy(options):
         finally:
             if other:
                 other.kill()
-        fast.append((np.median(rates), seconds))
-        print(f"{'a busy neighbour' if neighbour else 'quiet':17} {fast[-1][0]:10,.0f} tokens/s in "
-              f"training ({figures['seconds']:.1f} s), {seconds:.1f} s for eval.py", flush=True)
-    rates, seconds = np.array(fast).reshape(3, 2, 2).transpose(2, 1, 0)
-    print(f"with a neighbour: {np.median(rates[1] / rates[0]):.2f} of quiet in training, "
-          f"{np.median(seconds[0] / seconds[1]):.2f} in evaluation")
+        found[neighbour].append((np.median(rates), seconds))
+        name = "a busy neighbour" if neighbour else "quiet"
+        print(f"{name:17} {np.median(rates):10,.0f} tokens/s in training "
+              f"({figures['seconds']:.1f} s), {seconds:.1f} s for eval.py", flush=True)
+    rate, seconds = np.median(np.array(found[True]) / found[False], axis=0)
+    print(f"with a neighbour: {rate:.2f} of quiet in training, {1 / seconds:.2f} in evaluation")
 
 
 def main():

@@ -315,8 +315,10 @@ def scratch_folder(path):
                 if (stale := try_lock(left)) is not None:
                     shutil.rmtree(left, ignore_errors=True)
                     os.close(stale)
-        folder = tempfile.mkdtemp(prefix=prefix, dir=path.parent)
-        held = try_lock(folder)
+        while held is None or not os.path.isdir(folder):  # until no other process swept it away
+            folder = tempfile.mkdtemp(prefix=prefix, dir=path.parent)
+            with contextlib.suppress(FileNotFoundError):
+                held = try_lock(folder)
         yield Path(folder)
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -109,11 +109,6 @@ def mean_of_defined(values):
 MOST_IN_CONFUSION = 200  # classes; the cells of more would fill the disk
 
 
-def class_figures(logp, y):
-    """Every single-number metric, see class_sample."""
-    return class_sample(logp, y)(np.ones(len(y), np.int32))
-
-
 def class_sample(logp, y):
     """A function of weights (N,) → every single-number metric. macro_f1 is over the classes that
     occur or are predicted; auroc the mean, over classes, of one against the rest (two classes: of
@@ -219,11 +214,6 @@ def temperature(logits, y):
 # Several labels
 
 
-def label_figures(z, y, thresholds=0.5):
-    """Every single-number metric, see label_sample."""
-    return label_sample(z, y, thresholds)(np.ones(len(z), np.int32))
-
-
 def label_sample(z, y, thresholds=0.5, areas=None):
     """A function of weights (N,) → every single-number metric of predicting the labels whose
     probability is ≥ thresholds, a number or (C,). accuracy is the share of examples with all labels
@@ -310,13 +300,9 @@ def fit_thresholds(z, y, resamples=50):
 # Numbers, and language models
 
 
-def number_figures(predicted, true):
-    """Of predictions and numbers (N,), in the target's unit; R² is against the mean of `true`."""
-    return number_sample(predicted, true)(np.ones(len(true)))
-
-
 def number_sample(predicted, true):
-    """A function of weights (N,) → the figures of numbers."""
+    """A function of weights (N,) → the figures of predictions and numbers (N,), in the target's
+    unit; R² is against the mean of `true`."""
     error = predicted - true
 
     def figures(weight):

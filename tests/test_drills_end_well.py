@@ -110,3 +110,17 @@ def test_ranks_end_when_torchrun_is_gone(tmp_path):
         except train.UserError:
             signal.sigtimedwait([], 0.1)
     raise AssertionError("the rank still runs")
+
+
+def test_processes_do_not_sweep_away_what_others_are_writing(tmp_path):
+    """As the ranks of torchrun, which all come by at once."""
+    from configurator import scratch_folder
+
+    def work():
+        for i in range(200):
+            with scratch_folder(tmp_path / "x") as folder:
+                (folder / "file").write_text(str(i))
+
+    pids = [drills.start(work) for _ in range(4)]
+    assert [drills.finish(pid) for pid in pids] == [0, 0, 0, 0]
+    assert [f for f in os.listdir(tmp_path) if f.startswith(".x")] == []

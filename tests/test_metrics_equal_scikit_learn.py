@@ -14,6 +14,18 @@ from tests.conftest import report_of, script
 sk = pytest.importorskip("sklearn.metrics")
 
 
+def class_figures(logp, y):
+    return metrics.class_sample(logp, y)(np.ones(len(y), np.int32))
+
+
+def label_figures(z, y):
+    return metrics.label_sample(z, y)(np.ones(len(y), np.int32))
+
+
+def number_figures(predicted, true):
+    return metrics.number_sample(predicted, true)(np.ones(len(true)))
+
+
 @pytest.mark.parametrize(
     "case",
     ["random", "one class in the truth", "a class that is never predicted", "one example", "ties"],
@@ -56,11 +68,11 @@ def test_two_classes_and_regression():
     rng = np.random.default_rng(1)
     logits, y = rng.normal(size=(300, 2)).round(1), rng.integers(0, 2, 300)  # with ties
     score = metrics.log_softmax(logits)
-    assert metrics.class_figures(score, y)["auroc"] == pytest.approx(
+    assert class_figures(score, y)["auroc"] == pytest.approx(
         sk.roc_auc_score(y, np.exp(score[:, 1]))
     )
     a, b = rng.normal(size=(2, 50))
-    assert metrics.number_figures(a, b) == pytest.approx(
+    assert number_figures(a, b) == pytest.approx(
         {
             "rmse": sk.root_mean_squared_error(b, a),
             "mae": sk.mean_absolute_error(b, a),
@@ -82,7 +94,7 @@ def test_calibration_and_temperature():
         lambda t: -metrics.log_softmax(logits / t)[np.arange(4000), y].mean(), (1, 3)
     )
     assert T == pytest.approx(best.x, rel=1e-4) and abs(T - 2) < 0.15
-    before, after = (metrics.class_figures(metrics.log_softmax(logits / t), y) for t in (1, T))
+    before, after = (class_figures(metrics.log_softmax(logits / t), y) for t in (1, T))
     assert after["accuracy"] == before["accuracy"] and after["ece"] < 0.03 < before["ece"]
     sure, right = np.exp(metrics.log_softmax(logits)).max(1), logits.argmax(1) == y
     by_hand = sum(
@@ -111,13 +123,13 @@ def test_weights_are_how_often_an_example_counts():
     z, several = rng.normal(size=(50, 4)).round(1), rng.integers(0, 2, (50, 4))
     numbers = rng.normal(size=(2, 50))
     for weighted, copies in (
-        (metrics.class_sample(logp, y), metrics.class_figures(logp[i], y[i])),
+        (metrics.class_sample(logp, y), class_figures(logp[i], y[i])),
         (
             metrics.class_sample(logp[:, :2], y % 2),
-            metrics.class_figures(logp[i, :2], y[i] % 2),
+            class_figures(logp[i, :2], y[i] % 2),
         ),
-        (metrics.label_sample(z, several), metrics.label_figures(z[i], several[i])),
-        (metrics.number_sample(*numbers), metrics.number_figures(*numbers[:, i])),
+        (metrics.label_sample(z, several), label_figures(z[i], several[i])),
+        (metrics.number_sample(*numbers), number_figures(*numbers[:, i])),
     ):
         assert weighted(weight) == pytest.approx(copies)
     fitted = metrics.f1_thresholds(z, several, [weight])
