@@ -188,8 +188,8 @@ def read_table(name, raw, cfg, usual):
             if header and row == names:
                 problem = f"{where}: repeats the header"
             elif any(row[width:]):  # empty fields at the end do no harm
-                problem = (f"{where}: {len(row)} fields, but the first row has {width}: is a text "
-                           f"with {dialect['delimiter']!r} in it not in quotes?")
+                problem = (f"{where}: {len(row)} fields, but the first row has {width} (a text "
+                           f"with {dialect['delimiter']!r} in it that is not in quotes?)")
             elif len(row) < needed:
                 problem = f"{where}: {len(row)} fields where {needed} are needed"
             elif no_quotes and any(map(is_quoted, row)):

@@ -37,12 +37,19 @@ def label_of(cells, where, cfg):
         return join_labels(given, where, cfg)
     (cell,) = cells
     if cfg.target == "labels":
-        if isinstance(cell, str) and re.fullmatch(r"\[.*\]|\{.*\}", cell.strip(), re.DOTALL):
+        if isinstance(cell, str) and looks_like_list(cell.strip(), cfg.label_separator):
             cell = written_list(cell.strip(), where)
         if isinstance(cell, (list, tuple)):
             names = [scalar(name, where, "label") for name in cell]
             return join_labels([name for name in names if name], where, cfg)
     return scalar(cell, where, cfg.label_column)
+
+
+def looks_like_list(cell, separator):
+    """In brackets or braces; in parentheses, in which a name may stand, only with a separator."""
+    if re.fullmatch(r"\(.*\)", cell, re.DOTALL):
+        return separator in cell
+    return bool(re.fullmatch(r"\[.*\]|\{.*\}", cell, re.DOTALL))
 
 
 def written_list(cell, where):
@@ -52,7 +59,7 @@ def written_list(cell, where):
             found = read(cell)
         except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
             continue
-        if isinstance(found, (list, set)):
+        if isinstance(found, (list, tuple, set)):
             return sorted(found, key=str) if isinstance(found, set) else found
     raise UserError(f"{where}: {cell[:60]!r} is no list of labels, as Python or JSON writes one")
 

@@ -400,6 +400,7 @@ def test_features_go_by_their_names_in_every_file_and_row(tmp_path):
         ("names.csv", "text,text,label\na,b,x\n", {}, "2 columns have the name 'text'"),
         ("np.csv", "text,label\na,\"['joy' 'anger']\"\n", {"target": "labels"}, "is no list"),
         ("bare.csv", 'text,label\na,"[a, b]"\n', {"target": "labels"}, "no list of labels"),
+        ("tuple.csv", 'text,label\na,"(a, b)"\n', {"target": "labels"}, "no list of labels"),
         ("in.txt", "__label__a one\ntwo __label__b\n", {"target": "labels"}, "within the text"),
         ("d.csv", table(ROWS), {"delimiter": "||"}, "--delimiter=.* must be one character"),
     ],
@@ -420,6 +421,11 @@ def test_what_a_careful_tester_found_is_read(tmp_path):
     ]
     sets = 'text,label\na,"{\'y\', \'x\'}"\nb,"[""x"", null]"\n'
     assert [x for _, x in read(tmp_path / "s.csv", sets, target="labels")] == ["x,y", "x"]
+    apostrophes = (
+        'text,label\na,"[""it\'s"", ""rock \'n\' roll"", """"]"\nb,"(\'x\', \'y\')"\nc,(other)\n'
+    )
+    found = read(tmp_path / "apostrophes.csv", apostrophes, target="labels")
+    assert [x for _, x in found] == ["it's,rock 'n' roll", "x,y", "(other)"]
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("data.csv", table(ROWS))
         archive.writestr("README.txt", "about it")
