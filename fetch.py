@@ -33,7 +33,10 @@ def web_members(spec, sha256, data_dir):
     if not pattern:
         return [(name, lambda: open(path, "rb"))]
     archive = tarfile.open(path)
-    names = sorted(fnmatch.filter(archive.getnames(), pattern))
+    files = [member.name for member in archive if member.isfile()]  # a link may point anywhere
+    names = sorted(fnmatch.filter(files, pattern))
+    if not names:
+        raise UserError(f"{spec}: no file in it matches {pattern}")
     return [(name, lambda name=name: archive.extractfile(name)) for name in names]
 
 

@@ -468,3 +468,15 @@ def test_messages_are_utf8_whatever_the_locale():
         env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
     )
     assert done.stdout.decode() == "2×3 М\n"
+
+
+def test_a_reader_that_has_ended_stops_the_script_quietly():
+    """As `python data.py … | head` does."""
+    lines = "[print('x' * 1000, flush=True) for _ in range(10_000)]"
+    program = f"import configurator; configurator.run(lambda: {lines})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1

@@ -5,9 +5,11 @@ import base64
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import subprocess
 import sys
+import tarfile
 import threading
 import tracemalloc
 import zipfile
@@ -424,6 +426,34 @@ def test_real_files(tmp_path):
         sum(s["examples"] for s in meta["splits"].values()) + meta["removed"]["duplicates_in_train"]
         == 7600
     )
+
+
+def test_links_in_an_archive_are_no_files(tmp_path):
+    """Nor are names that point outside it: nothing is unpacked."""
+    archive = tmp_path / "a.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, target in (("in/passwd.csv", "/etc/passwd"), ("in/up.csv", "../../up.csv")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        for name in ("in/a.csv", "/tmp/absolute.csv", "../outside.csv"):
+            content = as_csv(ROWS).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    sha256 = file_sha256(archive)
+    (tmp_path / "downloads").mkdir()
+    archive.rename(tmp_path / f"downloads/{sha256[:12]}-a.tar.gz")
+
+    def members(pattern):
+        return fetch.web_members(f"https://x/a.tar.gz!{pattern}", sha256, tmp_path)
+
+    before = sorted(tmp_path.rglob("*"))
+    assert [name for name, _ in members("in/*")] == ["in/a.csv"]
+    assert all(opener().read() == content for _, opener in members("*.csv"))
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="no file in it matches in/up"):
+        members("in/up*")
 
 
 def test_a_wheel_can_neither_write_outside_its_folder_nor_pass_options_to_pip(tmp_path):
