@@ -142,6 +142,17 @@ class Examples(torch.utils.data.Dataset):
         return [self.batch(*request) for request in requests] or [self.empty_batch()]
 
 
+class Subset(Examples):
+    """Some of other Examples, by their indices."""
+
+    def __init__(self, examples, indices):
+        self.examples, self.indices, self.max_len = examples, indices, examples.max_len
+        self.lengths, self.labels = examples.lengths[indices], examples.labels[indices]
+
+    def batch(self, epoch, indices, shape=None):
+        return self.examples.batch(epoch, self.indices[indices], shape)
+
+
 class PackedText(Examples):
     """Documents and their labels.
 
@@ -512,3 +523,14 @@ def stratified_subset(labels, fraction, seed):
         rank[members] = (np.arange(len(members)) + 0.5) / len(members)  # spread evenly over 0..1
     n = max(1, round(fraction * len(labels)))
     return np.sort(np.argsort(rank, kind="stable")[:n])
+
+
+def folds(labels, k, seed):
+    """Which of k folds each of N examples is in, (N,): each fold has the same share of each class,
+    give or take one example."""
+    classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(classes[order], kind="stable")]
+    fold = np.empty(len(labels), int)
+    fold[order] = np.arange(len(labels)) % k
+    return fold

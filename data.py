@@ -94,7 +94,8 @@ def open_meta(cfg):
         rebuild = rebuild_command(replace(data_settings(vars(cfg)), **files))
     built = build_settings(DataConfig()) | meta["build"]  # settings newer than it: the default
     for key, value in json.loads(json.dumps(build_settings(cfg))).items():
-        if value != built.get(key, value):
+        as_built = key == "val_fraction" and value is None
+        if value != built.get(key, value) and not as_built:
             raise UserError(f"{folder} was built with {key}={built[key]!r}, not {value!r}; "
                             f"name another data set with --dataset=NAME, or rebuild it with: "
                             f"{rebuild}")
@@ -210,7 +211,7 @@ def build_into(work, cfg):
         "format": FORMAT, "kind": source.kind, "task": TASK_OF_TARGET[source.target],
         "dataset": cfg.dataset, "label_names": survey.names, "dtype": encode.dtype,
         "vocab_size": vocab_size, "shape": writers["train"].shape, "scaling": scaling,
-        "build": build_settings(cfg), "source": files,
+        "build": build_settings(cfg) | {"val_fraction": source.val_fraction}, "source": files,
         "source_sha256": {s: file_sha256(f) for s, f in files.items() if os.path.isfile(f)},
         "removed": removed, "conflicting_labels": survey.conflicts(), "overlaps": overlaps,
         "splits": splits, "sha256": {f.name: file_sha256(f) for f in sorted(work.iterdir())}}

@@ -93,7 +93,9 @@ def full_report(clf, cfg):
         return report, examples, z
     if split not in ("val", "train"):
         report["in_train"] = report_overlap(clf, cfg, examples, z)
-    val = None if split == "val" and not clf.multilabel else open_data(clf, "val", cfg.data_dir)
+    val = None
+    if split != "val" or clf.multilabel:
+        val = open_data(clf, "val", cfg.data_dir, optional=True)
     if clf.multilabel:
         report |= report_labels(clf, cfg, examples, z, val, resamples)
     else:
@@ -113,7 +115,7 @@ def basic_report(clf, z, y, resamples=0):
 
 
 def report_classes(clf, examples, z, val):
-    """Calibration, a temperature fitted on val (None: z is val's), mistakes."""
+    """Calibration, a temperature fitted on val (None: z is val's, or there is none), mistakes."""
     y = examples.labels
     logp = metrics.log_softmax(z)
     predicted = z.argmax(1)
@@ -133,12 +135,14 @@ def report_classes(clf, examples, z, val):
 
 
 def report_labels(clf, cfg, examples, z, val, resamples):
-    """Thresholds fitted on val and what they reach, mistakes."""
+    """Thresholds fitted on val (None: there is none) and what they reach, mistakes."""
     y = examples.labels
-    thresholds = metrics.fit_thresholds(clf.logits(val), val.labels)
-    report = {"thresholds": thresholds.tolist()}
-    if cfg.test_file or cfg.split != "val":
-        report["at_thresholds"] = metrics.label_report(z, y, thresholds, resamples)
+    report = {}
+    if val is not None:
+        thresholds = metrics.fit_thresholds(clf.logits(val), val.labels)
+        report["thresholds"] = thresholds.tolist()
+        if cfg.test_file or cfg.split != "val":
+            report["at_thresholds"] = metrics.label_report(z, y, thresholds, resamples)
     error = np.abs(metrics.sigmoid(z) - y).max(1)
     report["mistakes"] = [mistake(clf, examples, i, clf.truth(z[i] >= 0), error[i])
                           for i in error.argsort()[::-1][:20] if error[i] >= 0.5]

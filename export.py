@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder, ONNX, or pt2, checked against the checkpoint on val."""
+"""A checkpoint as a Hugging Face folder, ONNX, or pt2, checked against the checkpoint."""
 import io
 
 from configurator import UserError, replacing
@@ -50,7 +50,8 @@ def export(clf, how, data_dir=None):
                         "transformers of tokens, and models of images and of numbers, can")
     write = write_pt2 if how == "pt2" else write_onnx
     model = Padded(clf.model).eval() if is_text else clf.model
-    examples = open_data(clf, "val", data_dir)
+    examples = open_data(clf, "val", data_dir, optional=True)
+    examples = examples or open_data(clf, "train", data_dir)
     some = spread_by_length(examples.lengths)
     batch = examples.batch(None, some)
     expected = run_model(clf.model, batch, clf.device, clf.dtype)
@@ -79,7 +80,7 @@ def export(clf, how, data_dir=None):
         if not error <= 1e-4:
             raise UserError(f"{clf.path}: what was written as {how} computes other logits, by "
                             f"{error:.1e}, so it was not kept")
-    print(f"written to {path}: ({', '.join(names)}) → logits, on {len(some)} examples of val "
+    print(f"written to {path}: ({', '.join(names)}) → logits, on {len(some)} examples "
           f"within {error:.1e} of the checkpoint's")
 
 

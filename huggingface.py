@@ -169,9 +169,13 @@ def is_transposed(name, family):
 MOST_POSITION_VALUES = 2**26  # of rope tables: half a GiB
 
 
-def read_hf(folder):
+def read_hf(folder, pooling=None):
     """(ModelConfig, our state dict) of a Hugging Face folder; n_classes=0 where it holds no
-    classifier. Of a folder that save_hf wrote for our own trunk: (dict, state dict)."""
+    classifier. Of a folder that save_hf wrote for our own trunk: (dict, state dict).
+
+    A sentence-transformers folder says itself how tokens become one vector (modules.json), which
+    goes before the family's way; pooling: another one, with the family's head.
+    """
     folder = Path(folder)
     try:
         hf = read_json(folder / "config.json")
@@ -179,6 +183,9 @@ def read_hf(folder):
         if hf.get("model_type") == "textcls":
             return dict(hf["model_config"]), theirs
         config = read_config(hf, folder)
+        said = read_sentence_settings(folder)
+        if said and pooling in (None, said["pooling"]):
+            config = replace(config, **said)
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error)).name
         raise UserError(f"{folder}: there is no {missing}; a folder with config.json and "
@@ -188,7 +195,8 @@ def read_hf(folder):
         raise UserError(f"{folder}/config.json: {error} is missing") from None
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, TypeError, ValueError, SafetensorError) as error:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError,
+            SafetensorError) as error:
         raise UserError(f"{folder}: damaged: {error}") from None
     types = {field.name: field.type for field in fields(ModelConfig)}
     if wrong := mismatch(vars(config), types):
@@ -205,6 +213,39 @@ def read_label_names(folder):
         return []
     generic = all(name == f"LABEL_{i}" for i, name in enumerate(names))
     return [] if generic else names
+
+
+def read_sentence_settings(folder):
+    """What a sentence-transformers folder says of its vectors, as settings of ModelConfig; {} of
+    another folder. Raises UserError for what we would not compute exactly."""
+    path = folder / "modules.json"
+    if not path.exists():
+        return {}
+    found = {"pooling": "mean", "normalize": False, "head_dense": None, "head_norm": False}
+    for module in json.loads(path.read_text(encoding="utf-8")):
+        kind = module["type"].rpartition(".")[2]
+        if kind == "Normalize":
+            found["normalize"] = True
+        elif kind == "Pooling":
+            found["pooling"] = read_pooling(folder / module["path"] / "config.json")
+        elif kind != "Transformer":
+            raise UserError(f"{path}: its {kind} layer is not supported; to begin with what stands "
+                            "before it, delete modules.json")
+    return found
+
+
+def read_pooling(path):
+    """The pooling that a sentence-transformers Pooling layer's config.json names."""
+    said = read_json(path)
+    modes = [key.removeprefix("pooling_mode_") for key, value in said.items()
+             if key.startswith("pooling_mode_") and value is True]
+    modes = modes or [said.get("pooling_mode", "mean")]
+    ours = {"mean_tokens": "mean", "max_tokens": "max", "cls_token": "cls", "lasttoken": "last",
+            "mean": "mean", "max": "max", "cls": "cls"}
+    if len(modes) != 1 or modes[0] not in ours:
+        raise UserError(f"{path}: the pooling {modes} is not supported, only one of mean, max, cls "
+                        "and last token is; to choose one, delete modules.json")
+    return ours[modes[0]]
 
 
 def read_safetensors(folder):
@@ -331,8 +372,11 @@ def rename_weights(config, theirs, folder):
     family = FAMILIES[config.family]
     if not any(name.startswith(family.root) for name in theirs):  # saved from the bare trunk
         theirs = {family.root + name: w for name, w in theirs.items()}
+    ignored = family.ignored
+    if "dense" in family.names and not config.head_dense:
+        ignored += (their_names("dense.weight", family)[0].removesuffix("weight"),)
     for name in list(theirs):
-        if any(name.startswith(i) or i[0] == "." and i in name for i in family.ignored):
+        if any(name.startswith(i) or i[0] == "." and i in name for i in ignored):
             del theirs[name]
     head = their_names("head.weight", family)[0]
     config.n_classes = len(theirs[head]) if head in theirs else 0

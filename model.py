@@ -75,6 +75,7 @@ class ModelConfig:
     window: int = 0  # attention reaches this many tokens to either side; 0: everywhere
     global_every: int = 1  # with a window: every so many blocks, from the first on, have none
     window_rope_theta: float = 10000.0  # rope_theta of blocks with a window
+    normalize: bool = False  # pooled vectors get the length √d_model
     head_dense: str | None = None  # a layer between pooling and head, then tanh, relu or gelu
     head_dense_bias: bool = True
     head_norm: bool = False  # and a norm
@@ -465,8 +466,12 @@ class Transformer(nn.Module):
         x = self.trunk(x, layout, query_index)
         return F.linear(x, (self.lm_head or self.embedding).weight)
 
-    def classify(self, x, layout):
-        """Trunk, pooling and head: embedded tokens (T, D) → logits (B, n_classes)."""
+    def vectors(self, inputs, cu_seqlens=None, length=None):
+        """(B, d_model) float32: one vector for each example, as the head gets it."""
+        return self.pool(*self.embed(inputs, cu_seqlens, length))
+
+    def pool(self, x, layout):
+        """Trunk and pooling: embedded tokens (T, D) → (B, D), float32."""
         pooling = self.config.pooling
         if pooling == "cls":
             x = self.trunk(x, layout, layout.first, first_only=True)
@@ -478,6 +483,12 @@ class Transformer(nn.Module):
             x = at_least_float32(x)
             if pooling in ("mean", "max"):
                 x = layout.pool(x, pooling)
+            return rms_norm(x) if self.config.normalize else x
+
+    def classify(self, x, layout):
+        """Embedded tokens (T, D) → logits (B, n_classes)."""
+        x = self.pool(x, layout)
+        with torch.autocast(x.device.type, enabled=False):
             return self.classify_pooled(x)
 
     def classify_pooled(self, x):

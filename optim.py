@@ -241,12 +241,18 @@ def step_lbfgs(optimizer, compute_gradient, weight_decay):
     return results[0]
 
 
+def warmup_steps(cfg, total_steps):
+    """Steps of warm-up: cfg.warmup_steps, or a tenth of all, at most 50."""
+    return min(50, total_steps // 10) if cfg.warmup_steps is None else cfg.warmup_steps
+
+
 def learning_rate_at(cfg, step, total_steps):
     """The rate of step 0 ≤ step < total_steps: a linear warm-up to cfg.learning_rate, then
     cfg.schedule down to cfg.min_lr."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
-    x = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)  # 0 → 1
+    warmup = warmup_steps(cfg, total_steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / (warmup + 1)
+    x = (step - warmup) / max(1, total_steps - warmup)  # 0 → 1
     share = {"cosine": 0.5 * (1 + math.cos(math.pi * x)),
              "linear": 1 - x,
              "constant": 1.0,

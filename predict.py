@@ -117,7 +117,7 @@ class Classifier:
         if not micro_batch_tokens:
             self.micro_batch_tokens = eval_tokens(self.device, self.max_len)
         self.objective = self.config.get("objective", "classify")
-        self.is_language_model = self.objective != "classify"
+        self.is_language_model = self.objective in ("mlm", "clm")
         self.label_names = [] if self.is_language_model else checkpoint["label_names"]
         if mismatch(self.config, {"label_separator": str, "mask_prob": float}):
             raise UserError(f"{self.path}: its settings are damaged: no label_separator or "
@@ -161,6 +161,8 @@ class Classifier:
             raise UserError(f"{path} is damaged; delete it, or make it anew: python eval.py "
                             f"{self.path.parent}") from None
         if report.get("step") != self.step or report.get("label_names") != self.label_names:
+            return none
+        if "thresholds" not in report:  # there was no val to fit them on
             return none
         if mismatch(report, {"thresholds": list[float]}) or len(report["thresholds"]) != len(none):
             raise UserError(f"{path} holds no thresholds; delete it, or make it anew: python "
@@ -267,9 +269,9 @@ def open_classifier(path, cfg, auto):
     return Classifier(path, cfg.device, dtype, cfg.micro_batch_tokens, cfg.long)
 
 
-def open_data(clf, split, data_dir=None):
+def open_data(clf, split, data_dir=None, optional=False):
     """The split of the data set that a Classifier was trained on. Raises UserError where that is
-    not there, or is another."""
+    not there (optional: None where only the split is not), or is another."""
     cfg = data_settings(clf.config)
     cfg.data_dir = data_dir or cfg.data_dir
     folder = Path(cfg.data_dir) / clf.data_folder
@@ -291,6 +293,8 @@ def open_data(clf, split, data_dir=None):
         if ours != theirs:
             raise UserError(f"{clf.path} was trained on other data than {folder} is now: "
                             f"its {difference}")
+    if optional and split not in meta["splits"]:
+        return None
     settings = {"long": clf.long} if clf.modality == "text" else {}
     if clf.is_language_model:
         settings = {"objective": clf.objective, "mask_prob": clf.config["mask_prob"]}

@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from format import SPLITS
 from readers import is_header_word
-from sources import held_out, is_skipped, rows, skipped_files, split_labels
+from sources import (
+    FEWEST_OF_VAL,
+    VAL_FRACTION,
+    held_out,
+    is_skipped,
+    rows,
+    skipped_files,
+    split_labels,
+)
 from values import is_missing, parse_number
 
 
@@ -35,7 +43,7 @@ class Survey:
 
     fingerprints {split: (N,) uint64}; labels {split: (N,)}: class; number; with --target=labels a
     hash of the set (label_sets holds the set); with --target=none the split. names: the labels, in
-    order. source: the data settings, with image_size filled in.
+    order. source: the data settings, with image_size and val_fraction filled in.
     """
 
     def __init__(self, source, files):
@@ -47,6 +55,10 @@ class Survey:
         self.label_sets = {}  # with --target=labels: hash → labels
         for split in files:
             self.read(split)
+        if source.val_fraction is None:
+            n_val = VAL_FRACTION * len(self.labels["train"])
+            too_few = n_val < FEWEST_OF_VAL and source.kind == "text" and source.target != "none"
+            self.source = replace(self.source, val_fraction=0.0 if too_few else VAL_FRACTION)
         if self.unseen:
             raise UserError(f"--skip_labels={min(self.unseen)}: no row has that label; the others "
                             f"are {sorted(self.ids)[:20]}")

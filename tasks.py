@@ -17,10 +17,13 @@ from model import at_least_float32
 def task_class(cfg, source):
     """The class of a training config's task, its settings checked. source: the settings of the data
     set (sources.resolve). Raises UserError."""
-    if cfg.objective == "classify" and source.target == "none":
-        raise UserError("--objective=classify needs labels, and --target=none has none; use "
-                        "--objective=mlm or clm")
-    if cfg.objective != "classify" and source.kind != "text":
+    learns_labels = cfg.objective in ("classify", "contrastive")
+    if learns_labels and source.target == "none":
+        raise UserError(f"--objective={cfg.objective} needs labels, and --target=none has none; "
+                        "use --objective=mlm or clm")
+    if cfg.objective == "contrastive" and source.target != "class":
+        raise UserError("--objective=contrastive is for --target=class")
+    if not learns_labels and source.kind != "text":
         raise UserError(f"--objective={cfg.objective} needs text, not --kind={source.kind}")
     task = TASKS[source.target if cfg.objective == "classify" else cfg.objective]
     task.check_settings(cfg)
@@ -39,6 +42,8 @@ class Task:
     """
     n_totals = 3
     figure_names = ("val_loss",)
+    compares_examples = False  # True: the loss is of pairs in a batch, and `fit_head` is called
+    #   before each evaluation
 
     def __init__(self, cfg, meta):
         self.head = {"n_classes": len(meta["label_names"])}
@@ -56,6 +61,10 @@ class Task:
             augmentation = {name: getattr(cfg, name) for name in names}
             return {"augmentation": augmentation if any(augmentation.values()) else None}
         return {}
+
+    def outputs(self, model, inputs):
+        """What the loss is computed of in training."""
+        return model(*inputs)
 
     def loss_sum(self, logits, targets):
         """The loss, summed over the targets that count; float32 scalar."""
@@ -115,6 +124,72 @@ class ClassTask(Task):
     def figures(self, totals, examples):
         loss, correct, n = totals
         return {"val_loss": loss / n, "val_accuracy": correct / n}
+
+
+class ContrastiveTask(ClassTask):
+    """One of several classes, of few labels. The cosine of the vectors of two texts is to be 1 if
+    they are of one class, else 0, for all pairs in a batch (as in SetFit, Tunstall et al. 2022,
+    which draws pairs instead); the head is a logistic regression on these vectors."""
+    compares_examples = True
+
+    def __init__(self, cfg, meta):
+        super().__init__(cfg, meta)
+        self.head |= {"normalize": True, "head_dense": None, "head_norm": False, "head_bias": True}
+
+    @staticmethod
+    def check_settings(cfg):
+        if cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing or cfg.mixup:
+            raise UserError("--class_weights, --focal_gamma, --label_smoothing and --mixup are for "
+                            "--objective=classify")
+        if cfg.model != "transformer":
+            raise UserError("--objective=contrastive is for --model=transformer")
+
+    def outputs(self, model, inputs):
+        return model.vectors(*inputs)
+
+    def loss_sum(self, vectors, targets):
+        """vectors (B, D); targets (B,) int64, IGNORE where there is none. Pairs of one class weigh
+        as much, together, as pairs of two."""
+        counts = targets >= 0
+        vectors, targets = F.normalize(vectors[counts], dim=1), targets[counts]
+        cosine = vectors @ vectors.T
+        same = targets[:, None] == targets
+        other = ~same
+        same = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        loss = mean_where((cosine - 1).square(), same) + mean_where(cosine.square(), other)
+        return loss / 2 * len(targets)
+
+    @torch.no_grad()
+    def fit_head(self, model, vectors, labels):
+        """Fit the head to vectors (N, D) of train and their classes (N,)."""
+        x = F.normalize(vectors, dim=1).cpu().double()
+        weight, bias = logistic_regression(x, labels, model.config.n_classes)
+        model.head.weight.copy_(weight / model.config.d_model**0.5)  # its vectors have that length
+        model.head.bias.copy_(bias)
+
+
+def mean_where(x, mask):
+    """The mean of x where mask is True; 0 where that is nowhere."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+@torch.enable_grad()
+def logistic_regression(x, y, n_classes):
+    """(weight (C, D), bias (C,)) that minimise the summed cross-entropy of x (N, D) float64 and
+    classes y (N,), plus half the squared weights, as scikit-learn's default; by L-BFGS."""
+    weight = torch.zeros(n_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-6)
+
+    def loss():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), y, reduction="sum")
+        loss = loss + weight.square().sum() / 2
+        loss.backward()
+        return loss
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
 
 
 def class_weights(cfg, per_class):
@@ -239,7 +314,7 @@ class LanguageTask(Task):
 
 TASKS = {  # by --target, or by --objective
     "class": ClassTask, "labels": LabelsTask, "number": NumberTask,
-    "mlm": LanguageTask, "clm": LanguageTask,
+    "contrastive": ContrastiveTask, "mlm": LanguageTask, "clm": LanguageTask,
 }
 FORMATS = {"val_loss": "val loss {:.4f}", "val_accuracy": "accuracy {:.2%}", "val_r2": "R² {:.4f}",
            "val_token_accuracy": "token accuracy {:.2%}", "val_bits_per_byte": "bits/byte {:.4f}",

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, run, write_text
+from configurator import UserError, configure, run, write_json, write_text
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -26,7 +27,15 @@ import cpu
 import data
 import optim
 from baselines import build_model
-from batches import GlobalBatches, ceil_div, eval_requests, open_split, stratified_subset
+from batches import (
+    GlobalBatches,
+    Subset,
+    ceil_div,
+    eval_requests,
+    folds,
+    open_split,
+    stratified_subset,
+)
 from format import read_tokenizer
 from model import ModelConfig, flops_per_token
 from runs import (
@@ -48,7 +57,7 @@ from tasks import (
     run_model,
     task_class,
 )
-from weights import CHECKPOINT_FORMAT, load_weights, save_checkpoint
+from weights import CHECKPOINT_FORMAT, load_checkpoint, load_weights, save_checkpoint
 
 
 @dataclass
@@ -58,8 +67,9 @@ class Config(DataConfig):
     seed: int = 1  # of weights, batches, masks, dropout; report several
     # model
     model: Literal["transformer", "mlp", "linear"] = "transformer"  # the others: fast baselines
-    objective: Literal["classify", "mlm", "clm"] = "classify"  # mlm: pretrain by filling in masked
-    #   tokens (a share of mask_prob); clm: by predicting the next token. Then classify with
+    objective: Literal["classify", "contrastive", "mlm", "clm"] = "classify"  # contrastive:
+    #   classify few labels, by what makes texts of one class alike. mlm: pretrain by filling in
+    #   masked tokens (a share of mask_prob); clm: by predicting the next token. Then classify with
     #   finetune.py --init_from=<its out_dir>
     n_layer: int = 2  # deeper for more data (mlp: hidden layers)
     n_head: int = 4  # d_model / n_head of 32-64 for small models, 64-128 for large ones
@@ -97,6 +107,7 @@ class Config(DataConfig):
     micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when
     #   memory runs out
     epochs: float = 10.0  # passes over train
+    min_steps: int = 0  # at least so many steps, whatever the epochs: for few labels
     max_steps: int | None = None  # stops (and ends the schedule) sooner than epochs
     optimizer: Literal["adamw", "muon", "adagrad", "sgd", "lbfgs"] = "adamw"
     #   adamw: decoupled weight decay (Loshchilov & Hutter 2019). muon: for the matrices of blocks
@@ -106,7 +117,8 @@ class Config(DataConfig):
     #   weight_decay / 2 · |W|² is added to the loss
     learning_rate: float = 1e-3  # the peak; 1e-3 for small models from scratch, less for larger
     min_lr: float = 0.0  # where the schedule ends
-    warmup_steps: int = 50  # linear from 0; more for large models or rates
+    warmup_steps: int | None = None  # linear from 0; more for large models or rates; None: a tenth
+    #   of all steps, at most 50
     schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "cosine"  # trapezoid: flat,
     #   then cooldown
     cooldown: float = 0.4  # of trapezoid: share of the steps in which the rate falls linearly
@@ -122,13 +134,16 @@ class Config(DataConfig):
     ema_decay: float = 0.0  # 0.99-0.9999: evaluate and keep an exponential moving average of the
     #   weights
     best_by: str | None = None  # the figure on val that says which checkpoint is best.pt: val_loss,
-    #   val_accuracy, val_micro_f1, val_r2; None: accuracy, of several labels micro-F1, else loss
+    #   val_accuracy, val_micro_f1, val_r2; None: accuracy, of several labels micro-F1, else loss;
+    #   last: none, the weights at the end are kept
     patience: int | None = None  # stop after this many evaluations without a better one
+    folds: int = 0  # 5: before the run, how good it will be, by cross-validation on train: as many
+    #   runs, each without a part of the labels, that is tested on it. For few labels
     lr_find: bool = False  # True: no run, but a learning-rate range test: lr_find.png, and a
     #   learning_rate to begin with
     # evaluation and logging
     eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an
-    #   epoch
+    #   epoch, or what min_steps makes of it
     save_interval: int | None = None  # steps between checkpoints besides; None: only at evaluations
     #   and when the run is told to stop (Ctrl-C, SIGTERM)
     log_interval: int = 10  # steps between lines
@@ -160,7 +175,7 @@ RANGES = {
               "crop", "ngrams", "char_ngrams", "buckets", "max_row_mb"),
     NOT_NEGATIVE: ("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
                    "weight_decay", "grad_clip", "focal_gamma", "shift", "rotate", "scale",
-                   "lora_rank", "lora_alpha", "layer_lr_decay"),
+                   "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds"),
     SHARE: ("mixup", "cutout", "cooldown", "val_fraction", "test_fraction"),
     BELOW_1: ("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2")}
 
@@ -175,6 +190,12 @@ def check_settings(cfg):
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
+    if cfg.folds and (cfg.folds < 2 or "WORLD_SIZE" in os.environ):
+        raise UserError(f"--folds={cfg.folds}: cross-validation takes 2 folds or more, and runs in "
+                        "one process: python instead of torchrun")
+    if cfg.patience and cfg.best_by == "last":
+        raise UserError("--best_by=last keeps the weights at the end, so --patience, which waits "
+                        "for better ones, says nothing: leave one of them out")
     if cfg.lr_find and cfg.optimizer == "lbfgs":
         raise UserError("--optimizer=lbfgs searches for its rate in each step: there is nothing "
                         "for --lr_find to find")
@@ -260,7 +281,7 @@ class ModelWithLoss(torch.nn.Module):
         self.model, self.task = model, task
 
     def forward(self, inputs, targets):
-        return self.task.loss_sum(self.model(*inputs), targets)
+        return self.task.loss_sum(self.task.outputs(self.model, inputs), targets)
 
 
 def compute_gradient(model_with_loss, micro_batches, task, machine):
@@ -296,6 +317,21 @@ def evaluate(model, task, examples, cfg, machine, mirror=False):
     model.train()
     sums = [sum(column) for column in zip(*totals)] or [0.0] * task.n_totals
     return task.figures(machine.sum(sums), examples)
+
+
+@torch.no_grad()
+def vectors(model, examples, machine):
+    """(the vectors of all examples (N, D), float32, and their labels (N,)), longest first."""
+    found, labels = [], []
+    model.eval()
+    limit = eval_tokens(machine.device, examples.max_len)
+    for request in eval_requests(examples.lengths, limit):
+        batch = examples.batch(*request).to(machine.device)
+        with autocast(machine.device, machine.dtype):
+            found.append(model.vectors(*batch.inputs))
+        labels.append(batch.targets)
+    model.train()
+    return torch.cat(found), torch.cat(labels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,6 +377,47 @@ def tokens_per_example(cfg, meta):
 def train(cfg, **hooks):
     """Run the training that `cfg` describes. hooks: what finetune.py replaces, see train_locked."""
     check_settings(cfg)
+    if cfg.folds:
+        cross_validate(cfg, hooks)
+    run_training(cfg, **hooks)
+
+
+def cross_validate(cfg, hooks):
+    """Train cfg.folds times, each time without a part of train, and print what the weights at the
+    end say of these parts: every label is tested once, and none is learnt before it is tested."""
+    found = []
+    for fold in range(cfg.folds):
+        print(f"fold {fold + 1} of {cfg.folds}", flush=True)
+        out_dir = f"{cfg.out_dir}-folds/{fold}"
+        part = dataclasses.replace(cfg, out_dir=out_dir, best_by="last", wandb_mode="disabled")
+        run_training(part, fold=fold, **hooks)
+        found.append(load_checkpoint(f"{out_dir}/last.pt")["best"])
+    write_json(Path(f"{cfg.out_dir}-folds") / "folds.json", summarise_folds(found))
+
+
+def summarise_folds(found):
+    """Print the figures of all folds, a dict each, as those of one val; returns them."""
+    n = sum(figures["n"] for figures in found)
+    whole = {key: sum(f[key] * f["n"] for f in found) / n for key in found[0] if key != "step"}
+    text = describe(whole)
+    if "val_accuracy" in whole:
+        low, high = wilson_interval(whole["val_accuracy"], n)
+        whole["interval"] = [low, high]
+        text += f" [{low:.1%}, {high:.1%}]"
+    print(f"cross-validated on all {n} examples: {text}", flush=True)
+    return whole | {"n": n}
+
+
+def wilson_interval(share, n):
+    """The 95 % interval of a share of n (Wilson 1927), which holds for few, too."""
+    z = 1.96
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return center - half, center + half
+
+
+def run_training(cfg, **hooks):
+    """One run, in a folder that no other process uses meanwhile."""
     lock, stop = FolderLock(cfg.out_dir), StopSignal()
     try:
         train_locked(cfg, lock, stop, **hooks)
@@ -352,9 +429,10 @@ def train(cfg, **hooks):
 
 
 def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
-                 state_for_best=torch.nn.Module.state_dict):
+                 state_for_best=torch.nn.Module.state_dict, fold=None):
     """make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
-    learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets."""
+    learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets; fold:
+    the part of train that is val, see cross_validate."""
     started = time.monotonic()
     make_task = task_class(cfg, resolve(cfg))  # checked before a data set is built
     machine = Machine(cfg)
@@ -371,8 +449,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     folder, meta = machine.rank0_first(lambda: data.open_or_build(cfg))
     task = make_task(cfg, meta)
     best_by = cfg.best_by or task.figure_names[-1]
-    if best_by not in task.figure_names:
-        raise UserError(f"--best_by={best_by}: there are {', '.join(task.figure_names)}")
+    if best_by not in (*task.figure_names, "last"):
+        raise UserError(f"--best_by={best_by}: there are {', '.join(task.figure_names)}, and last")
     max_len = tokens_per_example(cfg, meta)
     if max_len > cfg.micro_batch_tokens:
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, "
@@ -383,20 +461,31 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         return open_split(folder, meta, split, max_len, rebuild_command(cfg), seed=seed, **settings)
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))  # held: the file may change
     train_set = open_examples("train", cfg.seed, training=True)
-    val_set = None if cfg.lr_find else open_examples("val", 0, training=False)
-    if machine.rank == 0 and meta["kind"] == "text" and cfg.objective == "classify":
+    val_set = subset = None
+    if fold is not None:
+        of_fold = folds(train_set.labels, cfg.folds, cfg.split_seed) == fold
+        subset = np.flatnonzero(~of_fold)
+        val_set = Subset(open_examples("train", 0, training=False), np.flatnonzero(of_fold))
+    elif "val" in meta["splits"] and not cfg.lr_find:
+        val_set = open_examples("val", 0, training=False)
+    if machine.rank == 0 and meta["kind"] == "text" and task.head["n_classes"]:
         data.print_cut("train", train_set.starts, max_len)
     mirror = cfg.flip and meta["kind"] == "image"
-    subset = None
-    n_train = len(train_set)
     if cfg.train_fraction < 1:
         subset = stratified_subset(train_set.labels, cfg.train_fraction, cfg.split_seed)
-        n_train = len(subset)
+    n_train = len(train_set) if subset is None else len(subset)
     steps_per_epoch = ceil_div(n_train, cfg.batch_size)
-    total_steps = max(1, min(round(cfg.epochs * steps_per_epoch), cfg.max_steps or math.inf))
+    total_steps = max(1, cfg.min_steps, round(cfg.epochs * steps_per_epoch))
+    eval_interval = cfg.eval_interval or max(steps_per_epoch, round(cfg.min_steps / cfg.epochs))
+    total_steps = min(total_steps, cfg.max_steps or math.inf)
     if cfg.lr_find:
         total_steps = optim.RANGE_TEST_STEPS
-    eval_interval = cfg.eval_interval or steps_per_epoch
+    elif total_steps <= (cfg.warmup_steps or 0):
+        raise UserError(f"--warmup_steps={cfg.warmup_steps}: the run has {total_steps} steps, so "
+                        "it would end before the learning rate is there: leave the warm-up out, or "
+                        "train longer (--epochs, --min_steps)")
+    if task.compares_examples:
+        check_one_micro_batch(cfg, machine, train_set)
 
     # model and optimizers
     torch.manual_seed(cfg.seed)
@@ -490,8 +579,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         grad_norm = optim.clip_gradients(optimizers, cfg.grad_clip)
         if not grad_norm.isfinite():
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate="
-                            f"{cfg.learning_rate}, raise --warmup_steps={cfg.warmup_steps}, or try "
-                            f"--dtype=float32; {cfg.out_dir} is as its last checkpoint left it")
+                            f"{cfg.learning_rate}, raise --warmup_steps, or try --dtype=float32; "
+                            f"{cfg.out_dir} is as its last checkpoint left it")
         if cfg.optimizer != "lbfgs":  # which has moved already
             optim.step_all(optimizers)
         average.update(step)
@@ -505,17 +594,25 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         if step % eval_interval == 0 or step == total_steps:
             with log.paused():
                 average.swap()
-                figures = evaluate(model, task, val_set, cfg, machine, mirror)
-                figures = {"step": step, **figures}
+                if task.compares_examples:
+                    examples = open_examples("train", 0, training=False)
+                    if subset is not None:
+                        examples = Subset(examples, subset)
+                    task.fit_head(model, *vectors(model, examples, machine))
+                figures = {"step": step}
+                if val_set:
+                    figures |= evaluate(model, task, val_set, cfg, machine, mirror)
                 check_finite(model, figures, cfg)
                 log.write(figures)
-                improved = best is None or task.better(figures, best, best_by)
+                keeps_last = best_by == "last" or not val_set
+                improved = best is None or keeps_last or task.better(figures, best, best_by)
                 bad_evals = 0 if improved else bad_evals + 1
                 if improved:
                     best = figures
                     save("best.pt", state_for_best(model))
-                remark = "  (best so far)" if improved else ""
-                machine.print(f"      {describe(figures)}{remark}")
+                remark = "  (best so far)" if improved and not keeps_last else ""
+                if val_set:
+                    machine.print(f"      {describe(figures)}{remark}")
                 average.swap()
                 out_of_patience = cfg.patience is not None and bad_evals >= cfg.patience
                 finished = step == total_steps or out_of_patience
@@ -537,9 +634,11 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         dist.destroy_process_group()
     if not finished:
         return
-    split = "" if "test" in meta["splits"] else " --split=val"
-    machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(best)}. "
-                  f"Now: python eval.py {cfg.out_dir}{split}")
+    split = next((split for split in ("test", "val") if split in meta["splits"]), None)
+    advice = f"Now: python eval.py {cfg.out_dir}"
+    if split != "test":
+        advice += " --split=val" if split else " --test_file=…, or, without one, --folds=5"
+    machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(best)}. {advice}")
 
 
 def check_finite(model, figures, cfg):
@@ -547,13 +646,26 @@ def check_finite(model, figures, cfg):
     finite = all(math.isfinite(value) for value in figures.values())
     if not finite or not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"after step {figures['step']} the weights or the figures on val are not "
-                        f"finite (val_loss {figures['val_loss']}): lower --learning_rate="
+                        f"finite (val_loss {figures.get('val_loss')}): lower --learning_rate="
                         f"{cfg.learning_rate}, or try --dtype=float32; {cfg.out_dir} is as its "
                         "last checkpoint left it")
 
 
+def check_one_micro_batch(cfg, machine, train_set):
+    """Raise UserError unless each batch is computed at once, as its examples are compared."""
+    n_tokens = cfg.batch_size * int(train_set.lengths.max())
+    if machine.world > 1 or n_tokens > cfg.micro_batch_tokens:
+        raise UserError(f"--objective={cfg.objective} compares all examples of a batch with each "
+                        "other, so they go through one process at once: without torchrun's "
+                        f"--nproc_per_node, and with a --micro_batch_tokens of {n_tokens} or more, "
+                        "or a smaller --batch_size")
+
+
 def summary(best):
-    return f"best: {describe(best)}, at step {best['step']}"
+    figures = describe(best)
+    if not figures:
+        return f"no val: the weights of step {best['step']}, the last, are kept"
+    return f"best: {figures}, at step {best['step']}"
 
 
 def find_learning_rate(cfg, model_with_loss, task, optimizers, loader, machine):

@@ -144,7 +144,7 @@ def is_huggingface(path):
 
 
 def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None,
-                    label_names=None):
+                    label_names=None, pooling=None):
     """The Transformer of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in
     eval mode.
 
@@ -154,11 +154,12 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     own head; others get one that is tied to the embedding. For GPT-2 that is exact; the rest lack
     the layer before their head, so that it has to be trained. max_len: tokens that the model must
     read. image_size: for images of another size, learned positions are interpolated (bicubic;
-    Dosovitskiy et al. 2021, section 3.2). Raises UserError for what is not supported, missing, left
-    over, of the wrong shape, or not finite.
+    Dosovitskiy et al. 2021, section 3.2). pooling: how tokens become one vector; None: as the
+    weights say. Raises UserError for what is not supported, missing, left over, of the wrong shape,
+    or not finite.
     """
     if is_huggingface(path):
-        config, weights = read_hf(path)
+        config, weights = read_hf(path, pooling)
         names = read_label_names(path)
         if isinstance(config, dict):  # a folder that save_hf wrote for our own trunk
             config = read_model_config(config, path)

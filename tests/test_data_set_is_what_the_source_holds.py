@@ -31,7 +31,13 @@ from train import Config
 def built(tmp_path, **settings):
     """(meta, {split: [(text, label name)]}, folder) of a data set, decoded from its binaries."""
     cfg = Config(
-        **dict(dataset="d", data_dir=str(tmp_path / "data"), vocab_size=400, overwrite=True)
+        **dict(
+            dataset="d",
+            data_dir=str(tmp_path / "data"),
+            vocab_size=400,
+            overwrite=True,
+            val_fraction=0.1,
+        )
         | settings
     )
     meta = data.build(cfg)

@@ -38,7 +38,7 @@ def build(tmp_path, path, content=None, **changes):
     """meta.json of the data set of a source."""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    changes = dict(dataset="x", vocab_size=300) | changes
+    changes = dict(dataset="x", vocab_size=300, val_fraction=0.1) | changes
     cfg = train.Config(data_dir=str(tmp_path / "data"), train_file=str(path), **changes)
     return data.build(cfg)
 

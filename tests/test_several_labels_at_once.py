@@ -55,6 +55,7 @@ def several(toy, tmp_path):
         train_file=str(tmp_path / "labels.csv"),
         target="labels",
         epochs=30.0,
+        warmup_steps=3,
         learning_rate=0.01,
     )
 
@@ -67,6 +68,7 @@ def test_the_data_set_holds_the_labels_of_the_source(tmp_path, file, separator):
         train_file=str(tmp_path / file),
         data_dir=str(tmp_path / "data"),
         vocab_size=300,
+        val_fraction=0.1,
         target="labels",
         label_separator=separator,
         lowercase=False,
