@@ -6,6 +6,8 @@ A data set is a folder that data.py wrote (all little-endian, no headers):
                            65,536 tokens); images: uint8 (N, C, H, W); numbers: float32 (N, F),
                            standardised
     {train,val,test}.idx   text only: int64 (N+1,), where each document starts
+    {train,val,test}.first pairs of texts only: int32 (N,), tokens of the first text, without
+                           special ones
     {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number, standardised; uint8
                            (N, C): 1 for each label it has; without targets there is none
     tokenizer.json         text only: Hugging Face `tokenizers` format
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from format import check_labels, check_text
+from format import check_labels, check_pairs, check_text
 
 TARGET_DTYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
 IGNORE = -100  # the target where there is none, F.cross_entropy's default (for numbers: NaN)
@@ -84,6 +86,9 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
     names = [f"{split}.bin"]
     if is_text:
         names.append(f"{split}.idx")
+    pair = meta.get("pair")
+    if pair:
+        names.append(f"{split}.first")
     if meta["task"] != "none":
         names.append(f"{split}.lbl")
     for name in names:
@@ -102,6 +107,9 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
             check_text(values, starts, n, meta)
             common |= dict(tokens=values, starts=starts, n_suffix=meta["n_suffix"],
                            mask_id=meta["mask_id"])
+            if pair:
+                first_lengths = np.fromfile(folder / f"{split}.first", np.int32)
+                check_pairs(first_lengths, starts, pair)
         else:
             if min(meta["shape"], default=0) < 1:
                 raise ValueError(f"its examples have the shape {meta['shape']}")
@@ -119,6 +127,8 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
     if objective != "classify":
         n_bytes = meta["splits"][split]["bytes"]
         return LanguageBlocks(objective=objective, n_bytes=n_bytes, **common)
+    if pair:
+        return PackedPairs(first_lengths, pair, labels=labels, **common)
     if is_text:
         return PackedText(labels=labels, **common)
     return Arrays(values, labels, n_classes, **common)
@@ -168,6 +178,9 @@ class PackedText(Examples):
         self.lengths = np.minimum(np.diff(starts), crop or max_len)
         self.max_len, self.n_suffix, self.mask_id = max_len, n_suffix, mask_id
         self.seed, self.crop, self.mask_prob, self.long = seed, crop, mask_prob, long
+        is_number = labels.dtype == np.float32
+        self.ignore = math.nan if is_number else IGNORE
+        self.target_dtype = np.float32 if is_number else np.int64
         if mask_prob and mask_id is None:
             raise UserError("mask_prob needs a tokenizer with a [MASK] or <mask> token; "
                             "set --mask_prob=0")
@@ -194,15 +207,17 @@ class PackedText(Examples):
         return ids
 
     def batch(self, epoch, indices, shape=None):
-        """inputs (tokens (T,), cu_seqlens (B+1,)); targets (B,) int64 or (B, C) int64."""
+        """inputs (tokens (T,), cu_seqlens (B+1,)); targets (B,) int64, (B, C) int64, or of numbers
+        (B,) float32."""
         documents = [self.document(i, epoch) for i in indices]
         return self.pack_labelled(documents, self.labels[indices], shape)
 
     def pack_labelled(self, documents, labels, shape=None):
         inputs = pack(documents, shape)
         n_filled = len(inputs[1]) - 1 - len(documents)
-        ignored = np.full((n_filled, *self.labels.shape[1:]), IGNORE)
-        targets = torch.from_numpy(np.concatenate([labels, ignored]).astype(np.int64))
+        ignored = np.full((n_filled, *self.labels.shape[1:]), self.ignore)
+        targets = np.concatenate([labels, ignored])
+        targets = torch.from_numpy(targets.astype(self.target_dtype))
         return Batch(inputs, targets, len(labels), sum(map(len, documents)))
 
     def windows(self):
@@ -226,12 +241,78 @@ class PackedText(Examples):
                 torch.tensor(document))
 
     def empty_batch(self):
-        targets = torch.full((1, *self.labels.shape[1:]), IGNORE)
-        return Batch(pack([np.zeros(1, np.int64)]), targets, 0, 0)
+        targets = np.full((1, *self.labels.shape[1:]), self.ignore, self.target_dtype)
+        return Batch(pack([np.zeros(1, np.int64)]), torch.from_numpy(targets), 0, 0)
 
     def content(self, i):
         """A document's bytes, to compare documents by: all of it, not only what is read."""
         return self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.uint32).tobytes()
+
+
+class PackedPairs(PackedText):
+    """Pairs of texts, each pair one document, and their labels.
+
+    first_lengths (N,): tokens of the first text. pair: how they are joined (format.pair_template).
+    truncation: what a pair longer than max_len loses: the ends of the longer text first, or
+    only_second. In training a pair is read as in evaluation: a window of it would be another one.
+    """
+
+    def __init__(self, first_lengths, pair, truncation="longest_first", crop=None, **common):
+        super().__init__(**common)
+        self.first_lengths, self.pair, self.truncation = first_lengths, pair, truncation
+        if self.long != "head":
+            raise UserError(f"--long={self.long} is for single texts, not for pairs")
+
+    def kept(self, i):
+        """How many tokens of the first and of the second text of example i are read."""
+        p = self.pair
+        n_special = p["n_prefix"] + p["n_middle"] + p["n_suffix"]
+        n_first = int(self.first_lengths[i])
+        n_second = int(self.starts[i + 1] - self.starts[i]) - n_special - n_first
+        return truncate_pair(n_first, n_second, self.max_len - n_special, self.truncation)
+
+    def document(self, i, epoch=None):
+        """Token ids (L,) int64 of example i; in training (epoch given) with tokens masked."""
+        ids = self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.int64)
+        n_first, n_second = self.kept(i)
+        end_of_first = self.pair["n_prefix"] + self.first_lengths[i]
+        second = end_of_first + self.pair["n_middle"]
+        ids = np.concatenate([
+            ids[: self.pair["n_prefix"] + n_first], ids[end_of_first : second + n_second],
+            ids[len(ids) - self.pair["n_suffix"] :]])
+        if epoch is not None and self.mask_prob:
+            rng = np.random.default_rng((self.seed, epoch, i))
+            ids[1:][rng.random(len(ids) - 1) < self.mask_prob] = self.mask_id
+        return ids
+
+    def batch(self, epoch, indices, shape=None):
+        """As PackedText's; where the tokenizer tells the texts apart, inputs (tokens, cu_seqlens,
+        None, None, segments (T,))."""
+        batch = super().batch(epoch, indices, shape)
+        if not self.pair["segments"]:
+            return batch
+        tokens, cu_seqlens = batch.inputs
+        segments = torch.zeros_like(tokens)
+        for i, start, end in zip(indices, cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+            second = self.pair["n_prefix"] + self.kept(i)[0] + self.pair["n_middle"]
+            segments[start + second : end] = 1
+        return batch._replace(inputs=(tokens, cu_seqlens, None, None, segments))
+
+
+def truncate_pair(n_first, n_second, room, truncation):
+    """(tokens of the first text, of the second) that are left where `room` is for both, as the
+    `tokenizers` library cuts them."""
+    if n_first + n_second <= room:
+        return n_first, n_second
+    if truncation == "only_second":
+        n_first = min(n_first, room)
+        return n_first, room - n_first
+    half, other_half = room // 2, room - room // 2
+    if min(n_first, n_second) > half:
+        return (half, other_half) if n_first <= n_second else (other_half, half)
+    if n_first <= n_second:
+        return n_first, room - n_first
+    return room - n_second, n_second
 
 
 class LanguageBlocks(Examples):

@@ -31,7 +31,7 @@ from tokenizers import (
 )
 from tqdm import tqdm
 
-from format import FORMAT, SPLITS, read_meta
+from format import FORMAT, SPLITS, pair_template, read_meta
 from sources import (
     DataConfig,
     data_settings,
@@ -43,6 +43,7 @@ from sources import (
     target_of,
 )
 from splits import Survey, assign_splits, is_complete, unit_of
+from values import texts_of
 
 TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "number": "regression",
                   "none": "none"}  # as meta.json names it
@@ -145,7 +146,8 @@ def build(cfg):
 def check_replaceable(folder, source):
     """Raise UserError where to build `folder` anew would delete what we did not make."""
     ours = {"meta.json", "meta.json.tmp", "tokenizer.json"}
-    ours |= {f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "lbl")}
+    suffixes = "bin", "idx", "first", "lbl"
+    ours |= {f"{split}.{suffix}" for split in SPLITS for suffix in suffixes}
     others = []
     if folder.is_dir():
         others = sorted(f.name for f in folder.iterdir() if f.name not in ours or f.is_dir())
@@ -177,17 +179,21 @@ def build_into(work, cfg):
                 yield value, target_of(label, where, survey.names, source), SPLITS[split]
 
     # the tokenizer, or means and standard deviations, from train only
-    of_train = ((value, target) for value, target, split in examples("train") if split == "train")
+    def of_train():
+        return ((value, target) for value, target, split in examples("train") if split == "train")
     vocab_size = 0
     scaling = {}
     encode = Pixels()
     if source.kind == "text":
-        tokenizer = make_tokenizer(cfg, (text for text, _ in of_train))
+        if survey.n_empty_seconds:
+            print(f"{survey.n_empty_seconds} pairs have an empty second text", flush=True)
+        texts = (text for value, _ in of_train() for text in texts_of(value))
+        tokenizer = make_tokenizer(cfg, texts)
         encode = Tokens(tokenizer)
         vocab_size = tokenizer.get_vocab_size()
         (work / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    elif source.kind == "features" or source.target == "number":
-        scaling = moments(of_train, source)
+    if source.kind == "features" or source.target == "number":
+        scaling = moments(of_train(), source)
     if source.kind == "features":
         encode = Features(scaling)
 
@@ -199,7 +205,8 @@ def build_into(work, cfg):
             counts = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in removed.items())
             raise UserError(f"{files['train']}: {split} would be empty: {why_empty(removed)} "
                             f"(removed: {counts})")
-    writers = {split: Writer(work / split, encode, scaling, source.target)
+    make_writer = Writer if source.text_pair_column is None else PairWriter
+    writers = {split: make_writer(work / split, encode, scaling, source.target)
                for split, size in sizes.items() if size}
     with tqdm(total=sum(sizes.values()), desc="encoding", unit=unit_of(source)) as bar:
         for file_split in files:
@@ -262,20 +269,23 @@ def make_tokenizer(cfg, texts):
     """cfg.tokenizer: given, or trained on an iterator of texts."""
     if cfg.tokenizer not in OWN_TOKENIZERS:
         return given_tokenizer(cfg.tokenizer)
-    n_bytes_and_special = 256 + 2
+    special = ["[CLS]", "[MASK]"]
+    if cfg.text_pair_column is not None:
+        special.append("[SEP]")
+    n_bytes_and_special = 256 + len(special)
     if cfg.tokenizer == "bpe" and cfg.vocab_size < n_bytes_and_special:
         raise UserError(f"--vocab_size={cfg.vocab_size}: a byte-level vocabulary has at least "
                         f"{n_bytes_and_special} entries")
     if cfg.tokenizer == "words":
         tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
         trainer = trainers.WordLevelTrainer(
-            vocab_size=cfg.vocab_size, special_tokens=["[CLS]", "[MASK]", "[UNK]"],
+            vocab_size=cfg.vocab_size, special_tokens=[*special, "[UNK]"],
             show_progress=False)
     else:  # "bytes" is BPE without merges
         tokenizer = Tokenizer(models.BPE())
         size = n_bytes_and_special if cfg.tokenizer == "bytes" else cfg.vocab_size
         trainer = trainers.BpeTrainer(
-            vocab_size=size, min_frequency=2, special_tokens=["[CLS]", "[MASK]"],
+            vocab_size=size, min_frequency=2, special_tokens=special,
             show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     steps = [normalizers.NFC()]
     if cfg.lowercase:
@@ -284,9 +294,10 @@ def make_tokenizer(cfg, texts):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=cfg.tokenizer != "bytes")
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainer)
-    cls = ("[CLS]", tokenizer.token_to_id("[CLS]"))  # so that every document has a token
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A",
-                                                             special_tokens=[cls])
+    # [CLS], so that every document has a token
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", pair=None if len(special) == 2 else "[CLS] $A [SEP] $B",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in special])
     return tokenizer
 
 
@@ -297,6 +308,9 @@ def describe_tokenizer(tokenizer, cfg):
     mask_id = next((i for i in masks if i is not None), None)
     special = tokenizer.encode("a").special_tokens_mask
     found = {"mask_id": mask_id, "n_suffix": [*special[::-1], 0].index(0)}
+    if cfg.text_pair_column is not None:
+        found["pair"] = pair_template(tokenizer)
+        found["n_suffix"] = found["pair"]["n_suffix"]
     if cfg.tokenizer == "bytes":
         ids = tokenizer.get_vocab()
         # a blank's token is chr(256 + byte). [CLS] is a word: that a word is the first tells much
@@ -383,9 +397,9 @@ class Writer:
     def add(self, value, target):
         self.waiting.append(value)
         self.labels.extend(target if isinstance(target, bytes) else [target])
-        if isinstance(value, str):
-            self.size += len(value)
-            self.n_bytes += len(value.encode())
+        if isinstance(value, (str, tuple)):
+            self.size += sum(map(len, texts_of(value)))
+            self.n_bytes += sum(len(text.encode()) for text in texts_of(value))
         else:
             self.size += value.size
         if self.size > 1_000_000:
@@ -425,6 +439,27 @@ class Writer:
         elif self.target == "class":
             labels.astype(np.int64).tofile(f"{self.path}.lbl")
             counts["per_class"] = np.bincount(labels, minlength=n_classes).tolist()
+        return counts
+
+
+class PairWriter(Writer):
+    """Writes {split}.first, too, of pairs of texts."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.first_lengths = array("i")
+
+    def flush(self):
+        for encoding in self.encode.tokenizer.encode_batch_fast(self.waiting):
+            self.out.write(np.array(encoding.ids, self.encode.dtype).tobytes())
+            self.lengths.append(len(encoding.ids))
+            self.first_lengths.append(encoding.sequence_ids.count(0))
+        self.waiting = []
+        self.size = 0
+
+    def close(self, n_classes):
+        counts = super().close(n_classes)
+        np.array(self.first_lengths, np.int32).tofile(f"{self.path}.first")
         return counts
 
 

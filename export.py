@@ -40,9 +40,12 @@ def export(clf, how, data_dir=None):
             raise UserError(f"{clf.path} reads {clf.modality}; only text classifiers can be "
                             "written as a Hugging Face folder")
         folder = clf.path.parent / "hf"
-        save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel)
+        save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel,
+                clf.scaling)
         print(f"written to {folder}")
         return
+    if clf.pair:
+        raise UserError(f"{clf.path} reads pairs of texts, which are exported as hf only")
     model_name = clf.model.config.model
     is_text = clf.modality == "text"
     if is_text and model_name != "transformer":

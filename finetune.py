@@ -144,8 +144,8 @@ def merged_state(model):
 
 def make_model(cfg, meta, task, path):
     """The model at `path` with a head for the task, frozen and adapted as cfg says."""
-    if meta["task"] == "regression" or meta["kind"] == "features":
-        raise UserError("finetune.py classifies text and images; train.py does the rest")
+    if meta["kind"] == "features":
+        raise UserError("finetune.py reads text and images; for rows of numbers take train.py")
     image_size = meta["shape"] if meta["kind"] == "image" else None
     loaded = from_pretrained(path, task.head["n_classes"], cfg.new_head, cfg.max_len, image_size,
                              meta["label_names"], cfg.pooling)

@@ -28,6 +28,7 @@ META_OF_TASK = {
     "regression": {"splits": {"*": {"target_quantiles": list[float]}},
                    "scaling": {"target_mean": float, "target_std": float}},
     "none": {}}
+META_OF_PAIRS = {"pair": {"n_prefix": int, "n_middle": int, "n_suffix": int, "segments": bool}}
 META_OF_TEXT = {"mask_id": int | None, "n_suffix": int, "tokenizer_sha256": str,
                 "splits": {"*": {"tokens": int, "bytes": int, "length_quantiles": list[int]}}}
 
@@ -50,13 +51,31 @@ def read_meta(folder, rebuild):
                         f"rebuild it with: {rebuild}")
     wrong = mismatch(meta, META) or mismatch(meta, META_OF_TASK[meta["task"]])
     if not wrong and meta["kind"] == "text":
-        wrong = mismatch(meta, META_OF_TEXT)
+        wrong = mismatch(meta, META_OF_TEXT | (META_OF_PAIRS if "pair" in meta else {}))
     elif not wrong and len(meta["shape"]) != {"image": 3, "features": 1}[meta["kind"]]:
         wrong = "shape"
     if wrong:
         raise UserError(f"{folder}/meta.json is damaged: its {wrong} is missing or not what it "
                         f"should be; rebuild the data set with: {rebuild}")
     return meta
+
+
+def pair_template(tokenizer):
+    """How a tokenizer joins two texts: {"n_prefix", "n_middle", "n_suffix": special tokens before
+    the first, between them, behind the second; "segments": whether its type ids are 1 from the
+    second text on}. Raises UserError for another way."""
+    encoding = tokenizer.encode("a", "a")
+    text = encoding.sequence_ids  # 0 and 1; None of special tokens
+    if 0 not in text or 1 not in text:
+        raise UserError("the tokenizer does not join pairs of texts")
+    end_of_first = len(text) - text[::-1].index(0)
+    second = text.index(1)
+    types = encoding.type_ids
+    segments = types == [int(i >= second) for i in range(len(text))]
+    if any(types) and not segments:
+        raise UserError(f"a tokenizer that gives pairs of texts the types {types} is not supported")
+    return {"n_prefix": text.index(0), "n_middle": second - end_of_first,
+            "n_suffix": text[::-1].index(1), "segments": segments}
 
 
 def read_tokenizer(folder, meta, rebuild):
@@ -89,6 +108,16 @@ def check_text(tokens, starts, n, meta):
         raise ValueError("its .idx holds documents without tokens")
     if max(tokens.max(), meta["mask_id"] or 0) >= meta["vocab_size"]:
         raise ValueError("it holds tokens that the vocabulary lacks")
+
+
+def check_pairs(first_lengths, starts, pair):
+    """Raise ValueError unless each document has room for a first text of its length."""
+    n_special = pair["n_prefix"] + pair["n_middle"] + pair["n_suffix"]
+    room = np.diff(starts) - n_special
+    if len(first_lengths) != len(room) or not (0 <= first_lengths).all():
+        raise ValueError("its .first is damaged")
+    if (first_lengths > room).any() or min(pair.values()) < 0:
+        raise ValueError("its .first is damaged")
 
 
 def check_labels(labels, n, n_classes, task):

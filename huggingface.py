@@ -415,12 +415,15 @@ SPECIAL_TOKENS = {  # role → what such a token is called, in order of preferen
     "eos_token": ("</s>", "<|endoftext|>")}
 
 
-def save_hf(model, folder, label_names, tokenizer_json, multilabel=False):
+def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scaling=None):
     """Write a folder that transformers' AutoModelForSequenceClassification and AutoTokenizer load
-    (of our own trunk: that weights.from_pretrained loads). Raises UserError where their classes
-    cannot compute what ours does."""
+    (of our own trunk: that weights.from_pretrained loads). scaling: of a regression, the target's;
+    theirs predicts in its unit. Raises UserError where their classes cannot compute what ours does.
+    """
     c = model.config
     weights = model.state_dict()
+    if not label_names and c.family != "ours":
+        weights |= head_in_own_unit(weights, scaling)
     folder = Path(folder)
     if c.family == "vit" or c.model != "transformer":
         what = "vit" if c.family == "vit" else c.model
@@ -439,8 +442,13 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False):
                "label2id": {name: i for i, name in enumerate(label_names)}}
     if multilabel:
         config["problem_type"] = "multi_label_classification"
+    if not label_names:
+        config |= {"problem_type": "regression", "id2label": {0: "LABEL_0"},
+                   "label2id": {"LABEL_0": 0}}
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast",
                         "model_max_length": c.max_len} | roles
+    if c.n_segments > 1:  # else transformers leaves the types of pairs out
+        tokenizer_config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     weights = {name: w.cpu().contiguous() for name, w in weights.items()}
     with scratch_folder(folder) as work:
         try:
@@ -455,13 +463,24 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False):
             os.replace(file, folder / file.name)
 
 
+def head_in_own_unit(weights, scaling):
+    """A regression's head with the target's standardisation undone."""
+    if "head.bias" not in weights:
+        raise UserError("a regression of this family has no bias in its head, so it cannot be "
+                        "written as a Hugging Face folder: predict.py labels with it")
+    return {"head.weight": weights["head.weight"] * scaling["target_std"],
+            "head.bias": weights["head.bias"] * scaling["target_std"] + scaling["target_mean"]}
+
+
 def their_config(c, pad_token_id):
     """config.json for a ModelConfig of a published family."""
     family = FAMILIES[c.family]
     poolings = {"gpt2": ("last",), "modernbert": ("cls", "mean")}.get(c.family, ("cls",))
-    if c.pooling not in poolings:
-        raise UserError(f"transformers' {c.family} classifier cannot pool by {c.pooling}: "
-                        "fine-tune with --pooling=None to export it")
+    own_head = family.constants.get("head_dense")
+    if c.pooling not in poolings or c.normalize or c.head_dense != own_head:
+        raise UserError(f"transformers' {c.family} classifier cannot compute this head (pooling "
+                        f"by {c.pooling}): fine-tune with --pooling={poolings[0]} and --objective="
+                        "classify to export it")
     config = {"model_type": c.family, "architectures": [family.classifier],
               "vocab_size": c.vocab_size, "pad_token_id": pad_token_id} | family.written
     config |= {theirs: getattr(c, ours) for ours, theirs in family.settings.items()}

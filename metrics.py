@@ -302,16 +302,38 @@ def fit_thresholds(z, y, resamples=50):
 
 def number_sample(predicted, true):
     """A function of weights (N,) → the figures of predictions and numbers (N,), in the target's
-    unit; R² is against the mean of `true`."""
+    unit; R² is against the mean of `true`; the correlations (None where one side does not vary) are
+    Pearson's, and Spearman's (1904), which is that of the ranks, of equal numbers their mean."""
     error = predicted - true
+    rank_predicted, rank_true = rank_sample(predicted), rank_sample(true)
 
     def figures(weight):
         share = weight / weight.sum()
         mse = share @ error**2
         variance = share @ (true - share @ true) ** 2
         return {"rmse": mse**0.5, "mae": share @ np.abs(error),
-                "r2": 1 - mse / max(variance, 1e-12)}
+                "r2": 1 - mse / max(variance, 1e-12),
+                "pearson": correlation(predicted, true, share),
+                "spearman": correlation(rank_predicted(weight), rank_true(weight), share)}
     return figures
+
+
+def rank_sample(x):
+    """A function of weights (N,) → the rank of each of x (N,), ties by their mean."""
+    _, group = np.unique(x, return_inverse=True)
+
+    def ranks(weight):
+        of_group = np.bincount(group, weight)  # how often each value is there
+        return (np.cumsum(of_group) - of_group / 2)[group]
+    return ranks
+
+
+def correlation(a, b, share):
+    """Pearson's of a and b (N,), each example counting by its share."""
+    a = a - share @ a
+    b = b - share @ b
+    spread = ((share @ a**2) * (share @ b**2)) ** 0.5
+    return share @ (a * b) / spread if spread > 1e-12 else None
 
 
 def number_report(predicted, true, resamples=0):

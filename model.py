@@ -64,7 +64,7 @@ class ModelConfig:
     # what the published trunks need
     family: str = "ours"  # ours, or one of huggingface.FAMILIES
     position: str = "rope"  # rope, learned
-    n_segments: int = 0  # BERT's token types: all tokens are of type 0
+    n_segments: int = 0  # BERT's token types: 1 for the second of two texts
     norm: str = "rms"  # rms, layer
     norm_eps: float | None = None
     norm_bias: bool = False
@@ -103,12 +103,12 @@ class PackedLayout:
 
     cu_seqlens (B+1,) int32; lengths (B,); document (T,): each token's document; position (T,): its
     index in that document; first, last (B,): the index of each document's first and last token
-    (arbitrary for empty documents).
+    (arbitrary for empty documents); segments (T,): BERT's token types, None where all are 0.
     """
     same_length, valid = False, None
 
-    def __init__(self, cu_seqlens, n_tokens, max_len):
-        self.cu_seqlens, self.max_len = cu_seqlens, max_len
+    def __init__(self, cu_seqlens, n_tokens, max_len, segments=None):
+        self.cu_seqlens, self.max_len, self.segments = cu_seqlens, max_len, segments
         self.lengths = cu_seqlens.diff()
         self.first = cu_seqlens[:-1].clamp(max=n_tokens - 1)
         self.last = (cu_seqlens[1:] - 1).clamp(min=0)
@@ -151,7 +151,7 @@ class PackedLayout:
 class DenseLayout:
     """B documents of L tokens each, flattened to (B·L, D): a language model's blocks, the patches
     of images, and, with valid (B, L), False at padding, padded text (for exports)."""
-    same_length = True
+    same_length, segments = True, None
 
     def __init__(self, B, L, device, valid=None):
         self.shape = (B, L)
@@ -411,7 +411,7 @@ class Transformer(nn.Module):
                 scaled = ours and (name.startswith("blocks") or patches)
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 if scaled else 0.02)
 
-    def embed(self, inputs, cu_seqlens=None, length=None):
+    def embed(self, inputs, cu_seqlens=None, length=None, segments=None):
         """Text, (T,) tokens, or images, (B, C, H, W) pixels of 0..255 → ((T, D), their layout)."""
         c = self.config
         if c.image_size:
@@ -423,7 +423,7 @@ class Transformer(nn.Module):
         x = self.embedding(inputs)
         if length is not None:
             return x, DenseLayout(len(inputs) // length, length, inputs.device)
-        return x, PackedLayout(cu_seqlens, len(inputs), c.max_len)
+        return x, PackedLayout(cu_seqlens, len(inputs), c.max_len, segments)
 
     def trunk(self, x, layout, rows=None, first_only=False):
         """All blocks: x (T, D) → (T, D), or with rows (B,), only these rows: (B, D)."""
@@ -434,7 +434,9 @@ class Transformer(nn.Module):
             window_rope = self.window_rope[:, layout.position, None, None]
         if self.position is not None:
             x = layout.add_positions(x, self.position)
-        if self.segment is not None:
+        if self.segment is not None and layout.segments is not None:
+            x = x + self.segment(layout.segments)
+        elif self.segment is not None:
             x = x + self.segment.weight[0]
         x = dropout(self.embedding_norm(x), c.dropout, self.training)
         for i, block in enumerate(self.blocks):
@@ -453,22 +455,22 @@ class Transformer(nn.Module):
         """(T, d_model): every token's vector after the last norm."""
         return self.trunk(*self.embed(inputs, cu_seqlens, length))
 
-    def forward(self, inputs, cu_seqlens=None, length=None, query_index=None):
+    def forward(self, inputs, cu_seqlens=None, length=None, query_index=None, segments=None):
         """Logits (B, n_classes), float32; of a language model (T, vocab_size).
 
         inputs: text (T,) int64, packed by cu_seqlens (B+1,) int32, or documents of one `length`
         each; or images (B, C, H, W). query_index (M,): of a language model, only the logits of
-        these tokens, (M, vocab_size).
+        these tokens, (M, vocab_size). segments (T,): 0 and 1, of pairs of texts.
         """
-        x, layout = self.embed(inputs, cu_seqlens, length)
+        x, layout = self.embed(inputs, cu_seqlens, length, segments)
         if not self.config.lm_head:
             return self.classify(x, layout)
         x = self.trunk(x, layout, query_index)
         return F.linear(x, (self.lm_head or self.embedding).weight)
 
-    def vectors(self, inputs, cu_seqlens=None, length=None):
+    def vectors(self, inputs, cu_seqlens=None, length=None, query_index=None, segments=None):
         """(B, d_model) float32: one vector for each example, as the head gets it."""
-        return self.pool(*self.embed(inputs, cu_seqlens, length))
+        return self.pool(*self.embed(inputs, cu_seqlens, length, segments))
 
     def pool(self, x, layout):
         """Trunk and pooling: embedded tokens (T, D) → (B, D), float32."""

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import cpu
-from batches import Arrays, PackedText, eval_requests, open_split
-from format import read_meta
+from batches import Arrays, PackedPairs, PackedText, eval_requests, open_split
+from format import pair_template, read_meta
 from metrics import own_unit
 from pictures import IMAGES
 from readers import decoded_lines, has_header, named_columns
@@ -46,7 +46,7 @@ from sources import (
     with_built_in,
 )
 from tasks import bf16_is_native, eval_tokens, open_device, run_model
-from values import clean, is_missing
+from values import clean, is_missing, texts_of
 from weights import checkpoint_file, load_checkpoint, load_model
 
 FORMULA = "=", "+", "-", "@", "\t", "\r"  # what spreadsheets take for the start of one
@@ -57,11 +57,14 @@ class Config:
     checkpoint: list[str] = field(default_factory=list)  # a run's folder or a checkpoint file
     text: list[str] = field(default_factory=list, metadata={"verbatim": True})  # label this text
     #   (the option again for each); - reads lines from standard input
+    text_pair: list[str] = field(default_factory=list, metadata={"verbatim": True})  # of a model of
+    #   pairs: the second text to each --text
     input: str | None = None  # label the rows of this file (of any kind that data.py reads; .txt: a
     #   text a line; a folder: a text a file), in order; of pictures also "new/*.png" …
     output: str | None = None  # … into this .csv, .jsonl or .parquet: a row for each row
     # how to read input; None: as the data set of the run was read
     text_column: str | int | list[str | int] | None = None
+    text_pair_column: str | int | None = None
     columns: list[str | int] | None = None  # of features
     header: bool | None = None
     encoding: str | None = None  # comma-separated: each is tried in turn
@@ -130,6 +133,9 @@ class Classifier:
                 self.tokenizer = Tokenizer.from_str(checkpoint["tokenizer"])
             except Exception as error:  # the library raises plain Exception
                 raise UserError(f"{self.path}: its tokenizer is damaged: {error}") from None
+        self.pair = None  # how two texts are joined, where it reads pairs
+        if self.config.get("text_pair_column") is not None:
+            self.pair = pair_template(self.tokenizer)
         self.thresholds = self.fitted_thresholds() if self.multilabel else None
         if dtype != torch.float32:
             self.lower_precision()
@@ -199,9 +205,9 @@ class Classifier:
         return out
 
     def __call__(self, values):
-        """Texts (or uint8 pictures (C, H, W), or rows of numbers (F,)) → [{"label": str,
-        "probability": float, "probabilities": {label: float}}, ...]; where a number is predicted,
-        [{"value": float}, ...].
+        """Texts (of a model of pairs tuples of two; or uint8 pictures (C, H, W), or rows of numbers
+        (F,)) → [{"label": str, "probability": float, "probabilities": {label: float}}, ...]; where
+        a number is predicted, [{"value": float}, ...].
 
         With --target=labels, also "labels": those that reach their thresholds; "label" is these
         joined by the data's separator, "probability" that of just this set, labels taken as
@@ -232,15 +238,23 @@ class Classifier:
                 mean, std = np.array(self.scaling["mean"]), np.array(self.scaling["std"])
                 values = np.nan_to_num((values - mean) / std, nan=0.0).astype(np.float32)
             return Arrays(values, labels, len(self.label_names), self.max_len)
-        if self.long == "head":
-            values = [text[: 100 * self.max_len] for text in values]
-        texts = [clean(text) for text in values]
-        ids = [e.ids or [0] for e in self.tokenizer.encode_batch_fast(texts)]  # GPT-2: no [CLS]
+        if self.pair and not all(isinstance(value, tuple) for value in values):
+            raise UserError(f"{self.path} reads pairs of texts: give tuples of two")
+        most = 100 * self.max_len if self.long == "head" else None
+        values = [tuple(clean(text[:most]) for text in texts_of(value)) for value in values]
+        encodings = self.tokenizer.encode_batch_fast(
+            values if self.pair else [text for (text,) in values])
+        ids = [e.ids or [0] for e in encodings]  # GPT-2: no [CLS]
         tokens = np.concatenate([[], *ids]).astype(np.int64)
         starts = np.cumsum([0, *map(len, ids)])
         if self.long == "head":
             self.n_cut += int((np.diff(starts) > self.max_len).sum())
-        return PackedText(tokens, starts, labels, self.max_len, self.n_suffix, long=self.long)
+        common = dict(tokens=tokens, starts=starts, labels=labels, max_len=self.max_len,
+                      n_suffix=self.n_suffix, long=self.long)
+        if not self.pair:
+            return PackedText(**common)
+        first_lengths = np.array([e.sequence_ids.count(0) for e in encodings])
+        return PackedPairs(first_lengths, self.pair, self.config["truncation"], **common)
 
     def check_predicts(self):
         if self.is_language_model:
@@ -296,6 +310,8 @@ def open_data(clf, split, data_dir=None, optional=False):
     if optional and split not in meta["splits"]:
         return None
     settings = {"long": clf.long} if clf.modality == "text" else {}
+    if clf.pair:
+        settings["truncation"] = clf.config["truncation"]
     if clf.is_language_model:
         settings = {"objective": clf.objective, "mask_prob": clf.config["mask_prob"]}
     return open_split(folder, meta, split, clf.max_len, rebuild, **settings)
@@ -305,9 +321,15 @@ def open_data(clf, split, data_dir=None, optional=False):
 # The command line
 
 
-def label_texts(clf, texts):
+def label_texts(clf, texts, seconds):
     """Print a line per text: its label's probability, then the others'. `-` stands for the lines of
-    standard input."""
+    standard input. seconds: of a model of pairs, the second texts."""
+    if clf.pair and (len(seconds) != len(texts) or "-" in texts):
+        raise UserError(f"{clf.path} reads pairs: give a --text_pair for each --text, or --input")
+    if seconds and not clf.pair:
+        raise UserError(f"{clf.path} reads single texts: leave --text_pair out")
+    if clf.pair:
+        texts = list(zip(texts, seconds))
     for text in texts:
         if text != "-":
             print_label(clf, text)
@@ -325,10 +347,14 @@ def print_label(clf, text):
     if clf.modality != "text":
         raise UserError(f"{clf.path} reads {clf.modality}, not text: give --input")
     (result,) = clf([text])
+    start = " | ".join(texts_of(text)).strip()[:60]
+    if "value" in result:
+        print(f"{result['value']:.4f}   {start}", flush=True)
+        return
     ranked = sorted(result["probabilities"].items(), key=lambda item: -item[1])
     labels = f"{result['label'] or 'none'}: " if clf.multilabel else ""
     probabilities = "  ".join(f"{name} {p:.4f}" for name, p in ranked)
-    print(f"{labels}{probabilities}   {text.strip()[:60]}", flush=True)
+    print(f"{labels}{probabilities}   {start}", flush=True)
 
 
 def file_settings(clf, cfg):
@@ -361,7 +387,7 @@ def label_file(clf, cfg):
     with replacing(cfg.output) as temporary, tqdm(unit=" rows", delay=1) as bar:
         with WRITERS[temporary.suffix](temporary, names, cfg) as write:
             for chunk in chunks(input_rows(clf, cfg)):
-                is_empty = [isinstance(value, str) and not value for _, value, _ in chunk]
+                is_empty = [is_missing(value) for _, value, _ in chunk]
                 results = clf([value for _, value, _ in chunk])
                 write([row_of(result, where, kept, cfg, empty)
                        for (where, _, kept), result, empty in zip(chunk, results, is_empty)])
@@ -405,16 +431,16 @@ def input_rows(clf, cfg):
     columns, _ = named_columns(source)
     n_values = len(columns)
     setting = "text_column" if clf.modality == "text" else "columns"
-    source = dataclasses.replace(source, **{setting: columns + cfg.keep})
+    reading = dataclasses.replace(source, text_pair_column=None, **{setting: columns + cfg.keep})
     for name, opener in input_files(cfg.input, source, (".txt",)):
         if cfg.keep and suffix_of(name) == ".txt":
             raise UserError(f"{name}: has no columns to --keep")
-        for where, fields, _ in file_rows(name, opener, source):
+        for where, fields, _ in file_rows(name, opener, reading):
             if fields is None:  # left out by --drop_bad_rows
                 continue
             if not fields and clf.modality != "text":
                 raise UserError(f"{where}: is blank, where numbers are needed; delete the line")
-            values = fields[:n_values] or [""]
+            values = fields[:n_values] or [""] * n_values
             if suffix_of(name) == ".txt" and values[0].startswith("__label__"):
                 values = [re.sub(r"^(__label__\S+\s+)+", "", values[0])]  # as fastText trains on
             value = value_of(values, where, source)
@@ -493,7 +519,8 @@ def chunks(found):
     chunk, size = [], 0
     for row in found:
         chunk.append(row)
-        size += len(row[1]) if isinstance(row[1], str) else row[1].size
+        value = row[1]
+        size += value.size if isinstance(value, np.ndarray) else sum(map(len, texts_of(value)))
         if len(chunk) == 4096 or size > 1_000_000:
             yield chunk
             chunk, size = [], 0
@@ -539,7 +566,7 @@ def main():
     native = bf16_is_native(open_device(cfg.device))
     clf = open_classifier(cfg.checkpoint[0], cfg, torch.bfloat16 if native else torch.float32)
     if cfg.text:
-        label_texts(clf, cfg.text)
+        label_texts(clf, cfg.text, cfg.text_pair)
     else:
         label_file(clf, cfg)
 

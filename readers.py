@@ -342,7 +342,11 @@ def named_columns(cfg):
     """(the columns that hold the value, those of the label), as the settings name them."""
     values = cfg.text_column if cfg.kind == "text" else cfg.columns or []
     labels = [] if cfg.target == "none" else cfg.label_column
-    return [columns if isinstance(columns, list) else [columns] for columns in (values, labels)]
+    values, labels = (columns if isinstance(columns, list) else [columns]
+                      for columns in (values, labels))
+    if cfg.text_pair_column is not None:
+        values = [*values, cfg.text_pair_column]
+    return values, labels
 
 
 def column_indices(row, cfg, name):

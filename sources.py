@@ -90,6 +90,8 @@ class DataConfig:
     #   file is, and its end is val
     text_column: str | int | list[str | int] = "text"  # by name, or by number from 0; several are
     #   joined by a newline
+    text_pair_column: str | int | None = None  # the second text of a pair, as of a premise and a
+    #   hypothesis, or a question and an answer
     columns: list[str | int] | None = None  # of features; None: all but label_column
     image_size: list[int] | None = None  # channels, height, width; None: the first image's
     resize: Literal["no", "crop", "fit"] = "no"  # pictures of another size than image_size: no:
@@ -165,9 +167,9 @@ def resolve(cfg):
     if isinstance(source.label_column, list) and source.target != "labels":
         raise UserError("--label_column is several columns, so --target=labels is needed: one "
                         "column for each label")
-    if source.kind == "text" and source.target == "number":
-        raise UserError("--target=number is for --kind=features and --kind=image: text is "
-                        "classified")
+    if source.text_pair_column is not None and (source.kind, source.target == "none") != (
+            "text", False):
+        raise UserError("--text_pair_column is for --kind=text with something to predict")
     if source.kind != "text" and source.target == "none":
         raise UserError("--target=none is for --kind=text, to train a language model on")
     if source.target == "labels" and (source.kind != "text" or not source.label_separator):
@@ -412,7 +414,13 @@ def is_number(label, where, cfg):
 
 
 def value_of(fields, where, cfg):
-    """A row's fields as the example that they are: text, features, or pixels."""
+    """A row's fields as the example that they are: a text, a pair of texts, features, or pixels."""
+    if cfg.text_pair_column is not None:
+        if len(fields) < 2:
+            raise UserError(f"{where}: has no second text, which --text_pair_column="
+                            f"{cfg.text_pair_column} names: pairs are read from tables and JSON")
+        *first, second = fields
+        return clean("\n".join(first)), clean(second)
     if cfg.kind == "text":
         return clean("\n".join(fields))
     return parse_numbers(fields, where, cfg)

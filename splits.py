@@ -24,7 +24,7 @@ from sources import (
     skipped_files,
     split_labels,
 )
-from values import is_missing, parse_number
+from values import is_missing, parse_number, texts_of
 
 
 def unit_of(source):
@@ -49,6 +49,7 @@ class Survey:
     def __init__(self, source, files):
         self.source, self.files, self.n_bad_rows = source, files, 0
         self.n_skipped = 0  # rows of skip_labels
+        self.n_empty_seconds = 0  # pairs whose second text is empty
         self.unseen = set(source.skip_labels)
         self.fingerprints, self.labels = {}, {}
         self.ids = {}  # label → its number in order of first sight
@@ -88,6 +89,7 @@ class Survey:
             if is_complete(value, label, source):
                 if source.kind == "image":
                     self.source = replace(source, image_size=list(value.shape))
+                self.n_empty_seconds += isinstance(value, tuple) and not value[1]
                 fingerprints.append(fingerprint(value))
                 labels.append(self.label_id(label, where, split))
             elif is_skipped(label, source):
@@ -156,9 +158,10 @@ class Survey:
 def fingerprint(value):
     """64 bits of an example, to compare examples by: of a text NFKC, casefolded, with runs of
     blanks made one."""
-    if isinstance(value, str):
-        value = " ".join(unicodedata.normalize("NFKC", value).casefold().split())
-        value = value.encode("utf-8", "surrogatepass")
+    if isinstance(value, (str, tuple)):
+        texts = [" ".join(unicodedata.normalize("NFKC", text).casefold().split())
+                 for text in texts_of(value)]
+        value = "\n".join(texts).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(bytes(value), digest_size=8).digest(), "little")
 
 

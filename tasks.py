@@ -243,12 +243,13 @@ class LabelsTask(Task):
 
 
 class NumberTask(Task):
-    """A number: squared error of the standardised target."""
+    """A number: squared error of the standardised target, or Huber's loss (1964)."""
     n_totals = 4
     figure_names = "val_r2", "val_loss"
 
     def __init__(self, cfg, meta):
         self.head = {"n_classes": 1}
+        self.huber_delta = cfg.huber_delta
 
     @staticmethod
     def check_settings(cfg):
@@ -258,8 +259,11 @@ class NumberTask(Task):
 
     def loss_sum(self, logits, targets):
         """logits (B, 1); targets (B,) float32, NaN where there is none."""
-        error = logits[:, 0] - targets
-        return error.where(~targets.isnan(), 0.0).square().sum()
+        error = (logits[:, 0] - targets).where(~targets.isnan(), 0.0)
+        if not self.huber_delta:
+            return error.square().sum()
+        zero = torch.zeros_like(error)
+        return 2 * F.huber_loss(error, zero, reduction="sum", delta=self.huber_delta)
 
     def totals(self, logits, targets):
         targets = targets.double()

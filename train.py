@@ -82,12 +82,14 @@ class Config(DataConfig):
     position: Literal["rope", "learned"] = "rope"  # rope: relative, of images in two dimensions
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where
     #   late words matter
+    truncation: Literal["longest_first", "only_second"] = "longest_first"  # which text of a pair
+    #   that is longer than max_len loses its end
     ngrams: int = 3  # linear model of text: runs of up to this many words are features
     char_ngrams: int = 5  # and, with tokenizer = "bytes", runs of up to this many bytes
     buckets: int = 2**18  # rows that these are hashed to; more for much text
     patch: int = 4  # images: the side of a token
-    crop: int | None = None  # text: train on a random window of this many tokens of each document;
-    #   evaluation reads max_len
+    crop: int | None = None  # text: train on a random window of this many tokens of each document
+    #   (not of pairs); evaluation reads max_len
     dropout: float = 0.0  # 0.1-0.3 for small data and many epochs
     shift: float = 0.0  # images: moved in training by up to this share of their side
     rotate: float = 0.0  # images: turned by up to this many degrees
@@ -131,6 +133,8 @@ class Config(DataConfig):
     #   (n / (n_classes · count)), or one per class
     focal_gamma: float = 0.0  # for rare classes: 1-3 weights easy examples less, by (1 - p)^gamma
     #   (Lin et al. 2017)
+    huber_delta: float = 0.0  # of --target=number, where some targets are far off: 1.0 counts
+    #   errors above 1 standard deviation by their size, not squared; 0: all squared
     ema_decay: float = 0.0  # 0.99-0.9999: evaluate and keep an exponential moving average of the
     #   weights
     best_by: str | None = None  # the figure on val that says which checkpoint is best.pt: val_loss,
@@ -174,8 +178,8 @@ RANGES = {
               "epochs", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch", "max_len",
               "crop", "ngrams", "char_ngrams", "buckets", "max_row_mb"),
     NOT_NEGATIVE: ("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
-                   "weight_decay", "grad_clip", "focal_gamma", "shift", "rotate", "scale",
-                   "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds"),
+                   "weight_decay", "grad_clip", "focal_gamma", "huber_delta", "shift", "rotate",
+                   "scale", "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds"),
     SHARE: ("mixup", "cutout", "cooldown", "val_fraction", "test_fraction"),
     BELOW_1: ("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2")}
 
@@ -458,6 +462,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
     def open_examples(split, seed, training):
         settings = task.example_settings(cfg, meta["kind"], training)
+        if "pair" in meta:
+            settings["truncation"] = cfg.truncation
         return open_split(folder, meta, split, max_len, rebuild_command(cfg), seed=seed, **settings)
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))  # held: the file may change
     train_set = open_examples("train", cfg.seed, training=True)

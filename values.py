@@ -45,6 +45,11 @@ def label_of(cells, where, cfg):
     return scalar(cell, where, cfg.label_column)
 
 
+def texts_of(value):
+    """The texts of an example: itself, or both of a pair."""
+    return value if isinstance(value, tuple) else (value,)
+
+
 def looks_like_list(cell, separator):
     """In brackets or braces; in parentheses, in which a name may stand, only with a separator."""
     if re.fullmatch(r"\(.*\)", cell, re.DOTALL):
@@ -122,7 +127,9 @@ def clean(text):
 
 
 def is_missing(value):
-    return value is None or isinstance(value, str) and not value
+    """Is there no value, or an empty text? (The second of a pair may be empty.)"""
+    first = value[0] if isinstance(value, tuple) else value
+    return first is None or isinstance(first, str) and not first
 
 
 def to_float(text, cfg):

@@ -38,7 +38,11 @@ GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in rang
         (GOOD.encode() + b"a,caf\xe9\n", r"line 42: not valid utf-8 \(byte 0xe9.*--encoding", {}),
         (GOOD + 'a,"never closed\n' + GOOD, r"line 83: .*quote", {}),
         (GOOD, "no encoding 'klingon'", dict(encoding="klingon")),
-        ("label,text\na,x\nb,y\na,z\n", "val would be empty: too few examples", dict(val_fraction=0.1)),
+        (
+            "label,text\na,x\nb,y\na,z\n",
+            "val would be empty: too few examples",
+            dict(val_fraction=0.1),
+        ),
         (GOOD, "at least 258", dict(vocab_size=100)),
         (GOOD, "no such file", dict(tokenizer="nowhere.json")),
         (GOOD, "no such file", dict(train_file="nowhere.csv")),

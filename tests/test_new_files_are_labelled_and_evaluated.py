@@ -32,8 +32,9 @@ def titled(tmp_path_factory):
     train.train(
         train.Config(
             dataset="titled", train_file=str(folder / "titled.csv"), encoding="latin-1",
-            text_column=["title", "body"], data_dir=str(folder / "data"), vocab_size=300, val_fraction=0.1,
-            out_dir=str(folder / "out"), max_len=32, n_layer=1, d_model=32, n_head=2,
+            text_column=["title", "body"], data_dir=str(folder / "data"), vocab_size=300,
+            val_fraction=0.1, out_dir=str(folder / "out"),
+            max_len=32, n_layer=1, d_model=32, n_head=2,
             batch_size=16, epochs=8.0, warmup_steps=3, learning_rate=0.003,
             wandb_mode="disabled", dtype="float32", device="cpu",
         )
