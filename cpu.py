@@ -40,8 +40,9 @@ MAX_WASTE = 64  # padded tokens that cost as much as one more call of the kernel
 
 
 def attends(qkv, layout):
-    """Does `attend` take these? Padded text (for exports) is left to the plain path."""
-    return qkv.device.type == "cpu" and layout.valid is None
+    """Does `attend` take these? Padded text (for exports) and kept keys are left to the plain path.
+    """
+    return qkv.device.type == "cpu" and layout.valid is None and not layout.cached
 
 
 def attend(qkv, layout, causal, window, first_only):

@@ -105,7 +105,7 @@ class PackedLayout:
     index in that document; first, last (B,): the index of each document's first and last token
     (arbitrary for empty documents); segments (T,): BERT's token types, None where all are 0.
     """
-    same_length, valid = False, None
+    same_length, valid, cached = False, None, False
 
     def __init__(self, cu_seqlens, n_tokens, max_len, segments=None):
         self.cu_seqlens, self.max_len, self.segments = cu_seqlens, max_len, segments
@@ -151,7 +151,7 @@ class PackedLayout:
 class DenseLayout:
     """B documents of L tokens each, flattened to (B·L, D): a language model's blocks, the patches
     of images, and, with valid (B, L), False at padding, padded text (for exports)."""
-    same_length, segments = True, None
+    same_length, segments, cached = True, None, False
 
     def __init__(self, B, L, device, valid=None):
         self.shape = (B, L)
@@ -207,20 +207,20 @@ def attend(qkv, layout, causal=False, window=0, first_only=False):
                         layout.max_len, layout.max_len, window_size=reach)
     else:
         q, k, v, valid = layout.pad(qkv)
-        mask = attention_mask(valid, q.shape[2], causal, window, q.device)
-        is_causal = causal and mask is None
+        mask = attention_mask(valid, q.shape[2], k.shape[2], causal, window, q.device)
+        is_causal = causal and mask is None and q.shape[2] > 1  # a single query sees all keys
         y = layout.unpad(F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal))
     return y[layout.first] if first_only else y
 
 
-def attention_mask(valid, L, causal, window, device):
-    """Which keys each query sees: bool (B or 1, 1, L or 1, L), or None where the kernel's is_causal
-    is enough. valid (B, L): False at padding; None: there is none."""
+def attention_mask(valid, L, S, causal, window, device):
+    """Which of S keys each of the last L queries sees: bool (B or 1, 1, L or 1, S), or None where
+    the kernel's is_causal is enough. valid (B, S): False at padding; None: there is none."""
     if valid is None and not window:
         return None
-    index = torch.arange(L, device=device)
-    distance = index[:, None] - index
-    mask = torch.ones(1, 1, 1, L, dtype=torch.bool, device=device)
+    index = torch.arange(S, device=device)
+    distance = index[S - L :, None] - index
+    mask = torch.ones(1, 1, 1, S, dtype=torch.bool, device=device)
     if valid is not None:
         mask = valid[:, None, None]
     if causal:

@@ -2,6 +2,7 @@
 
     python predict.py out/textcls --text="Shares fell again"        # --text=- reads lines
     python predict.py out/textcls --input=texts.csv --output=labels.csv
+    python predict.py out/shakespeare_char --prompt="ROMEO:"         # see generate.py
 
     clf = Classifier("out/textcls")
     clf(["Shares fell again"])  # [{"label": "business", "probability": 0.98, "probabilities": …}]
@@ -82,6 +83,16 @@ class Config:
     probabilities: bool = False  # True: a column for the probability of each label
     spreadsheet: bool = False  # True: an apostrophe goes before what a spreadsheet would run as a
     #   formula
+    # of a language model
+    prompt: str | None = field(default=None, metadata={"verbatim": True})  # go on from this text
+    max_new_tokens: int = 200
+    temperature: float = 1.0  # lower: likelier words; 0: always the likeliest
+    top_k: int | None = None  # of the k likeliest tokens only
+    top_p: float | None = None  # only of the fewest likeliest tokens that make up this probability
+    seed: int = 1
+    num_samples: int = 1
+    fill: str | None = field(default=None, metadata={"verbatim": True})  # of a masked one: the
+    #   likeliest words for each [MASK] in this text
     # how to compute
     long: Literal["head", "head+tail", "windows"] = "head"  # of texts longer than max_len: the
     #   start; half of it and the end; or all of it, in windows whose logits are averaged
@@ -560,6 +571,13 @@ def main():
     cfg = configure(Config, positional="checkpoint")
     if len(cfg.checkpoint) != 1:
         raise UserError("which checkpoint? One, for instance: python predict.py out/textcls")
+    if cfg.prompt is not None or cfg.fill is not None:
+        from generate import print_fillings, print_samples
+        if cfg.prompt is not None:
+            print_samples(cfg.checkpoint[0], cfg)
+        else:
+            print_fillings(cfg.checkpoint[0], cfg.fill, cfg.device)
+        return
     if not cfg.text and not cfg.input:
         raise UserError("which texts? Give --text=…, --text=- for the lines of standard input, or "
                         "--input=new.csv --output=labels.csv")

@@ -49,7 +49,7 @@ GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in rang
         (GOOD, "of files, .*.csv, .* can be read", dict(train_file=__file__)),
         (GOOD, "is built in|built-in", dict(dataset="bbc")),
         (GOOD, "needs --train_file", dict(train_file=None)),
-        (GOOD, "--target=number is for --kind=features", dict(target="number")),
+        (GOOD, "label .a. is not a number", dict(target="number")),
     ],
 )
 def test_sources(tmp_path, train_csv, says, settings):

@@ -71,12 +71,15 @@ def test_two_classes_and_regression():
     assert class_figures(score, y)["auroc"] == pytest.approx(
         sk.roc_auc_score(y, np.exp(score[:, 1]))
     )
+    stats = pytest.importorskip("scipy.stats")
     a, b = rng.normal(size=(2, 50))
     assert number_figures(a, b) == pytest.approx(
         {
             "rmse": sk.root_mean_squared_error(b, a),
             "mae": sk.mean_absolute_error(b, a),
             "r2": sk.r2_score(b, a),
+            "pearson": stats.pearsonr(a, b)[0],
+            "spearman": stats.spearmanr(a, b)[0],
         }
     )
 
