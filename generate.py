@@ -5,6 +5,7 @@
 
 A token's keys and values are kept in each layer, so that the next token costs one token's work.
 """
+import re
 import sys
 import time
 from pathlib import Path
@@ -165,6 +166,8 @@ def print_fillings(path, text, device, n_best=5):
     model, tokenizer, objective = open_language_model(path, device)
     if objective != "mlm":
         raise UserError(f"{path} reads from left to right: give --prompt")
+    if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
+        text = re.sub(r"\s+(?=\[MASK\])", "", text)  # a word's token holds the blank before it
     ids = tokenizer.encode(text).ids
     masks = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>")]
     places = [i for i, token in enumerate(ids) if token in masks]
