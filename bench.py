@@ -80,7 +80,7 @@ def trainer(cfg):
     import transformers as hf
     hf.logging.set_verbosity_error()
     path = finetune.find_weights(cfg)
-    cfg = finetune.with_weights_settings(cfg, path)
+    cfg = finetune.with_recipe(finetune.with_weights_settings(cfg, path))
     meta, *both = splits(cfg)
     rows = [[{"input_ids": d.document(i), "label": int(d.labels[i])} for i in range(len(d))]
             for d in both]
@@ -91,7 +91,7 @@ def trainer(cfg):
     machine = train.Machine(cfg)
     arguments = hf.TrainingArguments(
         output_dir=cfg.out_dir, num_train_epochs=cfg.epochs, learning_rate=cfg.learning_rate,
-        seed=cfg.seed, warmup_steps=cfg.warmup_steps, weight_decay=cfg.weight_decay,
+        seed=cfg.seed, warmup_steps=cfg.warmup_steps or 0, weight_decay=cfg.weight_decay,
         per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=64,
         bf16=machine.dtype == torch.bfloat16, train_sampling_strategy="group_by_length",
         save_strategy="no", report_to=[], disable_tqdm=True,

@@ -3,6 +3,7 @@
     python finetune.py config/finetune_textcls.py
     python finetune.py config/finetune_textcls.py --dataset=reviews --train_file=reviews.csv \\
         --text_column=review --label_column=stars --out_dir=out/reviews
+    python finetune.py --objective=contrastive --dataset=few --train_file=few.csv
 
 What is decided here: which weights to begin with, which of them move, and how fast. The tokenizer
 comes with the weights, and the data set is built for it, beside those of other tokenizers.
@@ -50,13 +51,15 @@ class Config(train.Config):
     lora_alpha: float = 16.0  # their scale is alpha / rank
     lora_targets: list[str] = field(default_factory=lambda: ["qkv", "out", "up"])  # of qkv, out (of
     #   attention and MLP), up
-    # the recipe, chosen on the val splits of four data sets (NOTES.md)
+    # the recipe, chosen by cross-validation on the train splits of four data sets (NOTES.md)
     max_len: int | None = None  # None: 256, or fewer where a sentence-transformers folder says so
     crop: int | None = 128  # train on a random window of this many tokens of each document; None:
     #   on its first max_len
-    epochs: float = 4.0
-    learning_rate: float = 2e-4  # of the head, see layer_lr_decay; usual: 5e-5 with
-    #   layer_lr_decay=1
+    epochs: float | None = None  # None: 4, of --objective=contrastive 25
+    min_steps: int | None = None  # None: 100, of --objective=contrastive 25
+    learning_rate: float | None = None  # of the head, see layer_lr_decay; None: 2e-4, of
+    #   --objective=contrastive 1e-4; usual: 5e-5 with layer_lr_decay=1
+    best_by: str | None = "last"  # a rate that falls to 0 ends well; a small val chooses by chance
     weight_decay: float = 0.01
     beta2: float = 0.999
     schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "linear"
@@ -216,8 +219,18 @@ def lr_scale(name, model, cfg):
     return cfg.layer_lr_decay ** (len(model.blocks) + 1 - layer_of(name, model))
 
 
+RECIPES = {  # objective → what None stands for
+    "contrastive": {"epochs": 25.0, "min_steps": 25, "learning_rate": 1e-4},
+    "classify": {"epochs": 4.0, "min_steps": 100, "learning_rate": 2e-4}}
 OF_THE_WEIGHTS = {"model", "n_layer", "n_head", "d_model", "d_ff", "mlp", "norm", "qk_norm",
                   "position"}
+
+
+def with_recipe(cfg):
+    """The config with what its objective decides filled in."""
+    recipe = RECIPES.get(cfg.objective, RECIPES["classify"])
+    unset = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
+    return dataclasses.replace(cfg, **unset)
 
 
 def finetune(cfg):
@@ -226,7 +239,7 @@ def finetune(cfg):
             raise UserError(f"--{setting.name}={getattr(cfg, setting.name)} comes with the weights "
                             "that finetune.py begins with: leave it out, or use train.py")
     path = find_weights(cfg)
-    cfg = with_weights_settings(cfg, path)
+    cfg = with_recipe(with_weights_settings(cfg, path))
     train.train(cfg, make_model=lambda cfg, meta, task: make_model(cfg, meta, task, path),
                 lr_scale=lr_scale, state_for_best=merged_state)
 

@@ -199,7 +199,7 @@ def check_settings(cfg):
                         "one process: python instead of torchrun")
     if cfg.patience and cfg.best_by == "last":
         raise UserError("--best_by=last keeps the weights at the end, so --patience, which waits "
-                        "for better ones, says nothing: leave one of them out")
+                        "for better ones, needs --best_by=val_loss or another figure")
     if cfg.lr_find and cfg.optimizer == "lbfgs":
         raise UserError("--optimizer=lbfgs searches for its rate in each step: there is nothing "
                         "for --lr_find to find")
@@ -402,7 +402,8 @@ def cross_validate(cfg, hooks):
 def summarise_folds(found):
     """Print the figures of all folds, a dict each, as those of one val; returns them."""
     n = sum(figures["n"] for figures in found)
-    whole = {key: sum(f[key] * f["n"] for f in found) / n for key in found[0] if key != "step"}
+    whole = {key: sum(f[key] * f["n"] for f in found) / n
+             for key in found[0] if key not in ("step", "n")}
     text = describe(whole)
     if "val_accuracy" in whole:
         low, high = wilson_interval(whole["val_accuracy"], n)
@@ -606,6 +607,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                         examples = Subset(examples, subset)
                     task.fit_head(model, *vectors(model, examples, machine))
                 figures = {"step": step}
+                if fold is not None:
+                    figures["n"] = len(val_set)
                 if val_set:
                     figures |= evaluate(model, task, val_set, cfg, machine, mirror)
                 check_finite(model, figures, cfg)
@@ -671,7 +674,7 @@ def summary(best):
     figures = describe(best)
     if not figures:
         return f"no val: the weights of step {best['step']}, the last, are kept"
-    return f"best: {figures}, at step {best['step']}"
+    return f"best.pt: {figures}, at step {best['step']}"
 
 
 def find_learning_rate(cfg, model_with_loss, task, optimizers, loader, machine):
