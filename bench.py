@@ -19,6 +19,12 @@ From texts to labels of test with one checkpoint (of a published family): `predi
 bfloat16, `predict_int8`, `predict_float32`; `pipeline`, Hugging Face's, and `trainer_predict`, both
 with bfloat16 weights, on texts sorted by length, 64 at a time.
 
+    python bench.py few --per_class=8 --splits=10 --dataset=trec --train_file=… --test_file=…
+
+Few labels: draws splits of 8 texts a class from train, and fine-tunes the same weights on each by
+`finetune --objective=contrastive` and by `setfit` (pip install setfit; its paper's 20 iterations of
+pairs, 1 epoch, batches of 16 pairs, 2e-5), evaluated on all of test.
+
     python bench.py busy config/textcls.py     # the speed beside a process that keeps a core busy
     python bench.py drills                     # kills, torn bytes, hostile files: see drills.py
 """
@@ -46,7 +52,7 @@ from eval import basic_report
 from huggingface import save_hf
 from predict import Classifier, open_data
 from runs import read_records
-from sources import rebuild_command
+from sources import rebuild_command, resolve, rows
 from tasks import bf16_is_native
 
 # --------------------------------------------------------------------------------------------------
@@ -55,11 +61,14 @@ from tasks import bf16_is_native
 
 def ours(main):
     def contender(cfg):
+        started = time.time()
         main(dataclasses.replace(cfg, overwrite=True, wandb_mode="disabled"))
+        whole = time.time() - started
         elapsed = [r["elapsed_s"] for r in read_records(Path(cfg.out_dir)) if "elapsed_s" in r]
         clf = Classifier(cfg.out_dir)
         test = open_data(clf, "test")
-        return elapsed[-1], basic_report(clf, clf.logits(test).numpy(), test.labels)["accuracy"]
+        accuracy = basic_report(clf, clf.logits(test).numpy(), test.labels)["accuracy"]
+        return elapsed[-1], accuracy, {"whole_s": whole}
     return contender
 
 
@@ -82,8 +91,8 @@ def trainer(cfg):
     path = finetune.find_weights(cfg)
     cfg = finetune.with_recipe(finetune.with_weights_settings(cfg, path))
     meta, *both = splits(cfg)
-    rows = [[{"input_ids": d.document(i), "label": int(d.labels[i])} for i in range(len(d))]
-            for d in both]
+    encoded = [[{"input_ids": d.document(i), "label": int(d.labels[i])} for i in range(len(d))]
+               for d in both]
     hf.set_seed(cfg.seed)
     model = hf.AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=len(meta["label_names"]))
@@ -96,13 +105,36 @@ def trainer(cfg):
         bf16=machine.dtype == torch.bfloat16, train_sampling_strategy="group_by_length",
         save_strategy="no", report_to=[], disable_tqdm=True,
         use_cpu=machine.device.type == "cpu")
-    t = hf.Trainer(model, arguments, train_dataset=rows[0],
+    t = hf.Trainer(model, arguments, train_dataset=encoded[0],
                    data_collator=hf.DataCollatorWithPadding(tokenizer))
     started = time.time()
     t.train()
     seconds = time.time() - started
-    out = t.predict(rows[1])  # grouped by length, so in an order of its own
+    out = t.predict(encoded[1])  # grouped by length, so in an order of its own
     return seconds, (out.predictions.argmax(1) == out.label_ids).mean()
+
+
+def setfit(cfg):
+    import datasets
+    from setfit import SetFitModel, Trainer, TrainingArguments
+    path = finetune.find_weights(cfg)
+    cfg = finetune.with_weights_settings(cfg, path)
+    _, learn, test = splits(cfg)
+    train_set = datasets.Dataset.from_dict(
+        {"text": texts(cfg, learn), "label": learn.labels.tolist()})
+    started = time.time()
+    torch.manual_seed(cfg.seed)
+    model = SetFitModel.from_pretrained(str(path))
+    arguments = TrainingArguments(
+        output_dir=f"{cfg.out_dir}/setfit", batch_size=16, num_epochs=1, num_iterations=20,
+        seed=cfg.seed, report_to="none", save_strategy="no", show_progress_bar=False)
+    trainer = Trainer(model=model, args=arguments, train_dataset=train_set)
+    training = time.time()
+    trainer.train()
+    ended = time.time()
+    predicted = model.predict(texts(cfg, test), batch_size=64, show_progress_bar=False)
+    accuracy = np.mean(np.asarray(predicted.tolist()) == test.labels)
+    return ended - training, accuracy, {"whole_s": ended - started}
 
 
 def fasttext(cfg):
@@ -206,18 +238,18 @@ def trainer_predict(cfg, exact):
         bf16_full_eval=model.dtype == torch.bfloat16, use_cpu=exact.device.type == "cpu")
     t = hf.Trainer(model, arguments, data_collator=hf.DataCollatorWithPadding(tokenizer))
 
-    def label(rows):
-        return [exact.label_names[i] for i in t.predict(rows).predictions.argmax(1)]
+    def label(encoded):
+        return [exact.label_names[i] for i in t.predict(encoded).predictions.argmax(1)]
 
     def tokenize_and_label(x):
-        rows = [{"input_ids": ids} for ids in tokenizer(x, truncation=True)["input_ids"]]
-        return longest_first(rows, lambda row: len(row["input_ids"]), label)
+        encoded = [{"input_ids": ids} for ids in tokenizer(x, truncation=True)["input_ids"]]
+        return longest_first(encoded, lambda row: len(row["input_ids"]), label)
     return tokenize_and_label
 
 
 CONTENDERS = {
     "train": ours(train.train), "finetune": ours(finetune.finetune), "trainer": trainer,
-    "fasttext": fasttext, "svm": svm, "predict": predict(torch.bfloat16),
+    "setfit": setfit, "fasttext": fasttext, "svm": svm, "predict": predict(torch.bfloat16),
     "predict_int8": predict(torch.int8), "predict_float32": predict(torch.float32),
     "pipeline": prediction(pipeline), "trainer_predict": prediction(trainer_predict)}
 TRAINED_HERE = {"train", "fasttext", "svm"}  # by the settings of train.py; others: finetune.py's
@@ -232,6 +264,43 @@ def run_alone(name, options, seed):
     if done.returncode:
         raise UserError(f"{name} failed; its messages are above")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def few(options):
+    """Fine-tune on few labels, by ours and by SetFit, on the same splits; see the top."""
+    given = dict(option[2:].split("=", 1) for option in options)
+    per_class = int(given.pop("per_class", 8))
+    n_splits = int(given.pop("splits", 10))
+    cfg = configure(finetune.Config, [f"--{name}={value}" for name, value in given.items()])
+    source = resolve(cfg)
+    out = Path("out/bench")
+    out.mkdir(parents=True, exist_ok=True)
+    test_file = out / f"{cfg.dataset}-test.jsonl"
+    write_jsonl(test_file, [(text, y) for _, text, y in rows(source.test_file, source)])
+    of_label = {}
+    for _, text, label in rows(source.train_file, source):
+        of_label.setdefault(label, {})[text] = label  # each text once
+    results = {"finetune": [], "setfit": []}
+    for seed in range(n_splits):
+        rng = np.random.default_rng((seed, per_class))
+        drawn = []
+        for _, examples in sorted(of_label.items()):
+            examples = list(examples.items())
+            drawn += [examples[i] for i in rng.permutation(len(examples))[:per_class]]
+        train_file = out / f"{cfg.dataset}-{per_class}-{seed}.jsonl"
+        write_jsonl(train_file, drawn)
+        split = [f"--dataset={train_file.stem}", f"--train_file={train_file}",
+                 f"--test_file={test_file}", f"--init_from={cfg.init_from}"]
+        for name, result in results.items():
+            more = ["--objective=contrastive"] if name == "finetune" else []
+            result.append(run_alone(name, split + more, seed))
+            print_figures(f"split {seed}", name, result[-1])
+    print_summary(list(results), list(results.values()))
+
+
+def write_jsonl(path, examples):
+    records = [{"text": text, "label": label} for text, label in examples]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def busy(options):
@@ -265,6 +334,9 @@ def main():
     if sys.argv[1:2] == ["drills"]:
         drill(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["few"]:
+        few(sys.argv[2:])
+        return
     if sys.argv[1:2] == ["busy"]:
         busy(sys.argv[2:])
         return
@@ -289,8 +361,18 @@ def main():
     for seed in seeds:
         for name, result in zip(names, results):
             result.append(run_alone(name, options, seed))
-            shown = "  ".join(f"{key} {value:.2f}" for key, value in result[-1].items())
-            print(f"seed {seed}  {name:9} {shown}", flush=True)
+            print_figures(f"seed {seed}", name, result[-1])
+    print_summary(names, results)
+
+
+def print_figures(what, name, figures):
+    shown = "  ".join(f"{key} {value:.2f}" for key, value in figures.items())
+    print(f"{what}  {name:9} {shown}", flush=True)
+
+
+def print_summary(names, results):
+    """Means and standard deviations of each contender's figures, and its time beside the first's.
+    """
     for name, result in zip(names, results):
         shown = []
         for key in result[0]:
