@@ -163,6 +163,27 @@ class Subset(Examples):
         return self.examples.batch(epoch, self.indices[indices], shape)
 
 
+class Taught(Examples):
+    """Examples with a teacher's logits (N, C): targets (B, 1 + C) float32 are the class, IGNORE
+    where there is none, and the logits, NaN of what fills a batch up."""
+
+    def __init__(self, examples, logits):
+        self.examples, self.logits = examples, logits
+        self.lengths, self.labels = examples.lengths, examples.labels
+        self.max_len, self.same_length = examples.max_len, examples.same_length
+
+    def batch(self, epoch, indices, shape=None):
+        return self.with_logits(self.examples.batch(epoch, indices, shape), indices)
+
+    def empty_batch(self):
+        return self.with_logits(self.examples.empty_batch(), [])
+
+    def with_logits(self, batch, indices):
+        logits = torch.full((len(batch.targets), self.logits.shape[1]), math.nan)
+        logits[: len(indices)] = self.logits[indices]
+        return batch._replace(targets=torch.cat((batch.targets[:, None].float(), logits), 1))
+
+
 class PackedText(Examples):
     """Documents and their labels.
 

@@ -172,11 +172,7 @@ def build_into(work, cfg):
     assignment, removed, overlaps = assign_splits(survey, source)
 
     def examples(file_split):
-        """(value, target, the split it goes to) of the rows that stay."""
-        splits = iter(assignment[file_split])
-        for where, value, label in rows(files[file_split], source):
-            if is_complete(value, label, source) and (split := next(splits)) >= 0:
-                yield value, target_of(label, where, survey.names, source), SPLITS[split]
+        return kept_examples(files[file_split], source, assignment[file_split], survey.names)
 
     # the tokenizer, or means and standard deviations, from train only
     def of_train():
@@ -227,6 +223,25 @@ def build_into(work, cfg):
             "tokenizer_sha256": meta["sha256"]["tokenizer.json"]}
     write_json(work / "meta.json", meta)
     return meta
+
+
+def kept_examples(file, source, assignment, names):
+    """(value, target, the split it goes to) of the rows of a file that stay."""
+    splits = iter(assignment)
+    for where, value, label in rows(file, source):
+        if is_complete(value, label, source) and (split := next(splits)) >= 0:
+            yield value, target_of(label, where, names, source), SPLITS[split]
+
+
+def train_examples(cfg):
+    """(values, targets) of the train split that `build` makes, read from its source again."""
+    source = resolve(cfg)
+    files = {split: file for split in SPLITS if (file := getattr(source, f"{split}_file"))}
+    survey = Survey(source, files)
+    assignment, _, _ = assign_splits(survey, survey.source)
+    kept = kept_examples(files["train"], survey.source, assignment["train"], survey.names)
+    found = [(value, target) for value, target, split in kept if split == "train"]
+    return [value for value, _ in found], [target for _, target in found]
 
 
 def why_empty(removed):

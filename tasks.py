@@ -26,6 +26,10 @@ def task_class(cfg, source):
     if not learns_labels and source.kind != "text":
         raise UserError(f"--objective={cfg.objective} needs text, not --kind={source.kind}")
     task = TASKS[source.target if cfg.objective == "classify" else cfg.objective]
+    if cfg.teacher:
+        if task is not ClassTask:
+            raise UserError("--teacher is for --target=class and --objective=classify")
+        task = TaughtTask
     task.check_settings(cfg)
     return task
 
@@ -124,6 +128,35 @@ class ClassTask(Task):
     def figures(self, totals, examples):
         loss, correct, n = totals
         return {"val_loss": loss / n, "val_accuracy": correct / n}
+
+
+class TaughtTask(ClassTask):
+    """One of several classes, by their labels and a teacher's logits (Hinton et al. 2015): a
+    weighted mean of cross-entropy and, at a temperature, of the divergence from the teacher, times
+    the temperature's square, which keeps its gradients as large."""
+
+    def __init__(self, cfg, meta):
+        super().__init__(cfg, meta)
+        self.weight, self.temperature = cfg.teacher_weight, cfg.teacher_temperature
+
+    @staticmethod
+    def check_settings(cfg):
+        if cfg.class_weights or cfg.focal_gamma or cfg.mixup or cfg.train_fraction < 1:
+            raise UserError("--class_weights, --focal_gamma, --mixup and --train_fraction do not "
+                            "go with --teacher")
+
+    def loss_sum(self, logits, targets):
+        """logits (B, C); targets (B, 1 + C) as batches.Taught makes them."""
+        logits = at_least_float32(logits)
+        T = self.temperature
+        teacher = targets[:, 1:]
+        exists = ~teacher[:, :1].isnan()
+        teacher = teacher.where(exists, 0.0)
+        divergence = F.kl_div((logits / T).log_softmax(1), (teacher / T).log_softmax(1),
+                              reduction="none", log_target=True)
+        soft = T**2 * (divergence * exists).sum()
+        hard = super().loss_sum(logits, targets[:, 0].long())
+        return (1 - self.weight) * hard + self.weight * soft
 
 
 class ContrastiveTask(ClassTask):

@@ -57,6 +57,7 @@ from tasks import (
     run_model,
     task_class,
 )
+from teacher import teach
 from weights import CHECKPOINT_FORMAT, load_checkpoint, load_weights, save_checkpoint
 
 
@@ -141,6 +142,12 @@ class Config(DataConfig):
     #   val_accuracy, val_micro_f1, val_r2; None: accuracy, of several labels micro-F1, else loss;
     #   last: none, the weights at the end are kept
     patience: int | None = None  # stop after this many evaluations without a better one
+    teacher: str | None = None  # a classifier of ours: learn what it says of train's texts, too
+    teacher_weight: float = 0.5  # of what it says; the labels have the rest
+    teacher_temperature: float = 2.0  # higher: its second choices count more
+    teacher_spans: int = 0  # 5-20: learn so many random runs of words of each text, too, by what
+    #   the teacher says of them
+    unlabelled_file: str | None = None  # and these texts; it must not hold test's
     folds: int = 0  # 5: before the run, how good it will be, by cross-validation on train: as many
     #   runs, each without a part of the labels, that is tested on it. For few labels
     lr_find: bool = False  # True: no run, but a learning-rate range test: lr_find.png, and a
@@ -176,11 +183,12 @@ BELOW_1 = 0, 1 - 1e-9, "from 0 to below 1"
 RANGES = {
     ABOVE_0: ("batch_size", "micro_batch_tokens", "log_interval", "eval_interval", "save_interval",
               "epochs", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch", "max_len",
-              "crop", "ngrams", "char_ngrams", "buckets", "max_row_mb"),
+              "crop", "ngrams", "char_ngrams", "buckets", "max_row_mb", "teacher_temperature"),
     NOT_NEGATIVE: ("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
                    "weight_decay", "grad_clip", "focal_gamma", "huber_delta", "shift", "rotate",
-                   "scale", "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds"),
-    SHARE: ("mixup", "cutout", "cooldown", "val_fraction", "test_fraction"),
+                   "scale", "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds",
+                   "teacher_spans"),
+    SHARE: ("teacher_weight", "mixup", "cutout", "cooldown", "val_fraction", "test_fraction"),
     BELOW_1: ("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2")}
 
 
@@ -480,6 +488,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     mirror = cfg.flip and meta["kind"] == "image"
     if cfg.train_fraction < 1:
         subset = stratified_subset(train_set.labels, cfg.train_fraction, cfg.split_seed)
+    if cfg.teacher:
+        known = train_set
+        train_set = machine.rank0_first(lambda: teach(known, cfg, folder, meta, tokenizer))
     n_train = len(train_set) if subset is None else len(subset)
     steps_per_epoch = ceil_div(n_train, cfg.batch_size)
     total_steps = max(1, cfg.min_steps, round(cfg.epochs * steps_per_epoch))
