@@ -24,9 +24,11 @@ from tqdm import tqdm
 
 import metrics
 from baselines import build_model
-from batches import Request, eval_requests
+from batches import eval_requests
+from examples import Request
+from labelling import labelled_examples
 from model import flops_per_token
-from predict import Classifier, labelled_examples, open_classifier, open_data
+from predict import Classifier, open_classifier, open_data
 from report import (
     log_to_wandb,
     plot_learning_curves,

@@ -8,16 +8,12 @@ A token's keys and values are kept in each layer, so that the next token costs o
 import re
 import sys
 import time
-from pathlib import Path
 
 from configurator import UserError
 
 import torch
-from tokenizers import Tokenizer
 
 from model import at_least_float32
-from predict import Classifier
-from weights import from_pretrained, is_huggingface
 
 
 class CachedLayout:
@@ -101,21 +97,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     return int(tokens[torch.multinomial(p, 1, generator=generator)])
 
 
-def open_language_model(path, device):
-    """(model, tokenizer, its objective) of a run of ours, or of a GPT-2 folder of Hugging Face."""
-    if not is_huggingface(path):
-        clf = Classifier(path, device)
-        if not clf.is_language_model:
-            raise UserError(f"{path} is a classifier: give --text or --input")
-        return clf.model, clf.tokenizer, clf.objective
-    model = from_pretrained(path, n_classes=0)
-    if not model.config.causal:
-        raise UserError(f"{path}: the layer before its words is not read, so it cannot fill in: "
-                        "continue its training with finetune.py --objective=mlm --mask_prob=0.3")
-    return model, Tokenizer.from_file(str(Path(path) / "tokenizer.json")), "clm"
-
-
-def print_samples(path, cfg):
+def print_samples(path, model, tokenizer, objective, cfg):
     """Print cfg.num_samples continuations of cfg.prompt, each word as soon as it is there."""
     for name, allowed in (("temperature", cfg.temperature >= 0),
                           ("top_k", cfg.top_k is None or cfg.top_k > 0),
@@ -125,7 +107,6 @@ def print_samples(path, cfg):
         if not allowed:
             limits = {"temperature": "0 or more", "top_p": "above 0 and at most 1"}
             raise UserError(f"--{name}={getattr(cfg, name)} must be {limits.get(name, 'above 0')}")
-    model, tokenizer, objective = open_language_model(path, cfg.device)
     if objective != "clm":
         raise UserError(f"{path} fills in what is masked: give --fill=… with its mask token")
     ids = tokenizer.encode(cfg.prompt).ids
@@ -161,9 +142,8 @@ def print_samples(path, cfg):
 
 
 @torch.no_grad()
-def print_fillings(path, text, device, n_best=5):
+def print_fillings(path, model, tokenizer, objective, text, n_best=5):
     """Print the likeliest tokens for each masked one in a text."""
-    model, tokenizer, objective = open_language_model(path, device)
     if objective != "mlm":
         raise UserError(f"{path} reads from left to right: give --prompt")
     if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 import data
-from batches import IGNORE, PackedText, Taught
+from examples import IGNORE, PackedText, Taught
 from predict import Classifier
 from sources import resolve, rows
 from tasks import bf16_is_native, open_device

@@ -27,15 +27,8 @@ import cpu
 import data
 import optim
 from baselines import build_model
-from batches import (
-    GlobalBatches,
-    Subset,
-    ceil_div,
-    eval_requests,
-    folds,
-    open_split,
-    stratified_subset,
-)
+from batches import GlobalBatches, eval_requests, folds, open_split, stratified_subset
+from examples import Subset, ceil_div
 from format import read_tokenizer
 from model import ModelConfig, flops_per_token
 from runs import (

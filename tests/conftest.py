@@ -12,6 +12,7 @@ import pytest
 
 import batches
 import data
+import examples
 import tasks
 import train
 from eval import basic_report
@@ -85,13 +86,13 @@ def open_split(cfg, meta, split, max_len, seed=0, **changes):
 def labelled(documents, labels, shape=None):
     """A Batch of text: token ids and a class (or a multi-hot row) for each document."""
     labels = np.asarray(labels)
-    examples = batches.PackedText(None, np.zeros(1, np.int64), labels, max_len=64, n_suffix=0)
-    return examples.pack_labelled(documents, labels, shape and batches.PaddedShape(*shape))
+    empty = examples.PackedText(None, np.zeros(1, np.int64), labels, max_len=64, n_suffix=0)
+    return empty.pack_labelled(documents, labels, shape and examples.PaddedShape(*shape))
 
 
 def packed(documents, shape=None):
     """The inputs of a model: (tokens, cu_seqlens)."""
-    return batches.pack(documents, shape and batches.PaddedShape(*shape))
+    return examples.pack(documents, shape and examples.PaddedShape(*shape))
 
 
 def class_task(n_classes=4, per_class=None, **settings):

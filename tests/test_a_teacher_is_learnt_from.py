@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import batches
 import data
+import examples
 import tasks
 import teacher
 import train
@@ -54,12 +54,12 @@ def test_the_loss_is_hintons():
 
 def test_targets_are_the_classes_and_the_teachers_logits():
     known = labelled([np.array([1, 2]), np.array([3])], [1, 0])
-    examples = batches.PackedText(
+    texts = examples.PackedText(
         np.array([1, 2, 3]), np.array([0, 2, 3]), np.array([1, 0]), max_len=8, n_suffix=0
     )
     logits = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    whole = batches.Taught(examples, logits)
-    batch = whole.batch(0, np.array([1, 0]), batches.PaddedShape(16, 3, 8))
+    whole = examples.Taught(texts, logits)
+    batch = whole.batch(0, np.array([1, 0]), examples.PaddedShape(16, 3, 8))
     assert batch.targets[:2].tolist() == [[0, 3, 4], [1, 1, 2]]
     assert batch.targets[2:, 0].eq(-100).all() and batch.targets[2:, 1:].isnan().all()
     assert whole.empty_batch().targets.shape == (1, 3) and known.n_targets == 2

@@ -12,7 +12,8 @@ from configurator import UserError
 import pytest
 
 import train
-from predict import Classifier, Config, label_file
+from labelling import label_file
+from predict import Classifier, Config
 from tests.conftest import ROOT, write_toy
 
 MEASURED = (

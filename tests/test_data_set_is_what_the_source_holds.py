@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 import batches
 import data
+import examples
 import fetch
 import splits
 from tests.conftest import SHARED, open_split, write_toy
@@ -218,10 +219,10 @@ def test_tokenizer_sees_train_only_and_bytes_has_no_merges(tmp_path):
 
 def test_long_documents_keep_their_last_special_token():
     ids = np.arange(10)
-    assert batches.truncate(ids, 6, 1).tolist() == [0, 1, 2, 3, 4, 9]
+    assert examples.truncate(ids, 6, 1).tolist() == [0, 1, 2, 3, 4, 9]
     assert (
-        batches.truncate(ids, 6, 0).tolist() == [0, 1, 2, 3, 4, 5]
-        and batches.truncate(ids, 10, 1) is ids
+        examples.truncate(ids, 6, 0).tolist() == [0, 1, 2, 3, 4, 5]
+        and examples.truncate(ids, 10, 1) is ids
     )
 
 

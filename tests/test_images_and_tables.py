@@ -19,6 +19,7 @@ from PIL import Image
 
 import batches
 import data
+import examples
 import finetune
 import tasks
 import train
@@ -135,26 +136,26 @@ def test_each_augmentation_is_what_it_says():
     x = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
     x[0, 0, 4, 2] = 200
     still, draws = torch.full((1, 24), 0.5), torch.full((1, 24), 0.5)
-    same = batches.augment(x, still, shift=0.3, rotate=90.0, scale=0.5)
+    same = examples.augment(x, still, shift=0.3, rotate=90.0, scale=0.5)
     torch.testing.assert_close(same, x.float(), atol=1e-3, rtol=0)  # draws of 0.5: no change
     draws[0, 4] = 0.2
     torch.testing.assert_close(
-        batches.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0
+        examples.augment(x, draws, flip=True), x.float().flip(-1), atol=1e-3, rtol=0
     )
     draws[0, :5] = torch.tensor([1, 0.5, 0.5, 0.5, 0.9])
     torch.testing.assert_close(
-        batches.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0
+        examples.augment(x, draws, shift=2 / 9), torch.roll(x.float(), -2, -1), atol=1e-2, rtol=0
     )
     draws[0, :4] = torch.tensor([0.5, 0.5, 1, 0.5])
-    turned = batches.augment(x, draws, rotate=90.0)
+    turned = examples.augment(x, draws, rotate=90.0)
     assert max((turned - torch.rot90(x.float(), k, (2, 3))).abs().max() < 0.1 for k in (1, -1))
-    cut = batches.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
+    cut = examples.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
     assert (cut == 0).sum() == 16 and (
         cut[0, 0, 3:7, 3:7] == 0
     ).all()  # half of 0.8 of the side, in the middle
     draws = torch.full((1, 24), 0.5)
     draws[0, 11] = 0.9
-    blended = batches.augment(torch.cat((x, x.flip(-1))), draws, mixup=0.5)
+    blended = examples.augment(torch.cat((x, x.flip(-1))), draws, mixup=0.5)
     torch.testing.assert_close(
         blended, torch.lerp(x.float(), x.float().flip(-1), 0.225), atol=1e-2, rtol=0
     )
@@ -163,8 +164,8 @@ def test_each_augmentation_is_what_it_says():
 def test_augmentation_is_exact_under_autocast():
     x, draws = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8), torch.rand(4, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = batches.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2)
-    assert torch.equal(inside, batches.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2))
+        inside = examples.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2)
+    assert torch.equal(inside, examples.augment(x, draws, shift=0.1, rotate=20.0, scale=0.2))
 
 
 def test_flip_averaging(images):
@@ -173,7 +174,7 @@ def test_flip_averaging(images):
     ).eval()
     torch.nn.init.normal_(model.head.weight)
     x = torch.randint(0, 255, (3, 1, 12, 12), dtype=torch.uint8)
-    batch = batches.Batch((x,), None, 3, 3)._replace(targets=torch.zeros(3))
+    batch = examples.Batch((x,), None, 3, 3)._replace(targets=torch.zeros(3))
     got = tasks.run_model(model, batch, torch.device("cpu"), torch.float32, mirror=True)
     torch.testing.assert_close(got, (model(x) + model(x.flip(-1))) / 2)
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 import batches
 import data
 import eval as eval_script
+import examples
 import finetune
 import report as report_script
 import train
@@ -201,7 +202,7 @@ def test_a_compiled_models_gradient_is_the_models(unlabelled, dtype, norm, posit
     meta = data.open_or_build(cfg)[1]
     blocks = open_split(cfg, meta, "train", 16, objective="clm")
     batch, filled = (
-        blocks.batch(0, np.arange(8), batches.PaddedShape(T, 8, 16)) for T in (128, 192)
+        blocks.batch(0, np.arange(8), examples.PaddedShape(T, 8, 16)) for T in (128, 192)
     )
     error = 1e-5 if dtype == "float32" else 2e-2  # bfloat16 rounds at other places
     assert compiling_keeps_the_gradient(cfg, meta, task_of(cfg, meta), batch, filled, error) == 128
@@ -288,10 +289,10 @@ def test_overfits_eight_examples_to_zero_loss(toy, tmp_path, objective, monkeypa
         )
     )
     block = (
-        batches.LanguageBlocks.block
+        examples.LanguageBlocks.block
     )  # with masks that stay, or there would be new ones to fill in for ever
     monkeypatch.setattr(
-        batches.LanguageBlocks, "block", lambda self, i, epoch: block(self, i, None)
+        examples.LanguageBlocks, "block", lambda self, i, epoch: block(self, i, None)
     )
     train.train(cfg)
     known = 0.0

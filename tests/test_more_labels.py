@@ -8,6 +8,7 @@ import pytest
 
 import batches
 import data
+import examples
 import train
 from tests.conftest import open_split, script
 
@@ -40,9 +41,9 @@ def test_shares_are_nested_stratified_and_repeatable(seed):
 
 def test_a_run_reads_its_share_and_no_more(toy, monkeypatch):
     seen = set()
-    batch = batches.PackedText.batch
+    batch = examples.PackedText.batch
     monkeypatch.setattr(
-        batches.PackedText,
+        examples.PackedText,
         "batch",
         lambda self, epoch, indices, shape=None: (
             seen.update(indices if epoch is not None else ()),

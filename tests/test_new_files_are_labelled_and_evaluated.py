@@ -15,8 +15,9 @@ import finetune
 import pictures
 import train
 from baselines import build_model
+from labelling import label_file
 from model import ModelConfig
-from predict import Classifier, Config, label_file, open_data
+from predict import Classifier, Config, open_data
 from sources import DataConfig
 
 

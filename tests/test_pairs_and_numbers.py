@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import batches
 import data
+import examples
 import finetune
 import metrics
 import train
@@ -143,7 +143,7 @@ def test_pairs_are_cut_as_the_library_cuts_them():
                 tokenizer.enable_truncation(max_len)
                 e = tokenizer.encode(" ".join(["goal"] * n_first), " ".join(["rain"] * n_second))
                 ids = e.sequence_ids
-                kept = batches.truncate_pair(n_first, n_second, max_len - 3, "longest_first")
+                kept = examples.truncate_pair(n_first, n_second, max_len - 3, "longest_first")
                 assert (ids.count(0), ids.count(1)) == kept, (n_first, n_second, max_len)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-import batches
 import data
+import examples
 import finetune
 import metrics
 import tasks
@@ -171,8 +171,8 @@ def test_the_loss_is_torchs_however_the_batch_is_cut(toy_config):
         labelled([documents[i] for i in r], y[r], (512, 20, 64))
         for r in ([0, 1], [2], [3, 4, 5, 6, 7, 8], [9, 10])
     ]
-    examples = batches.PackedText(None, np.zeros(1, np.int64), y, max_len=64, n_suffix=0)
-    none = examples.__getitems__([])  # what a process without a document gets
+    texts = examples.PackedText(None, np.zeros(1, np.int64), y, max_len=64, n_suffix=0)
+    none = texts.__getitems__([])  # what a process without a document gets
     for micro_batches in ([whole], cut, [*cut, *none]):
         model.zero_grad()
         loss, _ = train.compute_gradient(

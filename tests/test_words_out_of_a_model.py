@@ -38,7 +38,7 @@ def gpt2(tmp_path):
 
 def test_greedy_is_what_transformers_generates(tmp_path):
     theirs, folder = gpt2(tmp_path)
-    model, tokenizer, objective = g.open_language_model(folder, "cpu")
+    model, tokenizer, objective = predict.open_language_model(folder, "cpu")
     assert objective == "clm"
     for prompt in ([5], [7, 3, 9, 22], list(range(1, 30))):
         expected = theirs.generate(
@@ -110,6 +110,10 @@ def text(tmp_path):
     )  # fmt: skip
 
 
+def opened(text):
+    return predict.open_language_model(text["out_dir"], "cpu")
+
+
 def test_samples_from_a_run_are_repeatable(text):
     train.train(
         train.Config(
@@ -136,9 +140,9 @@ def test_samples_from_a_run_are_repeatable(text):
         if name == "temperature":
             cfg.temperature = -1.0
         with pytest.raises(UserError, match=says):
-            g.print_samples(text["out_dir"], cfg)
+            g.print_samples("run", *opened(text), cfg)
     with pytest.raises(UserError, match="reads from left to right: give --prompt"):
-        g.print_fillings(text["out_dir"], "the [MASK]", "cpu")
+        g.print_fillings("run", *opened(text), "the [MASK]")
 
 
 def test_masks_are_filled_in(text, capsys):
@@ -146,13 +150,13 @@ def test_masks_are_filled_in(text, capsys):
     lines = text | settings | dict(n_layer=2, d_model=64, optimizer="muon", learning_rate=0.01)
     train.train(train.Config(**lines))
     capsys.readouterr()
-    g.print_fillings(text["out_dir"], "the cat [MASK] on the mat and the dog [MASK] off", "cpu")
+    g.print_fillings("run", *opened(text), "the cat [MASK] on the mat and the dog [MASK] off")
     first, second = capsys.readouterr().out.splitlines()
     assert first.split()[0] == "sat" and second.split()[0] == "ran"
     with pytest.raises(UserError, match=r"masks nothing: write \[MASK\]"):
-        g.print_fillings(text["out_dir"], "the cat", "cpu")
+        g.print_fillings("run", *opened(text), "the cat")
     with pytest.raises(UserError, match="fills in what is masked: give --fill"):
-        g.print_samples(text["out_dir"], predict.Config(prompt="the"))
+        g.print_samples("run", *opened(text), predict.Config(prompt="the"))
 
 
 def test_a_classifier_writes_nothing(toy):
