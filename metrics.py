@@ -388,6 +388,14 @@ def mean_interval(x, resamples):
     return np.quantile(bootstrap_means(x, resamples), [0.025, 0.975]).tolist()
 
 
+def wilson_interval(share, n):
+    """The 95 % interval of a share of n (Wilson 1927), which holds for few, too."""
+    z = 1.96
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return center - half, center + half
+
+
 def affordable_resamples(wanted, size):
     """Fewer resamples of large splits, so that they take seconds. size: N·C."""
     return min(wanted, max(100, 100_000_000 // size))

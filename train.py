@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 import cpu
 import data
+import metrics
 import optim
 from baselines import build_model
 from batches import GlobalBatches, eval_requests, folds, open_split, stratified_subset
@@ -407,19 +408,11 @@ def summarise_folds(found):
              for key in found[0] if key not in ("step", "n")}
     text = describe(whole)
     if "val_accuracy" in whole:
-        low, high = wilson_interval(whole["val_accuracy"], n)
+        low, high = metrics.wilson_interval(whole["val_accuracy"], n)
         whole["interval"] = [low, high]
         text += f" [{low:.1%}, {high:.1%}]"
     print(f"cross-validated on all {n} examples: {text}", flush=True)
     return whole | {"n": n}
-
-
-def wilson_interval(share, n):
-    """The 95 % interval of a share of n (Wilson 1927), which holds for few, too."""
-    z = 1.96
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return center - half, center + half
 
 
 def run_training(cfg, **hooks):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import batches
 import data
 import finetune
+import metrics
 import optim
 import tasks
 import train
@@ -213,9 +214,9 @@ def test_cross_validation_says_what_it_is(few, capsys):
 
 
 def test_wilsons_interval():
-    low, high = train.wilson_interval(0.9, 20)
+    low, high = metrics.wilson_interval(0.9, 20)
     assert (low, high) == pytest.approx((0.6990, 0.9721), abs=1e-3)  # Wilson 1927; R's prop.test
-    assert train.wilson_interval(1.0, 10)[0] < 0.75
+    assert metrics.wilson_interval(1.0, 10)[0] < 0.75
 
 
 # --------------------------------------------------------------------------------------------------
