@@ -199,6 +199,10 @@ def check_settings(cfg):
     if cfg.folds and (cfg.folds < 2 or "WORLD_SIZE" in os.environ):
         raise UserError(f"--folds={cfg.folds}: cross-validation takes 2 folds or more, and runs in "
                         "one process: python instead of torchrun")
+    if cfg.folds and (cfg.train_fraction < 1 or cfg.teacher or cfg.objective in ("mlm", "clm")):
+        raise UserError("--folds tests each label of train once, by runs that have not seen it: "
+                        "not with --train_fraction, with a --teacher, who may have seen it, or "
+                        "with language models")
     if cfg.patience and cfg.best_by == "last":
         raise UserError("--best_by=last keeps the weights at the end, so --patience, which waits "
                         "for better ones, needs --best_by=val_loss or another figure")

@@ -213,6 +213,15 @@ def test_cross_validation_says_what_it_is(few, capsys):
     assert all(torch.equal(w, other[name]) for name, w in one.items())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [dict(train_fraction=0.5), dict(teacher="x"), dict(objective="mlm", mask_prob=0.3)],
+)
+def test_folds_that_would_have_seen_their_part_are_refused(few, changes):
+    with pytest.raises(UserError, match="--folds tests each label of train once"):
+        train.train(train.Config(**few | dict(folds=3) | changes))
+
+
 def test_wilsons_interval():
     low, high = metrics.wilson_interval(0.9, 20)
     assert (low, high) == pytest.approx((0.6990, 0.9721), abs=1e-3)  # Wilson 1927; R's prop.test
