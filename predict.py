@@ -296,7 +296,12 @@ def open_language_model(path, device):
     if not model.config.causal:
         raise UserError(f"{path}: the layer before its words is not read, so it cannot fill in: "
                         "continue its training with finetune.py --objective=mlm --mask_prob=0.3")
-    return model, Tokenizer.from_file(str(Path(path) / "tokenizer.json")), "clm"
+    file = Path(path) / "tokenizer.json"
+    try:
+        return model, Tokenizer.from_file(str(file)), "clm"
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file} cannot be read: {error}; save it with transformers' "
+                        "AutoTokenizer.from_pretrained(…).save_pretrained(…)") from None
 
 
 def open_data(clf, split, data_dir=None, optional=False):

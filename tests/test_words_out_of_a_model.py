@@ -50,6 +50,18 @@ def test_greedy_is_what_transformers_generates(tmp_path):
             assert got == expected.tolist()
 
 
+def test_a_folder_that_cannot_write_is_refused(tmp_path):
+    _, folder = gpt2(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        predict.open_language_model(folder, "cpu")
+    hf.BertModel(hf.BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=1,
+                               num_attention_heads=2, intermediate_size=64)
+                 ).save_pretrained(tmp_path / "bert")  # fmt: skip
+    with pytest.raises(UserError, match="cannot fill in: continue its training"):
+        predict.open_language_model(tmp_path / "bert", "cpu")
+
+
 @pytest.mark.parametrize("position, window", [("rope", 0), ("learned", 0), ("rope", 5)])
 def test_cached_generation_equals_uncached(position, window):
     """Also past max_len, where the model goes on from the last half of the text."""
