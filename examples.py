@@ -50,7 +50,6 @@ class Request(NamedTuple):
     shape: PaddedShape | None = None
 
 
-
 class Examples(torch.utils.data.Dataset):
     """What the classes below share. lengths (N,): tokens of each example, before filling up.
     same_length: all examples have max_len tokens. long: see PackedText."""
