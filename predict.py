@@ -328,8 +328,12 @@ def open_data(clf, split, data_dir=None, optional=False):
         if ours != theirs:
             raise UserError(f"{clf.path} was trained on other data than {folder} is now: "
                             f"its {difference}")
-    if optional and split not in meta["splits"]:
-        return None
+    if split not in meta["splits"]:
+        if optional:
+            return None
+        raise UserError(f"{folder}: this data set has no {split} split, only "
+                        f"{', '.join(meta['splits'])}: evaluate one of these with --split=…, or a "
+                        "labelled file with --test_file=…")
     settings = {"long": clf.long} if clf.modality == "text" else {}
     if clf.pair:
         settings["truncation"] = clf.config["truncation"]

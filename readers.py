@@ -353,6 +353,9 @@ def column_indices(row, cfg, name):
     """Where the columns stand, by a table's first row: (the value's, the label's)."""
     values, labels = named_columns(cfg)
     header = has_header(cfg)
+    settings = "--text_column, --label_column"
+    if cfg.text_pair_column is not None:
+        settings = "--text_column, --text_pair_column, --label_column"
 
     def index_of(column):
         if header and row.count(column) > 1:
@@ -363,7 +366,7 @@ def column_indices(row, cfg, name):
             hint = "; or give --delimiter" if len(row) == 1 else ""
             raise UserError(f"{name}: there is no column {column!r} in its first row, "
                             f"{[field[:40] for field in row]}; give its columns by name, or by "
-                            f"number from 0 without a header (--text_column, --label_column){hint}")
+                            f"number from 0 without a header ({settings}){hint}")
         return index
     label_indices = [index_of(column) for column in labels]
     if cfg.kind != "text" and not cfg.columns:  # all but the label's
