@@ -17,6 +17,7 @@ import metrics
 import optim
 import tasks
 import train
+from huggingface import save_hf
 from predict import Classifier, open_data
 from tests.conftest import script, write_toy
 from weights import from_pretrained, load_checkpoint
@@ -273,6 +274,14 @@ def test_the_folder_says_how_tokens_become_a_vector(sentence_folder):
     assert from_pretrained(folder, n_classes=3, pooling="cls").config.head_dense == "tanh"
     cfg = finetune.with_weights_settings(finetune.Config(kind="image", dataset="mnist5k"), folder)
     assert cfg.max_len == 12
+
+
+def test_what_transformers_cannot_pool_is_not_written_as_if_it_could(sentence_folder, tmp_path):
+    _, folder = sentence_folder
+    model = from_pretrained(folder, n_classes=2)
+    with pytest.raises(UserError, match="fine-tune with --pooling=cls"):
+        save_hf(model, tmp_path / "hf", ["a", "b"], "{}")
+    save_hf(from_pretrained(folder, 2, pooling="cls"), tmp_path / "hf", ["a", "b"], "{}")
 
 
 @pytest.mark.parametrize(
