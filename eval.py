@@ -31,6 +31,7 @@ from model import flops_per_token
 from predict import Classifier, open_classifier, open_data
 from report import (
     log_to_wandb,
+    plot_comparison,
     plot_learning_curves,
     plot_report,
     print_report,
@@ -239,7 +240,10 @@ def compare(paths, cfg):
         same_config.setdefault(json.dumps(settings), []).append(measure(path, clf, examples))
     groups = sorted(same_config.values(), key=lambda runs: -mean_correct(runs).mean())
     resamples = max(cfg.resamples, 100)
-    print_comparison(groups, resamples)
+    points = print_comparison(groups, resamples)
+    plot = clf.path.parent.parent / "comparison.png"
+    plot_comparison(points, plot)
+    print(f"accuracy against speed: {plot}")
     curves = {}  # runs that differ in train_fraction (and how long they trained) alone
     for runs in groups:
         curves.setdefault(runs[0]["curve"], {}).setdefault(runs[0]["fraction"], runs)
@@ -289,7 +293,9 @@ def mean_correct(runs):
 
 
 def print_comparison(groups, resamples):
-    """The table, and how each row compares with the best one, the first."""
+    """Print the table, and how each row compares with the best one, the first. Returns the rows'
+    (name, accuracy, low, high, examples per second)."""
+    points = []
     width = max(len(runs[0]["name"]) for runs in groups) + 6
     print(f"{'run':{width}}  accuracy [95 % interval]     macro-F1  parameters  MFLOP/ex  train s"
           "     ex/s   p50 ms   p95 ms  disk MB   p against the best")
@@ -313,6 +319,7 @@ def print_comparison(groups, resamples):
               f"{mean['macro_f1']:9.4f}  {first['parameters']:10,}  {first['mflop']:8.2f}  "
               f"{mean['train_s']:7.1f}  {mean['per_s']:7.0f}  {mean['p50']:7.2f}  "
               f"{mean['p95']:7.2f}  {first['mb']:7.1f}   {note}")
+        points.append((name, correct.mean(), low, high, mean["per_s"]))
         if runs is groups[0]:
             best_name = name
             best_rate = mean["per_s"]
@@ -321,6 +328,7 @@ def print_comparison(groups, resamples):
             verdicts.append(verdict(best_name, name, gap, p, mean["per_s"] / best_rate))
     nothing = "these are seeds of one config: there is nothing to compare"
     print(f"\n{'; '.join(verdicts) or nothing}.")
+    return points
 
 
 def verdict(best, other, gap, p, speed):

@@ -262,6 +262,18 @@ def plot_learning_curves(points, path):
     save_figure(figure, path)
 
 
+def plot_comparison(points, path):
+    """points: [(name, accuracy, low, high, examples per second), ...]."""
+    figure, ax = new_figure(6, 4)
+    for name, accuracy, low, high, rate in points:
+        error = [[100 * (accuracy - low)], [100 * (high - accuracy)]]
+        ax.errorbar([rate], [100 * accuracy], error, marker="o", capsize=4, label=name)
+    ax.set(xlabel="examples per second", ylabel="accuracy, %", xscale="log")
+    label_log_axis(ax.xaxis)
+    ax.legend()
+    save_figure(figure, path)
+
+
 def plot_range_test(rates, losses, smooth, suggestion, path):
     figure, ax = new_figure(6, 4)
     ax.plot(rates, losses, color="lightgrey")
