@@ -56,7 +56,7 @@ class Config(train.Config):
     crop: int | None = 128  # train on a random window of this many tokens of each document; None:
     #   on its first max_len
     epochs: float | None = None  # None: 4, of --objective=contrastive 25
-    min_steps: int | None = None  # None: 100, of --objective=contrastive 25
+    min_steps: int | None = None  # None: 100, of --objective=contrastive 25; with --epochs none
     learning_rate: float | None = None  # of the head, see layer_lr_decay; None: 2e-4, of
     #   --objective=contrastive 1e-4; usual: 5e-5 with layer_lr_decay=1
     best_by: str | None = "last"  # a rate that falls to 0 ends well; a small val chooses by chance
@@ -228,7 +228,9 @@ OF_THE_WEIGHTS = {"model", "n_layer", "n_head", "d_model", "d_ff", "mlp", "norm"
 
 def with_recipe(cfg):
     """The config with what its objective decides filled in."""
-    recipe = RECIPES.get(cfg.objective, RECIPES["classify"])
+    recipe = dict(RECIPES.get(cfg.objective, RECIPES["classify"]))
+    if cfg.epochs is not None:
+        recipe["min_steps"] = 0  # what was asked for
     unset = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
     return dataclasses.replace(cfg, **unset)
 

@@ -75,6 +75,15 @@ def test_settings_of_length(few):
         train.train(train.Config(**few | dict(best_by="last", patience=2)))
 
 
+def test_fine_tuning_has_a_recipe_for_each_objective():
+    few = finetune.with_recipe(finetune.Config(objective="contrastive"))
+    many = finetune.with_recipe(finetune.Config())
+    assert (few.epochs, few.min_steps, few.learning_rate) == (25.0, 25, 1e-4)
+    assert (many.epochs, many.min_steps, many.learning_rate) == (4.0, 100, 2e-4)
+    given = finetune.with_recipe(finetune.Config(epochs=1.0, learning_rate=1e-3))
+    assert (given.epochs, given.min_steps, given.learning_rate) == (1.0, 0, 1e-3)
+
+
 def test_the_last_weights_are_kept_where_that_is_asked_for(toy):
     train.train(train.Config(**toy | dict(epochs=3.0, best_by="last")))
     best, last = (load_checkpoint(f"{toy['out_dir']}/{name}.pt") for name in ("best", "last"))
