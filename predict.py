@@ -115,6 +115,10 @@ class Classifier:
         self.modality = checkpoint["kind"]
         self.max_len = checkpoint["max_len"]
         self.n_suffix = checkpoint["n_suffix"]
+        longest = self.model.config.max_len if self.modality == "text" else self.max_len
+        if not 0 <= (self.n_suffix or 0) <= self.max_len <= longest or self.max_len < 1:
+            raise UserError(f"{self.path}: damaged: max_len={self.max_len} and n_suffix="
+                            f"{self.n_suffix} cannot be true of a model that reads {longest}")
         self.scaling = checkpoint["scaling"]
         self.data_folder = checkpoint["data_folder"]
         self.data_sha256 = checkpoint["data_sha256"]

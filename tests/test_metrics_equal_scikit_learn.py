@@ -253,7 +253,7 @@ def test_comparing_runs(trained, toy, tmp_path):
         train.train(train.Config(**toy | dict(epochs=6.0, out_dir=str(tmp_path / name)) | changes))
     done = script("eval.py", trained, str(tmp_path / "again"), str(tmp_path / "linear"))
     assert done.returncode == 0, done.stderr
-    assert "(×2)" in done.stdout and done.stdout.strip().splitlines()[-1].endswith(".")
+    assert "(×2)" in done.stdout and done.stdout.strip().splitlines()[-2].endswith(".")
     assert "cannot be told from" in done.stdout or "is better than" in done.stdout
     other = train.Config(
         **toy | dict(dataset="other", split_seed=5, out_dir=str(tmp_path / "other"))
