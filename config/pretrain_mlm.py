@@ -15,5 +15,4 @@ optimizer = "muon"
 learning_rate = 3e-3
 schedule = "trapezoid"
 cooldown = 0.5
-warmup_steps = 50
 weight_decay = 0.0
