@@ -49,8 +49,9 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
     data set does.
     """
     if split not in meta["splits"]:
-        raise UserError(f"{folder}: this data set has no {split} split, "
-                        f"only {', '.join(meta['splits'])}")
+        raise UserError(f"{folder}: this data set has no {split} split, only "
+                        f"{', '.join(meta['splits'])}: evaluate one of these with --split=…, or a "
+                        "labelled file with --test_file=…")
     is_text = meta["kind"] == "text"
     names = [f"{split}.bin"]
     if is_text:
@@ -192,7 +193,7 @@ def stratified_subset(labels, fraction, seed):
     return np.sort(np.argsort(rank, kind="stable")[:n])
 
 
-def folds(labels, k, seed):
+def assign_folds(labels, k, seed):
     """Which of k folds each of N examples is in, (N,): each fold has the same share of each class,
     give or take one example."""
     classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))

@@ -31,7 +31,7 @@ from tokenizers import (
 )
 from tqdm import tqdm
 
-from format import FORMAT, SPLITS, pair_template, read_meta
+from format import FORMAT, SPLITS, mask_token, pair_template, read_meta
 from sources import (
     DataConfig,
     data_settings,
@@ -161,9 +161,14 @@ def check_replaceable(folder, source):
                             "name the data set otherwise: --dataset=NAME")
 
 
+def files_of(source):
+    """{split: its file} of the splits that have one."""
+    return {split: file for split in SPLITS if (file := getattr(source, f"{split}_file"))}
+
+
 def build_into(work, cfg):
     source = resolve(cfg)
-    files = {split: file for split in SPLITS if (file := getattr(source, f"{split}_file"))}
+    files = files_of(source)
     print(f"building {folder_of(cfg)} from {files['train']}", flush=True)
     if source.kind == "features" and not source.columns:
         source = replace(source, columns=feature_columns(files["train"], source))
@@ -236,7 +241,7 @@ def kept_examples(file, source, assignment, names):
 def train_examples(cfg):
     """(values, targets) of the train split that `build` makes, read from its source again."""
     source = resolve(cfg)
-    files = {split: file for split in SPLITS if (file := getattr(source, f"{split}_file"))}
+    files = files_of(source)
     survey = Survey(source, files)
     assignment, _, _ = assign_splits(survey, survey.source)
     kept = kept_examples(files["train"], survey.source, assignment["train"], survey.names)
@@ -319,9 +324,9 @@ def make_tokenizer(cfg, texts):
 def describe_tokenizer(tokenizer, cfg):
     """What meta.json holds of a tokenizer: mask_id; n_suffix, the special tokens at the end of each
     document; of bytes, which of them are letters and blanks (for baselines.LinearModel)."""
-    masks = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>")]
-    mask_id = next((i for i in masks if i is not None), None)
     special = tokenizer.encode("a").special_tokens_mask
+    mask = mask_token(tokenizer)
+    mask_id = None if mask is None else tokenizer.token_to_id(mask)
     found = {"mask_id": mask_id, "n_suffix": [*special[::-1], 0].index(0)}
     if cfg.text_pair_column is not None:
         found["pair"] = pair_template(tokenizer)

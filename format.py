@@ -60,6 +60,12 @@ def read_meta(folder, rebuild):
     return meta
 
 
+def mask_token(tokenizer):
+    """What a tokenizer calls its mask, None where it has none."""
+    names = "[MASK]", "<mask>"
+    return next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+
+
 def pair_template(tokenizer):
     """How a tokenizer joins two texts: {"n_prefix", "n_middle", "n_suffix": special tokens before
     the first, between them, behind the second; "segments": whether its type ids are 1 from the
@@ -114,10 +120,9 @@ def check_pairs(first_lengths, starts, pair):
     """Raise ValueError unless each document has room for a first text of its length."""
     n_special = pair["n_prefix"] + pair["n_middle"] + pair["n_suffix"]
     room = np.diff(starts) - n_special
-    if len(first_lengths) != len(room) or not (0 <= first_lengths).all():
-        raise ValueError("its .first is damaged")
-    if (first_lengths > room).any() or min(pair.values()) < 0:
-        raise ValueError("its .first is damaged")
+    if (len(first_lengths) != len(room) or (first_lengths < 0).any()
+            or (first_lengths > room).any() or min(pair.values()) < 0):
+        raise ValueError("its .first does not fit its .idx")
 
 
 def check_labels(labels, n, n_classes, task):

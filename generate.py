@@ -13,6 +13,7 @@ from configurator import UserError
 
 import torch
 
+from format import mask_token
 from model import at_least_float32
 
 
@@ -149,11 +150,10 @@ def print_fillings(path, model, tokenizer, objective, text, n_best=5):
     if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
         text = re.sub(r"\s+(?=\[MASK\])", "", text)  # a word's token holds the blank before it
     ids = tokenizer.encode(text).ids
-    masks = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>")]
-    places = [i for i, token in enumerate(ids) if token in masks]
+    mask = mask_token(tokenizer)
+    places = [i for i, token in enumerate(ids) if token == tokenizer.token_to_id(mask)]
     if not places:
-        name = next(t for t in ("[MASK]", "<mask>") if tokenizer.token_to_id(t) is not None)
-        raise UserError(f"--fill={text!r} masks nothing: write {name} where a word is to be found")
+        raise UserError(f"--fill={text!r} masks nothing: write {mask} where a word is to be found")
     if len(ids) > model.config.max_len:
         raise UserError(f"--fill has {len(ids)} tokens, and {path} reads {model.config.max_len} at "
                         "the most: shorten it")

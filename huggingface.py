@@ -183,9 +183,9 @@ def read_hf(folder, pooling=None):
         if hf.get("model_type") == "textcls":
             return dict(hf["model_config"]), theirs
         config = read_config(hf, folder)
-        said = read_sentence_settings(folder)
-        if said and pooling in (None, said["pooling"]):
-            config = replace(config, **said)
+        own = read_sentence_settings(folder)
+        if own and pooling in (None, own["pooling"]):
+            config = replace(config, **own)
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error)).name
         raise UserError(f"{folder}: there is no {missing}; a folder with config.json and "
@@ -236,10 +236,10 @@ def read_sentence_settings(folder):
 
 def read_pooling(path):
     """The pooling that a sentence-transformers Pooling layer's config.json names."""
-    said = read_json(path)
-    modes = [key.removeprefix("pooling_mode_") for key, value in said.items()
+    settings = read_json(path)
+    modes = [key.removeprefix("pooling_mode_") for key, value in settings.items()
              if key.startswith("pooling_mode_") and value is True]
-    modes = modes or [said.get("pooling_mode", "mean")]
+    modes = modes or [settings.get("pooling_mode", "mean")]
     ours = {"mean_tokens": "mean", "max_tokens": "max", "cls_token": "cls", "lasttoken": "last",
             "mean": "mean", "max": "max", "cls": "cls"}
     if len(modes) != 1 or modes[0] not in ours:

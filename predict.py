@@ -246,8 +246,8 @@ class Classifier:
             return Arrays(values, labels, len(self.label_names), self.max_len)
         if self.pair and not all(isinstance(value, tuple) for value in values):
             raise UserError(f"{self.path} reads pairs of texts: give tuples of two")
-        most = 100 * self.max_len if self.long == "head" else None
-        values = [tuple(clean(text[:most]) for text in texts_of(value)) for value in values]
+        limit = 100 * self.max_len if self.long == "head" else None
+        values = [tuple(clean(text[:limit]) for text in texts_of(value)) for value in values]
         encodings = self.tokenizer.encode_batch_fast(
             values if self.pair else [text for (text,) in values])
         ids = [e.ids or [0] for e in encodings]  # GPT-2: no [CLS]
@@ -332,12 +332,8 @@ def open_data(clf, split, data_dir=None, optional=False):
         if ours != theirs:
             raise UserError(f"{clf.path} was trained on other data than {folder} is now: "
                             f"its {difference}")
-    if split not in meta["splits"]:
-        if optional:
-            return None
-        raise UserError(f"{folder}: this data set has no {split} split, only "
-                        f"{', '.join(meta['splits'])}: evaluate one of these with --split=…, or a "
-                        "labelled file with --test_file=…")
+    if optional and split not in meta["splits"]:
+        return None
     settings = {"long": clf.long} if clf.modality == "text" else {}
     if clf.pair:
         settings["truncation"] = clf.config["truncation"]

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 import data
-from examples import IGNORE, PackedText, Taught
+from examples import Taught
 from predict import Classifier
 from sources import resolve, rows
 from tasks import bf16_is_native, open_device
@@ -42,13 +42,7 @@ def teach(train_set, cfg, folder, meta, tokenizer_json):
     logits = known_logits(path, cfg, meta["label_names"], texts + more)
     tokenizer = Tokenizer.from_str(tokenizer_json)
     ids = [encoding.ids or [0] for encoding in tokenizer.encode_batch_fast(more)]
-    tokens = np.concatenate([train_set.tokens, *ids]).astype(np.int64)
-    ends = train_set.starts[-1] + np.cumsum([0, *map(len, ids)])[1:]
-    labels = np.concatenate([train_set.labels, np.full(len(more), IGNORE)])
-    whole = PackedText(tokens, np.concatenate([train_set.starts, ends]).astype(np.int64), labels,
-                       train_set.max_len, train_set.n_suffix, train_set.mask_id, train_set.seed,
-                       train_set.crop, train_set.mask_prob)
-    return Taught(whole, logits)
+    return Taught(train_set.with_unlabelled(ids), logits)
 
 
 def unlabelled_texts(cfg, source):
@@ -79,9 +73,9 @@ def known_logits(path, cfg, label_names, texts):
     digest = hashlib.sha256(file_sha256(path).encode())
     for text in (*label_names, *texts):
         digest.update(text.encode() + b"\0")
-    kept = Path(cfg.data_dir) / "teachers" / f"{digest.hexdigest()[:16]}.npy"
-    if kept.exists():
-        logits = np.load(kept, allow_pickle=False)
+    file = Path(cfg.data_dir) / "teachers" / f"{digest.hexdigest()[:16]}.npy"
+    if file.exists():
+        logits = np.load(file, allow_pickle=False)
         if logits.shape == (len(texts), len(label_names)) and np.isfinite(logits).all():
             return torch.from_numpy(logits)
     device = open_device(cfg.device)
@@ -95,7 +89,7 @@ def known_logits(path, cfg, label_names, texts):
     print(f"asking {path} for {len(texts):,} texts", flush=True)
     order = [clf.label_names.index(name) for name in label_names]
     logits = clf.logits(clf.examples(texts)).numpy()[:, order]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as temporary, open(temporary, "wb") as file:
-        np.save(file, logits)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        np.save(temporary, logits)
     return torch.from_numpy(logits)

@@ -28,7 +28,13 @@ import data
 import metrics
 import optim
 from baselines import build_model
-from batches import GlobalBatches, eval_requests, folds, open_split, stratified_subset
+from batches import (
+    GlobalBatches,
+    assign_folds,
+    eval_requests,
+    open_split,
+    stratified_subset,
+)
 from examples import Subset, ceil_div
 from format import read_tokenizer
 from model import ModelConfig, flops_per_token
@@ -316,12 +322,9 @@ def compute_gradient(model_with_loss, micro_batches, task, machine):
 def evaluate(model, task, examples, cfg, machine, mirror=False):
     """The task's figures over all of a split, on all processes; touches no generator. mirror: see
     tasks.run_model."""
-    limit = min(cfg.micro_batch_tokens, eval_tokens(machine.device, examples.max_len))
-    requests = eval_requests(examples.lengths, limit, machine.rank, machine.world)
     totals = []
     model.eval()
-    for request in requests:
-        batch = examples.batch(*request)
+    for batch in eval_batches(examples, cfg, machine):
         logits = run_model(model, batch, machine.device, machine.dtype, mirror)
         totals.append(task.totals(logits, batch.targets))
     model.train()
@@ -329,19 +332,22 @@ def evaluate(model, task, examples, cfg, machine, mirror=False):
     return task.figures(machine.sum(sums), examples)
 
 
-@torch.no_grad()
-def vectors(model, examples, machine):
-    """(the vectors of all examples (N, D), float32, and their labels (N,)), longest first."""
-    found, labels = [], []
+def vectors_of(model, examples, cfg, machine):
+    """(the vectors of all examples (N, D), float32, their labels (N,)), the longest first."""
+    vectors, labels = [], []
     model.eval()
-    limit = eval_tokens(machine.device, examples.max_len)
-    for request in eval_requests(examples.lengths, limit):
-        batch = examples.batch(*request).to(machine.device)
-        with autocast(machine.device, machine.dtype):
-            found.append(model.vectors(*batch.inputs))
+    for batch in eval_batches(examples, cfg, machine):
+        vectors.append(run_model(model.vectors, batch, machine.device, machine.dtype))
         labels.append(batch.targets)
     model.train()
-    return torch.cat(found), torch.cat(labels)
+    return torch.cat(vectors), torch.cat(labels)
+
+
+def eval_batches(examples, cfg, machine):
+    """This process's share of all examples, each once, as Batches."""
+    limit = min(cfg.micro_batch_tokens, eval_tokens(machine.device, examples.max_len))
+    for request in eval_requests(examples.lengths, limit, machine.rank, machine.world):
+        yield examples.batch(*request)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,9 +474,11 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     train_set = open_examples("train", cfg.seed, training=True)
     val_set = subset = None
     if fold is not None:
-        of_fold = folds(train_set.labels, cfg.folds, cfg.split_seed) == fold
-        subset = np.flatnonzero(~of_fold)
-        val_set = Subset(open_examples("train", 0, training=False), np.flatnonzero(of_fold))
+        in_fold = assign_folds(train_set.labels, cfg.folds, cfg.split_seed) == fold
+        if not in_fold.any():
+            raise UserError(f"--folds={cfg.folds}: train has only {len(in_fold)} examples")
+        subset = np.flatnonzero(~in_fold)
+        val_set = Subset(open_examples("train", 0, training=False), np.flatnonzero(in_fold))
     elif "val" in meta["splits"] and not cfg.lr_find:
         val_set = open_examples("val", 0, training=False)
     if machine.rank == 0 and meta["kind"] == "text" and task.head["n_classes"]:
@@ -478,13 +486,19 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     mirror = cfg.flip and meta["kind"] == "image"
     if cfg.train_fraction < 1:
         subset = stratified_subset(train_set.labels, cfg.train_fraction, cfg.split_seed)
+    head_set = None  # what the head is fitted to, where gradient steps do not learn it
+    if task.compares_examples:
+        check_one_micro_batch(cfg, machine, train_set)
+        head_set = open_examples("train", 0, training=False)
+        if subset is not None:
+            head_set = Subset(head_set, subset)
     if cfg.teacher:
-        known = train_set
-        train_set = machine.rank0_first(lambda: teach(known, cfg, folder, meta, tokenizer))
+        labelled_set = train_set
+        train_set = machine.rank0_first(lambda: teach(labelled_set, cfg, folder, meta, tokenizer))
     n_train = len(train_set) if subset is None else len(subset)
     steps_per_epoch = ceil_div(n_train, cfg.batch_size)
-    total_steps = max(1, cfg.min_steps, round(cfg.epochs * steps_per_epoch))
     eval_interval = cfg.eval_interval or max(steps_per_epoch, round(cfg.min_steps / cfg.epochs))
+    total_steps = max(1, cfg.min_steps, round(cfg.epochs * steps_per_epoch))
     total_steps = min(total_steps, cfg.max_steps or math.inf)
     if cfg.lr_find:
         total_steps = optim.RANGE_TEST_STEPS
@@ -492,8 +506,6 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         raise UserError(f"--warmup_steps={cfg.warmup_steps}: the run has {total_steps} steps, so "
                         "it would end before the learning rate is there: leave the warm-up out, or "
                         "train longer (--epochs, --min_steps)")
-    if task.compares_examples:
-        check_one_micro_batch(cfg, machine, train_set)
 
     # model and optimizers
     torch.manual_seed(cfg.seed)
@@ -602,11 +614,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         if step % eval_interval == 0 or step == total_steps:
             with log.paused():
                 average.swap()
-                if task.compares_examples:
-                    examples = open_examples("train", 0, training=False)
-                    if subset is not None:
-                        examples = Subset(examples, subset)
-                    task.fit_head(model, *vectors(model, examples, machine))
+                if head_set:
+                    task.fit_head(model, *vectors_of(model, head_set, cfg, machine))
                 figures = {"step": step}
                 if fold is not None:
                     figures["n"] = len(val_set)

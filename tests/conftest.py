@@ -1,6 +1,7 @@
 """Small real things to test with: a text data set, a command line, a config of a run that takes a
 second."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -81,6 +82,25 @@ def open_split(cfg, meta, split, max_len, seed=0, **changes):
     """A split of the data set that a config names."""
     folder, rebuild = data.folder_of(cfg), rebuild_command(cfg)
     return batches.open_split(folder, meta, split, max_len, rebuild, seed=seed, **changes)
+
+
+@contextlib.contextmanager
+def interrupted(n_steps):
+    """A run that is started within is interrupted after n_steps steps."""
+    real, calls = train.compute_gradient, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) > n_steps:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    train.compute_gradient = failing
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        train.compute_gradient = real
 
 
 def labelled(documents, labels, shape=None):

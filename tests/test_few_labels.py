@@ -19,7 +19,7 @@ import tasks
 import train
 from huggingface import save_hf
 from predict import Classifier, open_data
-from tests.conftest import script, write_toy
+from tests.conftest import interrupted, open_split, script, write_toy
 from weights import from_pretrained, load_checkpoint
 
 hf = pytest.importorskip("transformers")
@@ -138,19 +138,9 @@ def test_a_contrastive_run_learns_and_is_resumed(few, tmp_path):
             == labels_of(few["train_file"])).all()  # fmt: skip
     test = open_data(clf, "test")
     assert (clf.logits(test).argmax(1).numpy() == test.labels).mean() > 0.8
-    real, calls = train.compute_gradient, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 33:
-            raise KeyboardInterrupt
-        return real(*args)
-
     parts = settings | dict(out_dir=str(tmp_path / "parts"))
-    train.compute_gradient = failing
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(32):
         train.train(train.Config(**parts))
-    train.compute_gradient = real
     train.train(train.Config(**parts))
     resumed = load_checkpoint(tmp_path / "parts/last.pt")
     assert all(torch.equal(w, resumed["model"][name]) for name, w in whole["model"].items())
@@ -184,7 +174,7 @@ def test_what_does_not_go_with_it_is_refused(few, changes, says):
 
 def test_folds_test_each_label_once_and_in_equal_shares():
     labels = np.array([0] * 10 + [1] * 21 + [2] * 2)
-    fold = batches.folds(labels, 5, seed=0)
+    fold = batches.assign_folds(labels, 5, seed=0)
     assert set(fold) == set(range(5))
     for c in range(3):
         counts = np.bincount(fold[labels == c], minlength=5)
@@ -201,10 +191,8 @@ def test_cross_validation_says_what_it_is(few, capsys):
     assert all("18 examples / 16" in part for part in said.split("fold ")[1:4])
     cfg = train.Config(**settings)
     folder, meta = data.open_or_build(cfg)
-    from tests.conftest import open_split
-
     examples = open_split(cfg, meta, "train", cfg.max_len)
-    fold = batches.folds(examples.labels, 4, cfg.split_seed)
+    fold = batches.assign_folds(examples.labels, 4, cfg.split_seed)
     correct = 0
     for i, checkpoint in enumerate(found):
         clf = Classifier(f"{settings['out_dir']}-folds/{i}/last.pt")
@@ -212,7 +200,7 @@ def test_cross_validation_says_what_it_is(few, capsys):
         right = (predicted == examples.labels)[fold == i]
         assert right.mean() == pytest.approx(checkpoint["best"]["val_accuracy"])
         correct += right.sum()
-    assert f"cross-validated on all 24 examples: val loss" in said  # noqa: F541
+    assert "cross-validated on all 24 examples: val loss" in said
     written = json.load(open(f"{settings['out_dir']}-folds/folds.json"))
     assert written["val_accuracy"] == pytest.approx(correct / 24)
     low, high = written["interval"]
@@ -230,6 +218,11 @@ def test_cross_validation_says_what_it_is(few, capsys):
 def test_folds_that_would_have_seen_their_part_are_refused(few, changes):
     with pytest.raises(UserError, match="--folds tests each label of train once"):
         train.train(train.Config(**few | dict(folds=3) | changes))
+
+
+def test_more_folds_than_labels_are_refused(few):
+    with pytest.raises(UserError, match="--folds=25: train has only 24 examples"):
+        train.train(train.Config(**few | dict(folds=25, epochs=1.0)))
 
 
 def test_wilsons_interval():

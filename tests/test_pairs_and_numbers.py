@@ -213,12 +213,13 @@ def test_a_pair_the_other_way_round_is_no_duplicate(tmp_path):
         (dict(text_pair_column="answer"), "no column 'answer'"),
         (dict(kind="features"), "--text_pair_column is for --kind=text"),
         (dict(target="none"), "--text_pair_column is for --kind=text"),
+        (dict(max_len=2), "a pair has 2 special tokens besides its texts: raise it"),
     ],
 )
 def test_pairs_that_cannot_be_are_refused(tmp_path, changes, says):
     pairs, labels = same_or_not(40)
     with pytest.raises(UserError, match=says):
-        data.build(train.Config(**settings_of(tmp_path, pairs, labels, **changes)))
+        train.train(train.Config(**settings_of(tmp_path, pairs, labels, **changes)))
 
 
 def test_pairs_are_not_read_from_lines(tmp_path):
