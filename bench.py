@@ -45,10 +45,12 @@ from tokenizers import Tokenizer
 
 import data
 import finetune
+import optim
 import train
 from batches import open_split
 from drills import drill
 from eval import basic_report
+from examples import ceil_div
 from huggingface import save_hf
 from predict import Classifier, open_data
 from runs import read_records
@@ -98,9 +100,11 @@ def trainer(cfg):
         path, num_labels=len(meta["label_names"]))
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=cfg.tokenizer, pad_token="[PAD]")
     machine = train.Machine(cfg)
+    total_steps = round(cfg.epochs * ceil_div(len(encoded[0]), cfg.batch_size))
     arguments = hf.TrainingArguments(
         output_dir=cfg.out_dir, num_train_epochs=cfg.epochs, learning_rate=cfg.learning_rate,
-        seed=cfg.seed, warmup_steps=cfg.warmup_steps or 0, weight_decay=cfg.weight_decay,
+        seed=cfg.seed, warmup_steps=optim.warmup_steps(cfg, total_steps),
+        weight_decay=cfg.weight_decay,
         per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=64,
         bf16=machine.dtype == torch.bfloat16, train_sampling_strategy="group_by_length",
         save_strategy="no", report_to=[], disable_tqdm=True,
