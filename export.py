@@ -32,13 +32,13 @@ class Padded(nn.Module):
 def export(clf, how, data_dir=None):
     """Write the folder hf, or model.pt2, or model.onnx, beside a Classifier's checkpoint. Raises
     UserError where that format cannot compute what the checkpoint does."""
-    if clf.is_language_model:
-        raise UserError(f"{clf.path} is a language model; make a classifier of it with "
-                        "finetune.py --init_from")
+    if clf.is_language_model and how != "hf":
+        raise UserError(f"{clf.path} is a language model, which can be written as hf only; make a "
+                        "classifier of it with finetune.py --init_from")
     if how == "hf":
         if clf.modality != "text":
-            raise UserError(f"{clf.path} reads {clf.modality}; only text classifiers can be "
-                            "written as a Hugging Face folder")
+            raise UserError(f"{clf.path} reads {clf.modality}; only models of text can be written "
+                            "as a Hugging Face folder")
         folder = clf.path.parent / "hf"
         save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel,
                 clf.scaling)

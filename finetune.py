@@ -19,6 +19,7 @@ from configurator import UserError, check, configure, read_json, run, scratch_fo
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 
 import train
@@ -160,6 +161,11 @@ def make_model(cfg, meta, task, path):
     if loaded.config.vocab_size < meta["vocab_size"]:
         raise UserError(f"{path}: the weights know {loaded.config.vocab_size} tokens, their "
                         f"tokenizer {meta['vocab_size']}")
+    if "pair" in meta and loaded.config.n_segments > 1 and not meta["pair"]["segments"]:
+        types = Tokenizer.from_file(cfg.tokenizer).encode("a", "a").type_ids
+        if any(types):
+            raise UserError(f"{cfg.tokenizer}: gives pairs of texts the types {types}, which is "
+                            "not supported: only 1 from the second text on is")
     config = dataclasses.replace(loaded.config, pooling=cfg.pooling or loaded.config.pooling,
                                  checkpoint_activations=cfg.checkpoint_activations)
     if cfg.dropout is not None:
@@ -210,7 +216,8 @@ def layer_of(name, model):
     """0 for the embeddings, 1 … n_layer for the blocks, n_layer + 1 for what comes after."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    is_stem = name == "cls" or name.startswith(("embedding", "position", "segment"))
+    stem = "embedding", "position", "segment", "projection", "cls", "distilled"
+    is_stem = name.startswith(stem)
     return 0 if is_stem else len(model.blocks) + 1
 
 

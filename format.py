@@ -69,7 +69,7 @@ def mask_token(tokenizer):
 def pair_template(tokenizer):
     """How a tokenizer joins two texts: {"n_prefix", "n_middle", "n_suffix": special tokens before
     the first, between them, behind the second; "segments": whether its type ids are 1 from the
-    second text on}. Raises UserError for another way."""
+    second text on, as BERT's}. Raises UserError where it does not join them."""
     encoding = tokenizer.encode("a", "a")
     text = encoding.sequence_ids  # 0 and 1; None of special tokens
     if 0 not in text or 1 not in text:
@@ -78,8 +78,6 @@ def pair_template(tokenizer):
     second = text.index(1)
     types = encoding.type_ids
     segments = types == [int(i >= second) for i in range(len(text))]
-    if any(types) and not segments:
-        raise UserError(f"a tokenizer that gives pairs of texts the types {types} is not supported")
     return {"n_prefix": text.index(0), "n_middle": second - end_of_first,
             "n_suffix": text[::-1].index(1), "segments": segments}
 

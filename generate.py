@@ -22,8 +22,10 @@ class CachedLayout:
     model.py, as PackedLayout is."""
     same_length, segments, valid, cached = True, None, None, True
 
-    def __init__(self, config, device, dtype):
-        shape = 2, config.n_layer, 1, config.n_head, config.max_len, config.d_model // config.n_head
+    def __init__(self, config, length, device, dtype):
+        c = config
+        self.group = c.n_head // (c.n_kv_head or c.n_head)  # heads that share a key and a value
+        shape = 2, c.n_layer, 1, c.n_head // self.group, min(length, c.max_len), c.head_width
         self.keys, self.values = torch.empty(shape, device=device, dtype=dtype)
         self.n_read = 0  # tokens so far, without those that are read now
         self.position = None  # (L,) of those that are read now
@@ -41,11 +43,14 @@ class CachedLayout:
     def pad(self, qkv):
         """(L, 3, H, d) → q (1, H, L, d), and k and v of all tokens so far, (1, H, S, d)."""
         q, k, v = qkv.permute(1, 2, 0, 3)[:, None]
+        k, v = k[:, :: self.group], v[:, :: self.group]
         end = self.n_read + len(self.position)
         keys, values = self.keys[self.layer, :, :, :end], self.values[self.layer, :, :, :end]
         keys[:, :, self.n_read :] = k
         values[:, :, self.n_read :] = v
         self.layer += 1
+        if self.group > 1:
+            keys, values = (x.repeat_interleave(self.group, 1) for x in (keys, values))
         return q, keys, values, None
 
     def unpad(self, y):
@@ -73,7 +78,8 @@ def generate(model, ids, n_new, temperature=1.0, top_k=None, top_p=None, seed=1,
         unread = context[-1:]
         if layout is None or not use_cache:
             unread = context
-            layout = CachedLayout(c, device, model.embedding.weight.dtype)
+            length = len(context) + n_new
+            layout = CachedLayout(c, length, device, model.embedding.weight.dtype)
         layout.read(len(unread))
         x = model.embedding(torch.tensor(unread, device=device))
         x = model.trunk(x, layout, torch.tensor([len(unread) - 1], device=device))

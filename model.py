@@ -24,7 +24,7 @@ They are optional: what follows them computes the same.
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +46,20 @@ class ModelConfig:
     max_len: int = 512  # tokens of the longest document
     n_layer: int = 2
     n_head: int = 4
+    n_kv_head: int = 0  # heads of keys and values, each for a group of queries (Ainslie et al.
+    #   2023); 0: n_head
+    head_dim: int = 0  # 0: d_model / n_head
     d_model: int = 128
     d_ff: int = 512
-    mlp: str = "relu2"  # relu2 (So et al. 2021), gelu, gelu_tanh, swiglu, geglu (Shazeer 2020)
+    mlp: str = "relu2"  # a key of FeedForward.ACTIVATIONS
     qk_norm: bool = True
     causal: bool = False
     checkpoint_activations: bool = False  # recompute blocks in backward: less memory, 1/3 more time
-    pooling: str = "mean"  # mean, max, cls (first token), last
+    pooling: str = "mean"  # mean, max, cls (first token), last; of images cls+mean, side by side
     dropout: float = 0.0  # after the embedding, attention and MLP
     rope_theta: float = 10000.0
+    rope_scaling: dict = field(default_factory=dict)  # how it is stretched for longer texts: a key
+    #   of ROPE_SCALINGS as rope_type, and what that needs
     # the linear model of text (baselines.py)
     ngrams: int = 3  # runs of up to this many words are features
     char_ngrams: int = 0  # and runs of up to this many bytes
@@ -62,19 +67,24 @@ class ModelConfig:
     blanks: tuple = ()  # tokens of the bytes that separate words
     buckets: int = 2**18  # rows that n-grams are hashed to
     # what the published trunks need
-    family: str = "ours"  # ours, or one of huggingface.FAMILIES
+    family: str = "ours"  # ours, or one of families.FAMILIES
     position: str = "rope"  # rope, learned
+    d_embedding: int = 0  # of tokens, if a layer then brings them to d_model (ELECTRA)
+    embedding_scale: float = 1.0
     n_segments: int = 0  # BERT's token types: 1 for the second of two texts
     norm: str = "rms"  # rms, layer
     norm_eps: float | None = None
     norm_bias: bool = False
     post_norm: bool = False  # normalise after adding to the residual stream, as BERT does
+    branch_norm: bool = False  # before adding, too, as Gemma does
     embedding_norm: bool = False
     first_norm: bool = True  # False: the first block's attention has no norm (ModernBERT)
+    qk_norm_weight: bool = False  # QK-norm's scale is learned
     bias: bool = False  # in the linear layers of blocks
-    window: int = 0  # attention reaches this many tokens to either side; 0: everywhere
-    global_every: int = 1  # with a window: every so many blocks, from the first on, have none
-    window_rope_theta: float = 10000.0  # rope_theta of blocks with a window
+    qkv_bias: bool = False  # in those for queries, keys and values at least
+    window: int = 0  # attention reaches this many tokens to either side …
+    window_layers: tuple = ()  # … in these blocks
+    window_rope_theta: float | None = None  # their rope_theta, unscaled; None: as elsewhere
     normalize: bool = False  # pooled vectors get the length √d_model
     head_dense: str | None = None  # a layer between pooling and head, then tanh, relu or gelu
     head_dense_bias: bool = True
@@ -82,8 +92,13 @@ class ModelConfig:
     head_bias: bool = False
     head_dropout: float = 0.0
     cls_token: bool = False  # images: a learned first token
-    pixel_mean: float = 0.5  # of pixels as 0..1
-    pixel_std: float = 0.5
+    distilled_token: bool = False  # and a second one (DeiT)
+    pixel_mean: float | tuple = 0.5  # of pixels as 0..1; or one for each channel
+    pixel_std: float | tuple = 0.5
+
+    @property
+    def head_width(self):
+        return self.head_dim or self.d_model // self.n_head
 
     @property
     def n_positions(self):
@@ -91,7 +106,8 @@ class ModelConfig:
         if not self.image_size:
             return self.max_len
         _, height, width = self.image_size
-        return height // self.patch * (width // self.patch) + self.cls_token
+        patches = height // self.patch * (width // self.patch)
+        return patches + self.cls_token + self.distilled_token
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,33 +264,86 @@ def rms_norm(x, weight=None, eps=None):
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def make_norm(c):
+def qkv_rows(c):
+    """The rows of attention's first layer that make queries, keys and values."""
+    n_kv_head = c.n_kv_head or c.n_head
+    return tuple(n_head * c.head_width for n_head in (c.n_head, n_kv_head, n_kv_head))
+
+
+def make_norm(c, width=None):
+    width = width or c.d_model
     if c.norm == "rms":
-        return RMSNorm(c.d_model, eps=c.norm_eps)
-    return nn.LayerNorm(c.d_model, eps=c.norm_eps or 1e-5, bias=c.norm_bias)
+        return RMSNorm(width, eps=c.norm_eps)
+    return nn.LayerNorm(width, eps=c.norm_eps or 1e-5, bias=c.norm_bias)
 
 
 def apply_rope(x, cos, sin):
-    """Rotary position embedding: x (T, 2, H, d) with cos, sin (T, 1, 1, d/2)."""
+    """Rotary position embedding: x (T, H, d) with cos, sin (T, 1, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def rope_table(c, theta):
+def rope_table(c, theta, scaling):
     """cos and sin of the angle of each position and pair of dimensions: (2, n_positions, d/2).
 
     In images half the pairs turn with a patch's row, half with its column (axial; Heo et al. 2024).
     """
+    d = c.head_width
     if c.image_size:
         _, H, W = c.image_size
         patches = torch.cartesian_prod(torch.arange(H // c.patch), torch.arange(W // c.patch))
         # (d/4,); 100 and not 10,000, as images have few rows and columns
-        frequency = 100.0 ** -torch.arange(0, 1, 4 * c.n_head / c.d_model)
+        frequency = 100.0 ** -torch.arange(0, 1, 4 / d)
         angle = (patches[:, :, None] * frequency).flatten(1)
-    else:
-        frequency = theta ** -torch.arange(0, 1, 2 * c.n_head / c.d_model)  # (d/2,)
-        angle = torch.outer(torch.arange(c.max_len), frequency)
-    return torch.stack((angle.cos(), angle.sin()))
+        return torch.stack((angle.cos(), angle.sin()))
+    frequency = theta ** -(torch.arange(0, d, 2) / d)  # (d/2,)
+    size = 1.0
+    if scaling:
+        frequency, size = ROPE_SCALINGS[scaling["rope_type"]](frequency, theta, scaling)
+    angle = torch.outer(torch.arange(c.max_len), frequency)
+    return torch.stack((angle.cos(), angle.sin())) * size
+
+
+def linear_rope(frequency, theta, scaling):
+    """Positions divided by a factor (Chen et al. 2023). This and what follows: frequencies (d/2,) →
+    (the stretched ones, a factor for cos and sin)."""
+    return frequency / scaling["factor"], 1.0
+
+
+def llama3_rope(frequency, theta, scaling):
+    """Slow turns are divided by the factor, fast ones kept, those between blended (Llama 3.1)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / scaling["factor"], 1.0
+
+
+def yarn_rope(frequency, theta, scaling):
+    """As llama3_rope, blended along the dimensions; attention sharpened (YaRN; Peng et al. 2023).
+    """
+    factor, half = scaling["factor"], len(frequency)
+
+    def dimension(turns):  # of the pair that turns so often in the original length
+        turn = scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)
+        return half * math.log(turn) / math.log(theta)
+    low = dimension(scaling.get("beta_fast", 32.0))
+    high = dimension(scaling.get("beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    kept = 1 - ((torch.arange(half) - low) / max(high - low, 1e-3)).clamp(0, 1)
+
+    def sharpness(scale):
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
+    size = scaling.get("attention_factor")
+    if size is None:
+        size = sharpness(1.0)
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            size = sharpness(scaling["mscale"]) / sharpness(scaling["mscale_all_dim"])
+    return kept * frequency + (1 - kept) * frequency / factor, size
+
+
+ROPE_SCALINGS = {"linear": linear_rope, "llama3": llama3_rope, "yarn": yarn_rope}
 
 
 def patchify(x, p):
@@ -291,21 +360,33 @@ def patchify(x, p):
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.n_head, self.causal, self.qk_norm = c.n_head, c.causal, c.qk_norm
-        self.window = c.window if layer % c.global_every else 0
-        self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
+        self.heads = [c.n_head, c.n_kv_head or c.n_head, c.n_kv_head or c.n_head]  # of q, k, v
+        self.causal, self.qk_norm = c.causal, c.qk_norm
+        self.window = c.window if layer in c.window_layers else 0
+        d = c.head_width
+        self.qkv = nn.Linear(c.d_model, sum(qkv_rows(c)), bias=c.bias or c.qkv_bias)
+        self.q_norm = make_norm(c, d) if c.qk_norm_weight else None
+        self.k_norm = make_norm(c, d) if c.qk_norm_weight else None
+        self.out = nn.Linear(c.n_head * d, c.d_model, bias=c.bias)
 
     def forward(self, x, layout, rope, rows=None, first_only=False):
-        T, D = x.shape
-        qkv = self.qkv(x).view(T, 3, self.n_head, D // self.n_head)
+        H, H_kv, _ = self.heads
+        qkv = self.qkv(x).unflatten(1, (H + 2 * H_kv, -1))
         if self.qk_norm or rope is not None:
-            qk, v = qkv.split((2, 1), 1)  # (T, 2, H, d), (T, 1, H, d)
-            if self.qk_norm:
+            qk, v = qkv.split((H + H_kv, H_kv), 1)  # (T, H + H_kv, d), (T, H_kv, d)
+            if self.q_norm is not None:
+                q, k = qk.split((H, H_kv), 1)
+                qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+            elif self.qk_norm:
                 qk = rms_norm(qk)
             if rope is not None:
                 qk = apply_rope(qk, *rope)
             qkv = torch.cat((qk.to(v.dtype), v), 1)  # CUDA's autocast makes norms float32
+        if H_kv < H:  # each group of queries gets its key and value
+            q, k, v = qkv.split(self.heads, 1)
+            group = H // H_kv
+            qkv = torch.cat((q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)), 1)
+        qkv = qkv.unflatten(1, (3, H))
         y = attend(qkv, layout, self.causal, self.window, first_only).flatten(1)
         if rows is not None and not first_only:
             y = y[rows]
@@ -314,12 +395,14 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     ACTIVATIONS = {
-        "relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "swiglu": F.silu, "geglu": F.gelu,
-        "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+        "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
+        "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+        "swiglu": F.silu, "geglu": F.gelu,  # gated (Shazeer 2020)
+        "geglu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
     def __init__(self, c):
         super().__init__()
-        self.gated = c.mlp.endswith("glu")
+        self.gated = "glu" in c.mlp
         self.activation = self.ACTIVATIONS[c.mlp]
         self.up = nn.Linear(c.d_model, c.d_ff * (2 if self.gated else 1), bias=c.bias)
         self.out = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
@@ -339,6 +422,8 @@ class Block(nn.Module):
         self.attention = Attention(c, layer)
         self.norm2 = make_norm(c)
         self.mlp = FeedForward(c)
+        self.attention_norm = make_norm(c) if c.branch_norm else nn.Identity()
+        self.mlp_norm = make_norm(c) if c.branch_norm else nn.Identity()
         self.dropout, self.post_norm = c.dropout, c.post_norm
 
     def forward(self, x, layout, rope, rows=None, first_only=False):
@@ -346,12 +431,13 @@ class Block(nn.Module):
         rows (M,), and returns (M, D). first_only: these are the first tokens of all documents,
         which allows cheaper attention."""
         normed = x if self.post_norm else self.norm1(x)
-        y = self.drop(self.attention(normed, layout, rope, rows, first_only))
+        y = self.attention_norm(self.attention(normed, layout, rope, rows, first_only))
+        y = self.drop(y)
         x = y + (x if rows is None else x[rows])
         if self.post_norm:
             x = self.norm1(x)
             return self.norm2(x + self.drop(self.mlp(x)))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        return x + self.drop(self.mlp_norm(self.mlp(self.norm2(x))))
 
     def drop(self, x):
         return dropout(x, self.dropout, self.training)
@@ -363,15 +449,18 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        width = c.d_embedding or c.d_model
         if c.image_size:
             self.embedding = nn.Linear(c.image_size[0] * c.patch**2, c.d_model)
         else:
-            self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+            self.embedding = nn.Embedding(c.vocab_size, width)
         self.cls = nn.Parameter(torch.zeros(c.d_model)) if c.cls_token else None
+        self.distilled = nn.Parameter(torch.zeros(c.d_model)) if c.distilled_token else None
         learned = c.position == "learned"
-        self.position = nn.Embedding(c.n_positions, c.d_model) if learned else None
-        self.segment = nn.Embedding(c.n_segments, c.d_model) if c.n_segments else None
-        self.embedding_norm = make_norm(c) if c.embedding_norm else nn.Identity()
+        self.position = nn.Embedding(c.n_positions, width) if learned else None
+        self.segment = nn.Embedding(c.n_segments, width) if c.n_segments else None
+        self.embedding_norm = make_norm(c, width) if c.embedding_norm else nn.Identity()
+        self.projection = nn.Linear(width, c.d_model) if c.d_embedding else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = nn.Identity() if c.post_norm else make_norm(c)
         self.dense = None
@@ -383,13 +472,16 @@ class Transformer(nn.Module):
         if c.n_classes and c.head_norm:
             self.dense_norm = make_norm(c)
         if c.n_classes:
-            self.head = nn.Linear(c.d_model, c.n_classes, bias=c.head_bias)
+            pooled = c.d_model * (2 if c.pooling == "cls+mean" else 1)
+            self.head = nn.Linear(pooled, c.n_classes, bias=c.head_bias)
         if c.lm_head == "own":
             self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.position == "rope":
-            self.register_buffer("rope", rope_table(c, c.rope_theta), persistent=False)
-            window_rope = rope_table(c, c.window_rope_theta)
-            self.register_buffer("window_rope", window_rope, persistent=False)
+            table = rope_table(c, c.rope_theta, c.rope_scaling)
+            self.register_buffer("rope", table, persistent=False)
+            if c.window_rope_theta:
+                table = rope_table(c, c.window_rope_theta, {})
+            self.register_buffer("window_rope", table, persistent=False)
         self.initialise()
 
     def initialise(self):
@@ -415,10 +507,12 @@ class Transformer(nn.Module):
         """Text, (T,) tokens, or images, (B, C, H, W) pixels of 0..255 → ((T, D), their layout)."""
         c = self.config
         if c.image_size:
-            pixels = (at_least_float32(inputs) / 255 - c.pixel_mean) / c.pixel_std
-            x = self.embedding(patchify(pixels, c.patch))  # (B, N, D)
-            if self.cls is not None:
-                x = torch.cat((self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x), 1)
+            pixels = at_least_float32(inputs) / 255
+            mean, std = pixels.new_tensor([c.pixel_mean, c.pixel_std]).reshape(2, -1, 1, 1)
+            x = self.embedding(patchify((pixels - mean) / std, c.patch))  # (B, N, D)
+            for token in (self.distilled, self.cls):
+                if token is not None:
+                    x = torch.cat((token.expand(x.shape[0], 1, -1).to(x.dtype), x), 1)
             return x.flatten(0, 1), DenseLayout(*x.shape[:2], x.device)
         x = self.embedding(inputs)
         if length is not None:
@@ -430,15 +524,19 @@ class Transformer(nn.Module):
         c = self.config
         rope = window_rope = None
         if c.position == "rope":
-            rope = self.rope[:, layout.position, None, None]  # cos, sin: (2, T, 1, 1, d/2)
-            window_rope = self.window_rope[:, layout.position, None, None]
+            rope = self.rope[:, layout.position, None]  # cos, sin: (2, T, 1, d/2)
+            window_rope = rope
+            if c.window_rope_theta:
+                window_rope = self.window_rope[:, layout.position, None]
+        if c.embedding_scale != 1:
+            x = x * c.embedding_scale
         if self.position is not None:
             x = layout.add_positions(x, self.position)
         if self.segment is not None and layout.segments is not None:
             x = x + self.segment(layout.segments)
         elif self.segment is not None:
             x = x + self.segment.weight[0]
-        x = dropout(self.embedding_norm(x), c.dropout, self.training)
+        x = self.projection(dropout(self.embedding_norm(x), c.dropout, self.training))
         for i, block in enumerate(self.blocks):
             arguments = x, layout, window_rope if block.attention.window else rope
             if i == len(self.blocks) - 1:
@@ -485,6 +583,9 @@ class Transformer(nn.Module):
             x = at_least_float32(x)
             if pooling in ("mean", "max"):
                 x = layout.pool(x, pooling)
+            elif pooling == "cls+mean":
+                x = x.unflatten(0, layout.shape)
+                x = torch.cat((x[:, 0], x[:, 1:].mean(1)), 1)
             return rms_norm(x) if self.config.normalize else x
 
     def classify(self, x, layout):
@@ -516,5 +617,5 @@ def flops_per_token(model, length):
             weights += p.numel()
     attention = 0
     if c.model == "transformer":
-        attention = 12 * c.n_layer * length * c.d_model / (2 if c.causal else 1)
+        attention = 12 * c.n_layer * length * c.n_head * c.head_width / (2 if c.causal else 1)
     return 6 * weights + attention

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from model import qkv_rows
+
 # Weights above which an embedding has sparse gradients on CPUs: a dense one would take longer to
 # make than the rows that a batch reads.
 LARGE_EMBEDDING = 2**20
@@ -35,9 +37,11 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
         decay = cfg.weight_decay if p.ndim >= 2 else 0.0
         if is_embedding and optimizer not in ("adagrad", "sgd"):
             decay = 0.0
-        parts = 3 if cfg.optimizer == "muon" and name.endswith("qkv.weight") else 1
+        rows = ()
+        if cfg.optimizer == "muon" and name.endswith("qkv.weight"):
+            rows = qkv_rows(model.config)
         scale = lr_scale(name, model, cfg) if lr_scale else 1.0
-        grouped.setdefault(optimizer, {}).setdefault((scale, decay, parts), []).append(p)
+        grouped.setdefault(optimizer, {}).setdefault((scale, decay, rows), []).append(p)
     lr = cfg.learning_rate or 1.0  # each step sets it
     betas = (cfg.beta1, cfg.beta2)
     fused = embedding is None or not embedding.sparse
@@ -52,12 +56,12 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
     optimizers = []
     for name, by_settings in grouped.items():
         groups = []
-        for (scale, decay, parts), group in by_settings.items():
+        for (scale, decay, rows), group in by_settings.items():
             groups.append({"params": group, "lr_scale": scale})
             if name != "sparse":
                 groups[-1]["weight_decay"] = decay
             if name == "muon":
-                groups[-1]["parts"] = parts
+                groups[-1]["rows"] = rows
         optimizers.append(make[name](groups))
     in_groups = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(in_groups) == sorted(map(id, parameters.values()))
@@ -90,42 +94,36 @@ class Muon(torch.optim.Optimizer):
     direction (Jordan et al. 2024). Scaled by 0.2·√(longer side) an update is as large as AdamW's,
     so that one learning rate serves both (Liu et al. 2025).
 
-    As torch.optim.Muon, but matrices of one shape go through together, and attention's
-    q, k and v are stacked: three `parts`, each a matrix of its own. dtype: of the Newton-Schulz
-    steps; bfloat16 is enough, and takes a third of the time where it is native.
+    As torch.optim.Muon, but matrices of one shape go through together, and attention's stacked
+    queries, keys and values are three matrices, of `rows` rows each (none: the parameter is one).
+    dtype: of the Newton-Schulz steps; bfloat16 is enough, and takes a third of the time where it is
+    native.
     """
 
     def __init__(self, groups, lr, momentum=0.95, dtype=torch.float32):
-        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "parts": 1}
+        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "rows": ()}
         super().__init__(groups, defaults)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = {}
+            same_shape = {}  # → matrices, each with the direction of its step
             for p in group["params"]:
-                same_shape.setdefault(p.shape, []).append(p)
-            for parameters in same_shape.values():
-                self.update(parameters, group)
-
-    def update(self, parameters, group):
-        """One step of parameters (a, b) of one shape."""
-        parts = group["parts"]
-        columns = parameters[0].shape[1]
-        matrices = []
-        for p in parameters:
-            if p not in self.state:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"]
-            momentum.lerp_(p.grad, 1 - group["momentum"])
-            nesterov = p.grad.lerp(momentum, group["momentum"])
-            matrices.append(nesterov.view(parts, -1, columns))
-        matrices = torch.cat(matrices).to(self.dtype)  # (N, a / parts, b)
-        size = group["lr"] * 0.2 * max(matrices.shape[1:]) ** 0.5
-        for p, update in zip(parameters, orthogonal(matrices).split(parts)):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(update.reshape(p.shape).to(p.dtype), alpha=size)
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                nesterov = p.grad.lerp(momentum, group["momentum"])
+                rows = list(group["rows"]) or [len(p)]
+                for matrix, direction in zip(p.split(rows), nesterov.split(rows)):
+                    same_shape.setdefault(matrix.shape, []).append((matrix, direction))
+            for shape, pairs in same_shape.items():
+                directions = torch.stack([direction for _, direction in pairs]).to(self.dtype)
+                size = group["lr"] * 0.2 * max(shape) ** 0.5
+                for (matrix, _), update in zip(pairs, orthogonal(directions)):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.sub_(update.to(matrix.dtype), alpha=size)
 
 
 def orthogonal(x):

@@ -116,6 +116,9 @@ def read_model_config(saved, path):
     if saved.pop("stem", "tokens") != "tokens":  # until 2026-11-25 there was stem="words"
         raise UserError(f"{path}: reads hashed words (stem=words), which is no longer supported; "
                         "config/bow.py reads the same features")
+    if every := saved.pop("global_every", 0):  # until 2026-11-26
+        layers = range(saved.get("n_layer", 0))
+        saved["window_layers"] = tuple(i for i in layers if i % every)
     known = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(saved.keys() - known.keys()):
         raise UserError(f"{path}: its model has a setting {unknown[0]!r} that this code lacks")
@@ -168,6 +171,8 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
         config = read_model_config(saved["model_config"], path)
         weights = saved["model"]
         names = saved["label_names"]
+    if n_classes is None and config.lm_head == "own" and "lm_head.weight" not in weights:
+        config.lm_head = ""  # of a trunk that is saved alone
     if n_classes == 0:
         config.n_classes = 0
         config.lm_head = config.lm_head or "tied"
@@ -232,7 +237,9 @@ def fit_image_size(config, weights, image_size, max_len, path):
     config.image_size = (C, H, W)
     if config.position == "rope":
         return weights
-    cls, grid = weights["position.weight"].split([int(config.cls_token), h // p * (w // p)])
+    n_patches = h // p * (w // p)
+    n_first = len(weights["position.weight"]) - n_patches  # learned tokens before the patches
+    first, grid = weights["position.weight"].split([n_first, n_patches])
     grid = grid.T.reshape(1, -1, h // p, w // p).float()
     grid = F.interpolate(grid, (H // p, W // p), mode="bicubic")[0].flatten(1).T
-    return weights | {"position.weight": torch.cat((cls, grid))}
+    return weights | {"position.weight": torch.cat((first, grid))}

@@ -11,6 +11,7 @@ import torch
 
 import finetune
 import optim
+from export import export
 from predict import Classifier
 from tests.conftest import class_task, interrupted, packed, script
 from tests.test_evaluating_changes_nothing import records
@@ -53,6 +54,27 @@ def bert(tmp_path_factory):
         )
     ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def llama(bert, tmp_path):
+    """A Llama with random weights and grouped heads, whose tokenizer begins a text."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(f"{bert}/tokenizer.json")
+    tokenizer.no_truncation()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", 2)]
+    )
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=28, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=50, pad_token_id=0,
+        initializer_range=0.15,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save(str(tmp_path / "llama/tokenizer.json"))
+    return str(tmp_path / "llama")
 
 
 @pytest.fixture
@@ -201,3 +223,25 @@ def test_settings_that_cannot_work_are_refused(settings, bert, tmp_path):
     (small / "tokenizer.json").write_text(open(f"{bert}/tokenizer.json").read())
     with pytest.raises(UserError, match="the weights know 9 tokens, their tokenizer 28"):
         finetune.finetune(finetune.Config(**settings | dict(init_from=str(small))))
+
+
+def test_a_llama_becomes_a_classifier_and_a_better_language_model(settings, llama):
+    """By low-rank updates, exported, and the same in transformers."""
+    settings = settings | dict(init_from=llama, lora_rank=4, learning_rate=0.01, epochs=20.0)
+    for objective, cls in (
+        ("classify", hf.AutoModelForSequenceClassification),
+        ("clm", hf.AutoModelForCausalLM),
+    ):
+        run = settings | dict(objective=objective, out_dir=f"{settings['out_dir']}-{objective}")
+        last, best = tuned(run)
+        rows = [json.loads(line) for line in open(f"{run['out_dir']}/metrics.jsonl")]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert np.mean(losses[-9:]) < 0.8 * np.mean(losses[:3])
+        clf = Classifier(run["out_dir"])
+        export(clf, "hf")
+        theirs = cls.from_pretrained(f"{run['out_dir']}/hf").eval()
+        ids = torch.tensor(clf.tokenizer.encode("the goal of a laptop").ids)
+        with torch.no_grad():
+            got = clf.model(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
+            expected = theirs(ids[None]).logits
+        torch.testing.assert_close(got, expected.view_as(got), atol=1e-4, rtol=1e-4)

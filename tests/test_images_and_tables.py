@@ -5,6 +5,7 @@ import functools
 import gzip
 import http.server
 import io
+import json
 import os
 import struct
 import tarfile
@@ -357,6 +358,56 @@ def test_vit_parity_at_its_own_and_another_resolution(vit, size):
         torch.testing.assert_close(ours(x), theirs.logits, atol=1e-4, rtol=1e-4)
         hidden = model.vit.layernorm(theirs.hidden_states[-1])
         torch.testing.assert_close(ours.hidden(x), hidden.flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
+IMAGES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_channels=3)
+IMAGES |= dict(image_size=16, patch_size=4, num_labels=3)
+TOWERS = {
+    "deit": (hf.DeiTForImageClassification, hf.DeiTConfig(**IMAGES, intermediate_size=64)),
+    "dinov2": (hf.Dinov2ForImageClassification, hf.Dinov2Config(**IMAGES, mlp_ratio=2)),
+    "siglip": (
+        hf.SiglipForImageClassification,
+        hf.SiglipConfig(
+            vision_config=IMAGES | dict(intermediate_size=64),
+            text_config=dict(vocab_size=9, hidden_size=8, num_attention_heads=1, bos_token_id=1,
+                             eos_token_id=2),
+            num_labels=3,
+        ),
+    ),
+    "siglip_vision_model": (
+        hf.SiglipVisionModel,
+        hf.SiglipVisionConfig(**IMAGES, intermediate_size=64),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("size", [(16, 16), (24, 32)])
+def test_other_towers_for_images(tmp_path, name, size):
+    torch.manual_seed(0)
+    cls, config = TOWERS[name]
+    model = cls(config).eval()
+    for key, p in model.named_parameters():
+        is_norm = p.ndim == 1 and key.endswith("weight")
+        torch.nn.init.normal_(p, mean=float(is_norm), std=0.2)
+    model.save_pretrained(tmp_path)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": mean, "image_std": std})
+    )
+    x = torch.randint(0, 256, (5, 3, *size), dtype=torch.uint8)
+    pixels = (x / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    loaded = from_pretrained(tmp_path, image_size=(3, *size))
+    with torch.no_grad():
+        theirs = model(pixels, interpolate_pos_encoding=True)
+        if name == "siglip_vision_model":
+            got, expected = loaded.hidden(x), theirs.last_hidden_state.flatten(0, 1)
+        else:
+            got, expected = loaded(x), theirs.logits
+            assert expected.std(0).min() > 0.05
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    fresh = from_pretrained(tmp_path, n_classes=4, new_head=True, image_size=(3, *size))
+    assert fresh(x).shape == (5, 4)
 
 
 def test_vit_refusals(vit):

@@ -84,7 +84,7 @@ def test_muon_gets_the_hidden_matrices_and_nothing_else():
         assert {id(p) for g in muon.param_groups for p in g["params"]} == {
             id(p) for n, p in model.named_parameters() if n.startswith(hidden) and p.ndim == 2
         }
-        assert {p.shape for g in muon.param_groups for p in g["params"] if g["parts"] == 3} == {
+        assert {p.shape for g in muon.param_groups for p in g["params"] if g["rows"]} == {
             p.shape for n, p in model.named_parameters() if "qkv.weight" in n
         }
 
@@ -95,12 +95,14 @@ def test_muon_equals_torchs_and_is_nearly_orthogonal():
     start = [torch.randn(s) for s in shapes]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
     stacked = torch.nn.Parameter(
-        torch.cat([w.detach() for w in ours[:2]] + [ours[0].detach()])
-    )  # as q, k and v are
+        torch.cat([w.detach() for w in (ours[0], ours[3][:, :8], ours[1])])
+    )  # as q, k and v are, whose heads need not be as many
+    theirs.append(torch.nn.Parameter(ours[3][:, :8].detach().clone()))
+    start.append(theirs[-1].detach().clone())
     a = optim.Muon(
         [
             {"params": ours, "weight_decay": 0.1},
-            {"params": [stacked], "weight_decay": 0.1, "parts": 3},
+            {"params": [stacked], "weight_decay": 0.1, "rows": (24, 16, 24)},
         ],
         0.02,
     )
@@ -109,14 +111,16 @@ def test_muon_equals_torchs_and_is_nearly_orthogonal():
         before = ours[0].detach().clone()
         for x, y in zip(ours, theirs):
             x.grad = y.grad = torch.randn_like(x)
-        stacked.grad = torch.cat([ours[0].grad, ours[1].grad, ours[0].grad])
+        theirs[4].grad = torch.randn_like(theirs[4])
+        stacked.grad = torch.cat([ours[0].grad, theirs[4].grad, ours[1].grad])
         a.step(), b.step()
         update = (before * (1 - 0.02 * 0.1) - ours[0].detach()) / (0.02 * 0.2 * 24**0.5)
         values = torch.linalg.svdvals(update)
         assert 0.6 < values.min() and values.max() < 1.3
-    for x, y, w in zip(ours, theirs, start):  # theirs iterates in bfloat16
+    q, k, v = stacked.detach().split((24, 16, 24))
+    for x, y, w in zip([*ours, k], theirs, start):  # theirs iterates in bfloat16
         assert (x - y).norm() < 0.02 * (x - w).norm()
-    for x, y in zip(stacked.detach().chunk(3), (ours[0], ours[1], ours[0])):
+    for x, y in ((q, ours[0]), (v, ours[1])):
         torch.testing.assert_close(x, y.detach(), atol=1e-5, rtol=0)
 
 

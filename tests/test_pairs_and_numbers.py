@@ -28,6 +28,7 @@ SPECIAL = {  # special tokens, then how each family joins two texts
     "distilbert": (("[CLS]", "[SEP]"), "[CLS] $A [SEP] $B [SEP]"),
     "modernbert": (("[CLS]", "[SEP]"), "[CLS] $A [SEP] $B [SEP]"),
     "gpt2": ((), "$A $B"),
+    "llama": (("<s>",), "<s> $A <s>:1 $B:1"),
 }
 SIZES = dict(num_labels=3, pad_token_id=1, bos_token_id=0, eos_token_id=2, vocab_size=20)
 TRUNK = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
@@ -40,6 +41,7 @@ CONFIGS = {
     "modernbert": hf.ModernBertConfig(**SIZES, **TRUNK, cls_token_id=1, sep_token_id=2,
                                       local_attention=8, max_position_embeddings=40),
     "gpt2": hf.GPT2Config(**SIZES, n_embd=32, n_layer=3, n_head=2, n_positions=40),
+    "llama": hf.LlamaConfig(**SIZES, **TRUNK, max_position_embeddings=40),
 }  # fmt: skip
 
 
@@ -230,15 +232,20 @@ def test_pairs_are_not_read_from_lines(tmp_path):
         data.build(train.Config(**settings))
 
 
-def test_a_tokenizer_that_joins_otherwise_is_refused():
+def test_types_that_are_not_berts_are_refused_where_the_model_reads_them(tmp_path):
     from tokenizers import processors
 
     tokenizer = make_tokenizer("bert")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", pair="$A:1 $B:0", special_tokens=[]
     )
-    with pytest.raises(UserError, match="types .*is not supported"):
-        pair_template(tokenizer)
+    assert not pair_template(tokenizer)["segments"]
+    hf.BertModel(CONFIGS["bert"]).save_pretrained(tmp_path / "hf")
+    tokenizer.save(str(tmp_path / "hf/tokenizer.json"))
+    settings = settings_of(tmp_path, *same_or_not(40), init_from=str(tmp_path / "hf"))
+    settings.pop("vocab_size")
+    with pytest.raises(UserError, match=r"types \[1, 0\], which is not supported"):
+        finetune.finetune(finetune.Config(**settings))
 
 
 # --------------------------------------------------------------------------------------------------

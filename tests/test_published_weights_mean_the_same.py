@@ -12,6 +12,7 @@ import torch
 import data
 import fetch
 import finetune
+from generate import generate
 from huggingface import save_hf
 from tests.conftest import packed
 from weights import from_pretrained
@@ -25,6 +26,17 @@ TRUNK = dict(
     intermediate_size=64,
     max_position_embeddings=60,
 )
+GROUPED = TRUNK | dict(num_attention_heads=4, num_key_value_heads=2)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=60,
+    rope_theta=1000.0,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=15, rope_theta=100000.0)
+PADS_POSITIONS = "roberta", "xlm-roberta", "camembert"
 CONFIGS = {
     "bert": hf.BertConfig(**TINY, **TRUNK),
     "roberta": hf.RobertaConfig(**TINY | {"pad_token_id": 1}, **TRUNK),
@@ -48,14 +60,53 @@ CONFIGS = {
         classifier_bias=True,
     ),
     "gpt2": hf.GPT2Config(**TINY, n_embd=32, n_layer=3, n_head=2, n_positions=60),
+    "xlm-roberta": hf.XLMRobertaConfig(**TINY | {"pad_token_id": 1}, **TRUNK),
+    "camembert": hf.CamembertConfig(**TINY | {"pad_token_id": 1}, **TRUNK),
+    "electra": hf.ElectraConfig(**TINY, **TRUNK, embedding_size=16),
+    "electra-base": hf.ElectraConfig(**TINY, **TRUNK, embedding_size=32),
+    "llama": hf.LlamaConfig(**TINY, **GROUPED, tie_word_embeddings=False),
+    "llama-biases": hf.LlamaConfig(**TINY, **TRUNK, attention_bias=True, mlp_bias=True),
+    "llama-3.1": hf.LlamaConfig(
+        **TINY, **GROUPED | {"max_position_embeddings": 120}, rope_parameters=LLAMA3
+    ),
+    "llama-linear": hf.LlamaConfig(
+        **TINY, **GROUPED, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=500.0)
+    ),
+    "smollm2": hf.LlamaConfig(**TINY, **GROUPED, tie_word_embeddings=True, head_dim=12),
+    "mistral": hf.MistralConfig(**TINY, **GROUPED, sliding_window=7),
+    "mistral-everywhere": hf.MistralConfig(**TINY, **GROUPED, sliding_window=None),
+    "qwen2": hf.Qwen2Config(**TINY, **GROUPED),
+    "qwen2-window": hf.Qwen2Config(
+        **TINY, **GROUPED, use_sliding_window=True, sliding_window=9, max_window_layers=2
+    ),
+    "qwen2-yarn": hf.Qwen2Config(**TINY, **GROUPED, rope_parameters=YARN),
+    "qwen3": hf.Qwen3Config(**TINY, **GROUPED, head_dim=24),
+    "qwen3-yarn": hf.Qwen3Config(
+        **TINY,
+        **GROUPED,
+        head_dim=12,
+        rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.3, beta_fast=4, truncate=False),
+    ),
+    "gemma3": hf.Gemma3TextConfig(
+        **TINY,
+        **GROUPED | {"num_hidden_layers": 7},
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        sliding_window=6,
+        rope_parameters={
+            "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=5000.0),
+            "sliding_attention": dict(rope_type="default", rope_theta=100.0),
+        },
+    ),
 }
 
 
 def reference(name, cls=hf.AutoModelForSequenceClassification):
     torch.manual_seed(0)
     model = cls.from_config(CONFIGS[name], attn_implementation="eager")
-    for p in model.parameters():  # larger than initialised, so that every part shows
-        torch.nn.init.normal_(p, std=0.15)
+    for key, p in model.named_parameters():  # larger than initialised, so that every part shows
+        is_norm = p.ndim == 1 and key.endswith("weight")
+        torch.nn.init.normal_(p, mean=float(is_norm and name != "gemma3"), std=0.15)
     return model.eval()
 
 
@@ -91,13 +142,15 @@ def test_parity_and_round_trip(tmp_path, name):
     assert (tmp_path / "theirs/model.safetensors.index.json").exists() == (name == "bert")
     loaded = from_pretrained(tmp_path / "theirs")
     docs = documents(loaded.config.max_len)
-    assert loaded.config.max_len == (58 if name == "roberta" else 60)
+    longest = CONFIGS[name].max_position_embeddings if name != "gpt2" else 60
+    assert loaded.config.max_len == longest - 2 * (name in PADS_POSITIONS)
     expected = theirs(model, docs, CONFIGS[name].pad_token_id)
-    assert expected[0].std() > 0.05
+    assert expected[0].std(0).min() > 0.05  # texts differ
     for got, want in zip(ours(loaded, docs), expected):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
-    pad = {"content": "<pad>" if name == "roberta" else "[PAD]", "id": CONFIGS[name].pad_token_id}
+    pad_name = "<pad>" if name in PADS_POSITIONS else "[PAD]"
+    pad = {"content": pad_name, "id": CONFIGS[name].pad_token_id}
     save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], json.dumps({"added_tokens": [pad]}))
     back = hf.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", attn_implementation="eager"
@@ -109,23 +162,82 @@ def test_parity_and_round_trip(tmp_path, name):
         assert torch.equal(w, loaded.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "gpt2"])
-@pytest.mark.parametrize("cls", [hf.AutoModel, hf.AutoModelForMaskedLM])
-def test_a_bare_trunk_gets_a_fresh_head(tmp_path, name, cls):
-    model = reference(
-        name, hf.AutoModelForCausalLM if name == "gpt2" and cls is not hf.AutoModel else cls
-    )
+DECODERS = ["gpt2", "llama", "smollm2", "mistral", "qwen2", "qwen3", "gemma3"]
+ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "electra"]
+
+
+@pytest.mark.parametrize("name", ENCODERS + DECODERS)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_bare_trunk_gets_a_fresh_head(tmp_path, name, alone):
+    cls = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForMaskedLM
+    model = reference(name, hf.AutoModel if alone else cls)
     model.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path, n_classes=7)
     docs = documents(58)
     inputs = packed([d.numpy() for d in docs])
-    trunk = model if cls is hf.AutoModel else getattr(model, model.base_model_prefix)
+    trunk = model if alone else getattr(model, model.base_model_prefix)
     for i, d in enumerate(docs):
         start, end = inputs[1][i], inputs[1][i + 1]
         torch.testing.assert_close(
             loaded.hidden(*inputs)[start:end], trunk(input_ids=d[None])[0][0], atol=1e-4, rtol=1e-4
         )
     assert loaded(*inputs).shape == (7, 7)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_language_model_goes_in_and_out(tmp_path, name):
+    model = reference(name, hf.AutoModelForCausalLM)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = from_pretrained(tmp_path / "theirs", n_classes=0)
+    docs = documents(60)
+    inputs = packed([d.numpy() for d in docs])
+
+    def check(model):
+        with torch.no_grad():
+            got = loaded(*inputs)
+            for d, start in zip(docs, inputs[1]):
+                torch.testing.assert_close(
+                    got[start : start + len(d)], model(d[None]).logits[0], atol=1e-4, rtol=1e-4
+                )
+
+    check(model)
+    save_hf(loaded, tmp_path / "ours", [], json.dumps({"added_tokens": []}))
+    back = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    ).eval()
+    assert type(back) is type(model)
+    check(back)
+    prompt = docs[0].tolist()
+    expected = model.generate(
+        docs[0][None], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
+    )[0, len(prompt) :].tolist()
+    for use_cache in (True, False):
+        assert list(generate(loaded, prompt, 20, temperature=0, use_cache=use_cache)) == expected
+
+
+def test_a_trunk_without_its_output_layer_is_no_language_model(tmp_path):
+    reference("llama", hf.AutoModel).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lm_head.weight is missing"):
+        from_pretrained(tmp_path, n_classes=0)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "rope_type='longrope'"),
+        (dict(rope_parameters=dict(rope_type="llama3", factor=2.0)), "low_freq_factor=None"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=-1)), "factor=-1"),
+        (dict(mlp_bias=True), "biases in some layers only"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(num_key_value_heads=3), "settings cannot be those of its weights|is .*, not"),
+    ],
+)
+def test_what_a_decoder_does_not_support_is_refused_by_name(tmp_path, change, says):
+    reference("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=says):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

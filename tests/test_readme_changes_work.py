@@ -105,9 +105,9 @@ import json, torch, transformers as hf
 from huggingface import save_hf
 from weights import from_pretrained
 torch.manual_seed(0)
-config = hf.CamembertConfig(vocab_size=90, num_labels=3, pad_token_id=1, hidden_size=32,
+config = hf.Data2VecTextConfig(vocab_size=90, num_labels=3, pad_token_id=1, hidden_size=32,
     num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=60)
-theirs = hf.CamembertForSequenceClassification(config).eval()
+theirs = hf.Data2VecTextForSequenceClassification(config).eval()
 theirs.save_pretrained("theirs")
 ours = from_pretrained("theirs")
 ids = torch.randint(3, 90, (17,))

@@ -69,7 +69,7 @@ def test_cached_generation_equals_uncached(position, window):
     model = Transformer(
         ModelConfig(
             vocab_size=40, lm_head="own", causal=True, max_len=24, n_layer=3, n_head=2, d_model=32,
-            d_ff=64, position=position, window=window, global_every=2,
+            d_ff=64, position=position, window=window, window_layers=(1,),
         )
     ).eval()  # fmt: skip
     for p in model.parameters():
