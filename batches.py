@@ -75,8 +75,9 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
         if is_text:
             starts = np.fromfile(folder / f"{split}.idx", np.int64)
             check_text(values, starts, n, meta)
-            common |= dict(tokens=values, starts=starts, n_suffix=meta["n_suffix"],
-                           mask_id=meta["mask_id"])
+            common |= dict(tokens=values, starts=starts, mask_id=meta["mask_id"])
+            if objective == "classify":
+                common |= dict(n_prefix=meta.get("n_prefix", 1), n_suffix=meta["n_suffix"])
             if pair:
                 first_lengths = np.fromfile(folder / f"{split}.first", np.int32)
                 check_pairs(first_lengths, starts, pair)

@@ -31,7 +31,7 @@ from tokenizers import (
 )
 from tqdm import tqdm
 
-from format import FORMAT, SPLITS, mask_token, pair_template, read_meta
+from format import FORMAT, SPLITS, mask_token, pair_template, read_meta, special_around
 from sources import (
     DataConfig,
     data_settings,
@@ -75,6 +75,8 @@ def build_settings(cfg):
         del settings[name]
     if cfg.target != "labels":
         del settings["label_separator"]
+    if cfg.template is None:  # as data sets from before there was one
+        del settings["template"]
     if cfg.tokenizer == "bytes":
         settings["vocab_size"] = "of bytes"
     elif cfg.tokenizer not in OWN_TOKENIZERS:
@@ -286,9 +288,33 @@ def tokenizer_hash(tokenizer):
 
 
 def make_tokenizer(cfg, texts):
-    """cfg.tokenizer: given, or trained on an iterator of texts."""
-    if cfg.tokenizer not in OWN_TOKENIZERS:
-        return given_tokenizer(cfg.tokenizer)
+    """cfg.tokenizer: given, or trained on an iterator of texts; with cfg.template."""
+    if cfg.tokenizer in OWN_TOKENIZERS:
+        tokenizer = train_tokenizer(cfg, texts)
+    else:
+        tokenizer = given_tokenizer(cfg.tokenizer)
+    if cfg.template is not None:
+        add_template(tokenizer, cfg)
+    return tokenizer
+
+
+def add_template(tokenizer, cfg):
+    """Let a tokenizer put what stands around {text} around each text, as special tokens are."""
+    before, _, after = cfg.template.replace("\\n", "\n").partition("{text}")
+    n_prefix, n_suffix = special_around(tokenizer)
+    ids = tokenizer.encode("a").ids
+    parts = {"{before}": ids[:n_prefix] + tokenizer.encode(before, add_special_tokens=False).ids,
+             "{after}": (tokenizer.encode(after, add_special_tokens=False).ids
+                         + ids[len(ids) - n_suffix :])}
+    parts = {name: part for name, part in parts.items() if part}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["{before}"] * ("{before}" in parts) + ["$A"] + ["{after}"] * ("{after}" in parts),
+        special_tokens=[
+            {"id": name, "ids": part, "tokens": [tokenizer.id_to_token(i) for i in part]}
+            for name, part in parts.items()])
+
+
+def train_tokenizer(cfg, texts):
     special = ["[CLS]", "[MASK]"]
     if cfg.text_pair_column is not None:
         special.append("[SEP]")
@@ -323,11 +349,14 @@ def make_tokenizer(cfg, texts):
 
 def describe_tokenizer(tokenizer, cfg):
     """What meta.json holds of a tokenizer: mask_id; n_suffix, the special tokens at the end of each
-    document; of bytes, which of them are letters and blanks (for baselines.LinearModel)."""
-    special = tokenizer.encode("a").special_tokens_mask
+    document; with a template n_prefix, those at its start; of bytes, which of them are letters and
+    blanks (for baselines.LinearModel)."""
+    n_prefix, n_suffix = special_around(tokenizer)
     mask = mask_token(tokenizer)
     mask_id = None if mask is None else tokenizer.token_to_id(mask)
-    found = {"mask_id": mask_id, "n_suffix": [*special[::-1], 0].index(0)}
+    found = {"mask_id": mask_id, "n_suffix": n_suffix}
+    if cfg.template is not None:
+        found["n_prefix"] = n_prefix
     if cfg.text_pair_column is not None:
         found["pair"] = pair_template(tokenizer)
         found["n_suffix"] = found["pair"]["n_suffix"]

@@ -101,27 +101,32 @@ class PackedText(Examples):
     """Documents and their labels.
 
     crop: train on a random window of this many tokens of each document. mask_prob: hide this share
-    of the tokens in training. n_suffix: special tokens at the end of each document. long: what is
+    of the tokens in training. n_prefix, n_suffix: tokens at the start and the end of each document
+    that are always read: special ones, and those of a template. long: what is
     read of a document longer than max_len: its head; head+tail, the second half from its end; or,
     by `windows`, all of it.
     """
 
-    def __init__(self, tokens, starts, labels, max_len, n_suffix, mask_id=None, seed=0, crop=None,
-                 mask_prob=0.0, long="head"):
+    def __init__(self, tokens, starts, labels, max_len, n_suffix, n_prefix=1, mask_id=None, seed=0,
+                 crop=None, mask_prob=0.0, long="head"):
         self.tokens, self.starts, self.labels = tokens, starts, labels
         self.lengths = np.minimum(np.diff(starts), crop or max_len)
         self.max_len, self.n_suffix, self.mask_id = max_len, n_suffix, mask_id
+        self.n_prefix = n_prefix
         self.seed, self.crop, self.mask_prob, self.long = seed, crop, mask_prob, long
         is_number = labels.dtype == np.float32
         self.ignore = math.nan if is_number else IGNORE
         self.target_dtype = np.float32 if is_number else np.int64
+        if n_prefix > 1 and min(max_len, crop or max_len) <= n_prefix + n_suffix:
+            raise UserError(f"--template and special tokens are {n_prefix + n_suffix} tokens: "
+                            "raise --max_len and --crop, so that they hold some of the text, too")
         if mask_prob and mask_id is None:
             raise UserError("mask_prob needs a tokenizer with a [MASK] or <mask> token; "
                             "set --mask_prob=0")
 
     def document(self, i, epoch=None):
         """Token ids (L,) int64 of example i. In training (epoch given) a window of it, which keeps
-        the first token, [CLS], and the special tokens at the end, with tokens masked."""
+        the tokens at the start and the end that are always read, with tokens masked."""
         start = self.starts[i]
         end = self.starts[i + 1]
         if epoch is None or not (self.crop or self.mask_prob):
@@ -136,12 +141,13 @@ class PackedText(Examples):
             skip = rng.integers(0, end - start - self.crop, endpoint=True)
         ids = self.tokens[start + skip : end].astype(np.int64)
         ids = truncate(ids, self.crop or self.max_len, self.n_suffix)
-        ids[0] = self.tokens[start]
+        ids[: self.n_prefix] = self.tokens[start : start + self.n_prefix]
         return self.mask(ids, rng)
 
     def mask(self, ids, rng):
-        """Hide a share of mask_prob of a document's tokens, the first aside, in place."""
-        ids[1:][rng.random(len(ids) - 1) < self.mask_prob] = self.mask_id or 0
+        """Hide a share of mask_prob of a document's tokens, the first ones aside, in place."""
+        body = ids[self.n_prefix :]
+        body[rng.random(len(body)) < self.mask_prob] = self.mask_id or 0
         return ids
 
     def batch(self, epoch, indices, shape=None):
@@ -169,23 +175,24 @@ class PackedText(Examples):
         return more
 
     def windows(self):
-        """All documents in pieces of up to max_len tokens, each with the first token and the
-        special ones at the end: (PackedText, each piece's document (W,) int64). The last piece of a
+        """All documents in pieces of up to max_len tokens, each with the tokens that are always
+        read: (PackedText, each piece's document (W,) int64). The last piece of a
         longer document is full, too: it starts earlier."""
         pieces, document = [], []
-        width = self.max_len - 1 - self.n_suffix
+        first = self.n_prefix
+        width = self.max_len - first - self.n_suffix
         for i in range(len(self)):
             ids = self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.int64)
-            n_body = len(ids) - 1 - self.n_suffix
+            n_body = len(ids) - first - self.n_suffix
             n = max(1, ceil_div(n_body, width))
             for start in np.linspace(0, max(0, n_body - width), n).astype(int):
-                body = ids[1 + start : 1 + min(start + width, n_body)]
-                pieces.append([ids[:1], body, ids[len(ids) - self.n_suffix :]])
+                body = ids[first + start : first + min(start + width, n_body)]
+                pieces.append([ids[:first], body, ids[len(ids) - self.n_suffix :]])
                 document.append(i)
         tokens = np.concatenate([part for piece in pieces for part in piece])
         starts = np.cumsum([0, *(sum(map(len, piece)) for piece in pieces)])
         labels = self.labels[document]
-        return (PackedText(tokens, starts, labels, self.max_len, self.n_suffix),
+        return (PackedText(tokens, starts, labels, self.max_len, self.n_suffix, first),
                 torch.tensor(document))
 
     def empty_batch(self):
@@ -278,8 +285,8 @@ class LanguageBlocks(Examples):
     in that). Evaluation masks the same ones each time.
     """
 
-    def __init__(self, tokens, starts, max_len, objective, n_suffix, n_bytes=0, mask_id=None,
-                 seed=0, mask_prob=0.0):
+    def __init__(self, tokens, starts, max_len, objective, n_bytes=0, mask_id=None, seed=0,
+                 mask_prob=0.0):
         self.tokens, self.starts = tokens, starts
         self.objective, self.max_len = objective, max_len
         self.seed, self.mask_prob, self.mask_id = seed, mask_prob, mask_id

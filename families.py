@@ -103,7 +103,7 @@ MODERNBERT = Family(
     defaults={"norm_eps": 1e-5, "mlp_dropout": 0.0, "attention_bias": False,
               "classifier_pooling": "cls", "classifier_bias": False, "classifier_dropout": 0.0},
     only={"hidden_activation": ("gelu",), "classifier_activation": ("gelu",),
-          "norm_bias": (False, None)},
+          "norm_bias": (False, None), "position_embedding_type": ("absolute", "sans_pos", None)},
     poolings=("cls", "mean"))
 
 # --------------------------------------------------------------------------------------------------
@@ -295,9 +295,6 @@ def read_gpt2(c, hf, folder):
 def read_modernbert(c, hf, folder):
     require_bias(c, hf, folder)
     read_two_ropes(c, hf, folder)
-    if c.rope_scaling:
-        raise UserError(f"{folder}: rope_type={c.rope_scaling['rope_type']!r} is not supported "
-                        "for modernbert, only 'default' is")
     c.rope_theta = c.rope_theta or hf.get("global_rope_theta", 160000.0)
     c.window_rope_theta = c.window_rope_theta or hf.get("local_rope_theta") or 10000.0
     every = hf.get("global_attn_every_n_layers", 3)

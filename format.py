@@ -66,6 +66,12 @@ def mask_token(tokenizer):
     return next((name for name in names if tokenizer.token_to_id(name) is not None), None)
 
 
+def special_around(tokenizer):
+    """How many special tokens a tokenizer puts before a text, and behind it."""
+    special = tokenizer.encode("a").special_tokens_mask
+    return [*special, 0].index(0), [*special[::-1], 0].index(0)
+
+
 def pair_template(tokenizer):
     """How a tokenizer joins two texts: {"n_prefix", "n_middle", "n_suffix": special tokens before
     the first, between them, behind the second; "segments": whether its type ids are 1 from the
@@ -108,7 +114,11 @@ def check_text(tokens, starts, n, meta):
     meta says that each ends in, and every token is in the vocabulary."""
     if len(starts) != n + 1 or starts[0] != 0 or starts[-1] != len(tokens):
         raise ValueError("its .idx does not end where its .bin does")
-    if not 0 <= meta["n_suffix"] <= np.diff(starts).min() or np.diff(starts).min() < 1:
+    n_prefix = meta.get("n_prefix", 0)
+    shortest = np.diff(starts).min()
+    if not isinstance(n_prefix, int) or min(n_prefix, meta["n_suffix"], shortest - 1) < 0:
+        raise ValueError("its .idx or meta.json is damaged")
+    if n_prefix + meta["n_suffix"] > shortest:
         raise ValueError("its .idx holds documents without tokens")
     if max(tokens.max(), meta["mask_id"] or 0) >= meta["vocab_size"]:
         raise ValueError("it holds tokens that the vocabulary lacks")

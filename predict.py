@@ -24,7 +24,7 @@ from tqdm import tqdm
 import cpu
 from batches import eval_requests, open_split
 from examples import Arrays, PackedPairs, PackedText
-from format import pair_template, read_meta
+from format import pair_template, read_meta, special_around
 from generate import print_fillings, print_samples
 from labelling import label_file
 from metrics import own_unit
@@ -139,6 +139,9 @@ class Classifier:
                 self.tokenizer = Tokenizer.from_str(checkpoint["tokenizer"])
             except Exception as error:  # the library raises plain Exception
                 raise UserError(f"{self.path}: its tokenizer is damaged: {error}") from None
+        self.n_prefix = 1
+        if self.config.get("template") is not None:
+            self.n_prefix, _ = special_around(self.tokenizer)
         self.pair = None  # how two texts are joined, where it reads pairs
         if self.config.get("text_pair_column") is not None:
             self.pair = pair_template(self.tokenizer)
@@ -256,7 +259,7 @@ class Classifier:
         if self.long == "head":
             self.n_cut += int((np.diff(starts) > self.max_len).sum())
         common = dict(tokens=tokens, starts=starts, labels=labels, max_len=self.max_len,
-                      n_suffix=self.n_suffix, long=self.long)
+                      n_prefix=self.n_prefix, n_suffix=self.n_suffix, long=self.long)
         if not self.pair:
             return PackedText(**common)
         first_lengths = np.array([e.sequence_ids.count(0) for e in encodings])

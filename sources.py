@@ -121,6 +121,8 @@ class DataConfig:
     tokenizer: str = "bpe"  # "bpe" (byte-level, trained on train only), "words" (of train),
     #   "bytes", or a tokenizer.json
     vocab_size: int = 8192  # of "bpe" and "words"; smaller for little text
+    template: str | None = field(default=None, metadata={"verbatim": True})  # what stands around a
+    #   text: "Review: {text}\nSentiment:", for a classifier by its last token. It is never cut off
     lowercase: bool = True  # of our own tokenizers: fewer, more frequent tokens; False where case
     #   tells classes apart
     # where it goes
@@ -170,6 +172,12 @@ def resolve(cfg):
     if source.text_pair_column is not None and (source.kind, source.target == "none") != (
             "text", False):
         raise UserError("--text_pair_column is for --kind=text with something to predict")
+    if source.template is not None:
+        if source.kind != "text" or source.target == "none" or source.text_pair_column is not None:
+            raise UserError("--template is for single texts with labels or numbers")
+        if source.template.count("{text}") != 1:
+            raise UserError(f"--template={source.template!r} must hold {{text}} once, where the "
+                            "text goes")
     if source.kind != "text" and source.target == "none":
         raise UserError("--target=none is for --kind=text, to train a language model on")
     if source.target == "labels" and (source.kind != "text" or not source.label_separator):

@@ -8,11 +8,12 @@ from configurator import UserError
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import finetune
 import optim
 from export import export
-from predict import Classifier
+from predict import Classifier, open_data
 from tests.conftest import class_task, interrupted, packed, script
 from tests.test_evaluating_changes_nothing import records
 from weights import from_pretrained, load_checkpoint
@@ -245,3 +246,49 @@ def test_a_llama_becomes_a_classifier_and_a_better_language_model(settings, llam
             got = clf.model(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
             expected = theirs(ids[None]).logits
         torch.testing.assert_close(got, expected.view_as(got), atol=1e-4, rtol=1e-4)
+
+
+def test_a_template_stands_around_every_text(settings, llama):
+    """In training, also where a text is cut, in labelling, and in the exported folder."""
+    run = settings | dict(init_from=llama, template="the goal is {text}\\nof a", max_len=12, crop=9)
+    _, best = tuned(run, epochs=1.0)
+    tokenizer = Tokenizer.from_str(best["tokenizer"])
+    plain = Tokenizer.from_file(f"{llama}/tokenizer.json")
+    clf = Classifier(run["out_dir"])
+    examples = open_data(clf, "train")
+    examples.crop = 9
+    before, after = plain.encode("the goal is").ids, plain.encode("of a").ids[1:]
+    for i in range(len(examples)):
+        for epoch in (None, 0, 1):
+            ids = examples.document(i, epoch).tolist()
+            assert len(ids) <= (12 if epoch is None else 9)
+            assert ids[:4] == before and ids[-2:] == after and len(ids) > 6
+    text = "shares of a bank"
+    whole = plain.encode(f"the goal is {text}\nof a").ids
+    assert tokenizer.encode(text).ids == whole
+    with torch.no_grad():
+        expected = clf.model(torch.tensor(whole), torch.tensor([0, len(whole)], dtype=torch.int32))
+    torch.testing.assert_close(clf.logits(clf.examples([text])), expected)
+    windows, _ = clf.examples(["shares of a bank " * 9]).windows()
+    assert len(windows) > 1
+    for i in range(len(windows)):
+        ids = windows.document(i).tolist()
+        assert ids[:4] == before and ids[-2:] == after
+    export(clf, "hf")
+    theirs = hf.pipeline("text-classification", f"{run['out_dir']}/hf")(text)[0]
+    assert theirs["label"] == clf([text])[0]["label"]
+    assert theirs["score"] == pytest.approx(clf([text])[0]["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(template="Review:"), "must hold {text} once"),
+        (dict(template="{text} {text}"), "must hold {text} once"),
+        (dict(template="the goal is {text}", crop=4), "raise --max_len and --crop"),
+        (dict(template="{text}", objective="clm", target="none"), "single texts with labels"),
+    ],
+)
+def test_templates_that_cannot_work_are_refused(settings, llama, change, says):
+    with pytest.raises(UserError, match=says):
+        finetune.finetune(finetune.Config(**settings | dict(init_from=llama) | change))

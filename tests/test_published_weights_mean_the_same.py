@@ -59,6 +59,17 @@ CONFIGS = {
         classifier_pooling="mean",
         classifier_bias=True,
     ),
+    "mmbert": hf.ModernBertConfig(
+        **TINY,
+        **TRUNK | {"num_hidden_layers": 5},
+        local_attention=8,
+        classifier_pooling="mean",
+        position_embedding_type="sans_pos",
+        rope_parameters={
+            "full_attention": dict(rope_type="default", rope_theta=160000.0),
+            "sliding_attention": dict(rope_type="default", rope_theta=160000.0),
+        },
+    ),
     "gpt2": hf.GPT2Config(**TINY, n_embd=32, n_layer=3, n_head=2, n_positions=60),
     "xlm-roberta": hf.XLMRobertaConfig(**TINY | {"pad_token_id": 1}, **TRUNK),
     "camembert": hf.CamembertConfig(**TINY | {"pad_token_id": 1}, **TRUNK),
