@@ -240,6 +240,9 @@ def read_config(hf, folder):
     if name not in FAMILIES:
         raise UserError(f"{folder}: model type {name!r} is not supported; "
                         f"{', '.join(sorted(FAMILIES))} are")
+    if quantization := hf.get("quantization_config"):
+        raise UserError(f"{folder}: its weights are quantized ({quantization['quant_method']}), "
+                        "which is not supported: take the model in bfloat16 or float32")
     family = FAMILIES[name]
     if name == "siglip":  # of its two towers the one for images
         hf = hf["vision_config"]

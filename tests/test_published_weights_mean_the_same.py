@@ -2,6 +2,9 @@
 there what it does here."""
 
 import json
+import os
+import subprocess
+import sys
 
 from configurator import UserError
 
@@ -14,7 +17,7 @@ import fetch
 import finetune
 from generate import generate
 from huggingface import save_hf
-from tests.conftest import packed
+from tests.conftest import ROOT, packed
 from weights import from_pretrained
 
 hf = pytest.importorskip("transformers")
@@ -335,3 +338,62 @@ def test_our_own_trunk_goes_out_and_comes_back(tmp_path):
     save_hf(model, tmp_path, list("abcd"), json.dumps({"added_tokens": []}))
     back = from_pretrained(tmp_path)
     assert torch.equal(back(*packed(random_documents())), model(*packed(random_documents())))
+
+
+def test_weights_are_in_memory_once(tmp_path):
+    """In the dtype that is asked for, whatever they are stored in."""
+    for folder, width in (("tiny", 64), ("large", 1024)):
+        config = hf.LlamaConfig(
+            vocab_size=20000, hidden_size=width, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=2, intermediate_size=4 * width, max_position_embeddings=64,
+            tie_word_embeddings=True, torch_dtype=torch.bfloat16,
+        )  # fmt: skip
+        hf.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / folder)
+    program = """
+import sys
+import torch
+from weights import from_pretrained
+
+def memory(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if key in line) * 1024
+
+from_pretrained("tiny", n_classes=0)  # imports much
+before = memory("VmRSS")
+model = from_pretrained("large", n_classes=0, dtype=getattr(torch, sys.argv[1]))
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print(size, memory("VmHWM") - before)
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("memory is measured on Linux")
+    for dtype in ("bfloat16", "float32"):
+        out = subprocess.run(
+            [sys.executable, "-c", program, dtype],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        size, peak = map(int, out.split())
+        assert size > 100 * 2**20
+        assert peak <= 1.15 * size, (dtype, peak / size)
+
+
+def test_numbers_of_other_kinds_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    reference("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    key = "model.layers.0.mlp.down_proj.weight"
+    save_file(weights | {key: weights[key].to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(UserError, match=f"{key} is stored as F8_E4M3.*only F64, F32, F16, BF16"):
+        from_pretrained(tmp_path)
+    save_file(weights, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quantization})
+    )
+    with pytest.raises(UserError, match="quantized .bitsandbytes."):
+        from_pretrained(tmp_path)
