@@ -21,6 +21,7 @@ import ctypes
 import functools
 import itertools
 import math
+import os
 import sys
 
 import torch
@@ -370,7 +371,9 @@ def quantize_for_inference(model, dtype, bfloat16):
 
 def keep_freed_memory():
     """Tell glibc to keep freed memory, which the next step needs again: a page's first touch costs
-    1-2 µs."""
+    1-2 µs. Whoever sets its threshold in the environment, to need less memory, has decided."""
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

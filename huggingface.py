@@ -21,6 +21,7 @@ from configurator import (
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
 from families import FAMILIES, read_config, write_config
@@ -177,6 +178,8 @@ class StoredWeight:
         """Fill `out`, a contiguous tensor of this shape, in its dtype; returns whether all of it is
         finite. The file is opened anew for every chunk: what is read of a file counts as memory
         until it is closed."""
+        if is_fake(out):  # only its memory is asked for, see memory.py
+            return True
         finite = True
         stacked = out.T if self.transposed else out
         if len(self.parts) == 1 and not self.transposed and not self.skip:

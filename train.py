@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 import cpu
 import data
+import memory
 import metrics
 import optim
 from baselines import build_model
@@ -107,8 +108,8 @@ class Config(DataConfig):
     #   bring; smaller shares are nested
     # optimisation
     batch_size: int = 32  # documents per step, over all processes and micro-batches
-    micro_batch_tokens: int = 16384  # most tokens that one device holds at once; lower it when
-    #   memory runs out
+    micro_batch_tokens: int | Literal["auto"] = 16384  # most tokens that one device holds at once;
+    #   lower it when memory runs out; auto: what fits
     epochs: float = 10.0  # passes over train
     min_steps: int = 0  # at least so many steps, whatever the epochs: for few labels
     max_steps: int | None = None  # stops (and ends the schedule) sooner than epochs
@@ -152,6 +153,8 @@ class Config(DataConfig):
     #   runs, each without a part of the labels, that is tested on it. For few labels
     lr_find: bool = False  # True: no run, but a learning-rate range test: lr_find.png, and a
     #   learning_rate to begin with
+    dry_run: bool = False  # True: no run, but how much memory one would need; the values of weights
+    #   are not read
     # evaluation and logging
     eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an
     #   epoch, or what min_steps makes of it
@@ -197,7 +200,7 @@ def check_settings(cfg):
     for (low, high, allowed), names in RANGES.items():
         for name in names:
             value = getattr(cfg, name, None)  # None: not set, or no setting of this script
-            if value is not None and not low <= value <= high:
+            if value not in (None, "auto") and not low <= value <= high:
                 raise UserError(f"--{name}={value} must be {allowed}")
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
@@ -279,6 +282,14 @@ class Machine:
         total = torch.tensor(values, dtype=dtype, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def smallest(self, value):
+        """The smallest of a number over all processes."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return found.item()
 
     def rank0_first(self, work):
         """Run work() on rank 0 first; the others wait, then run it and find what it wrote."""
@@ -450,9 +461,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     started = time.monotonic()
     make_task = task_class(cfg, resolve(cfg))  # checked before a data set is built
     machine = Machine(cfg)
-    if machine.rank == 0 and not cfg.lr_find:
+    if machine.rank == 0 and not cfg.lr_find and not cfg.dry_run:
         lock.acquire()
-    checkpoint = open_run(cfg)
+    checkpoint = None if cfg.dry_run else open_run(cfg)
+    given = cfg  # as it is saved
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint['best'])}); "
                       f"evaluate it with: python eval.py {cfg.out_dir}   "
@@ -466,7 +478,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if best_by not in (*task.figure_names, "last"):
         raise UserError(f"--best_by={best_by}: there are {', '.join(task.figure_names)}, and last")
     max_len = tokens_per_example(cfg, meta)
-    if max_len > cfg.micro_batch_tokens:
+    if cfg.micro_batch_tokens != "auto" and max_len > cfg.micro_batch_tokens:
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, "
                         f"of up to {max_len} tokens")
 
@@ -500,6 +512,17 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if cfg.teacher:
         labelled_set = train_set
         train_set = machine.rank0_first(lambda: teach(labelled_set, cfg, folder, meta, tokenizer))
+    if cfg.dry_run or cfg.micro_batch_tokens == "auto":
+        def measure(n_tokens):
+            return memory.measure_step(
+                cfg, lambda: make_model(cfg, meta, task), lambda model: ModelWithLoss(model, task),
+                train_set, machine, lr_scale, n_tokens)
+        cfg = dataclasses.replace(cfg, micro_batch_tokens=choose_micro_batch(
+            cfg, measure, machine, max_len, checkpoint))
+        if cfg.dry_run:
+            found = measure(cfg.micro_batch_tokens)
+            machine.print(memory.describe(found))
+            return
     n_train = len(train_set) if subset is None else len(subset)
     steps_per_epoch = ceil_div(n_train, cfg.batch_size)
     eval_interval = cfg.eval_interval or max(steps_per_epoch, round(cfg.min_steps / cfg.epochs))
@@ -541,9 +564,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         machine.print(f"{cfg.out_dir}: continuing at step {step}")
     wandb_run = None
     if machine.rank == 0:
-        begin_run(cfg, checkpoint, lock)
+        begin_run(given, checkpoint, lock)
         if not cfg.lr_find:
-            wandb_run = start_wandb(dataclasses.asdict(cfg), run_id)
+            wandb_run = start_wandb(dataclasses.asdict(given), run_id)
 
     # what runs in a step
     model_with_loss = ModelWithLoss(model, task)
@@ -574,7 +597,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     def save(name, state, finished=False, **more):
         if machine.rank == 0:
             save_checkpoint(Path(cfg.out_dir) / name, {
-                "format": CHECKPOINT_FORMAT, "model": state, "config": dataclasses.asdict(cfg),
+                "format": CHECKPOINT_FORMAT, "model": state, "config": dataclasses.asdict(given),
                 "model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer,
                 "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
                 "max_len": max_len, "kind": meta["kind"], "scaling": meta["scaling"],
@@ -584,7 +607,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     def save_last(finished=False):
         save("last.pt", model.state_dict(), finished, ema=average.values, bad_evals=bad_evals,
              optimizers=[optimizer.state_dict() for optimizer in optimizers],
-             elapsed=log.elapsed, run_id=run_id)
+             elapsed=log.elapsed, run_id=run_id, micro_batch_tokens=cfg.micro_batch_tokens)
 
     # the loop
     finished = False
@@ -663,6 +686,19 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if split != "test":
         advice += " --split=val" if split else " --test_file=…, or, without one, --folds=5"
     machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(best)}. {advice}")
+
+
+def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
+    """cfg.micro_batch_tokens as a number: of an interrupted run the one that it began with."""
+    if cfg.micro_batch_tokens != "auto":
+        return cfg.micro_batch_tokens
+    if checkpoint and type(checkpoint.get("micro_batch_tokens")) is int:
+        return checkpoint["micro_batch_tokens"]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
+    found = memory.fitting_tokens(measure, machine.device, max_len, cfg.batch_size, 0.85 / here)
+    found = machine.smallest(found)
+    machine.print(f"--micro_batch_tokens=auto: {found}")
+    return found
 
 
 def check_finite(model, figures, cfg):

@@ -1,0 +1,167 @@
+"""How much memory a run needs, before it needs it.
+
+    python train.py config/textcls.py --dry_run=True
+    python train.py config/textcls.py --micro_batch_tokens=auto
+
+A training step runs on tensors without values (PyTorch's FakeTensorMode), and those that are alive
+at its peak are added up. An allocator that keeps freed memory takes more: on Linux' CPUs up to 1.8
+times as much, and nearly this with MALLOC_MMAP_THRESHOLD_=1000000 in the environment, a little
+slower.
+"""
+import os
+import weakref
+
+from configurator import UserError
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import optim
+from huggingface import SkipInit
+from tasks import autocast
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made within, while they are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.layout == torch.strided:
+                self.add(x.untyped_storage())
+        return result
+
+    def add(self, storage):
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, storage.nbytes())
+
+    def forget(self, key, size):
+        self.alive.remove(key)
+        self.now -= size
+
+
+def measure_step(cfg, make_model, model_with_loss, train_set, machine, lr_scale, n_tokens):
+    """What a training step takes at its peak, with micro-batches of up to n_tokens tokens in
+    documents of the length of train's longest: {"tokens": of a micro-batch, and in bytes "weights",
+    "gradients", "optimizer", "activations" and what else is alive then, "all" of these}.
+
+    make_model() → the model; model_with_loss(model) → the module that computes its loss.
+    """
+    if cfg.optimizer == "lbfgs" or cfg.objective == "contrastive" or cfg.model != "transformer":
+        raise UserError("--dry_run and --micro_batch_tokens=auto are for transformers, and not for "
+                        "--optimizer=lbfgs or --objective=contrastive")
+    n_examples, batch = longest_batch(train_set, n_tokens, cfg.batch_size)
+    n_micro_batches = 2 if n_examples * machine.world < cfg.batch_size else 1
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, PeakMemory() as memory:
+        batch = batch._replace(inputs=tuple(map(without_values(mode), batch.inputs)),
+                               targets=without_values(mode)(batch.targets)).to(machine.device)
+        with SkipInit(), machine.device:
+            model = make_model()
+        optimizers = optim.make_optimizers(model, cfg, machine.device, lr_scale, machine.dtype)
+        sparse = freeze_sparse_embedding(model, batch)
+        average = optim.EMA(model, cfg.ema_decay)
+        module = model_with_loss(model)
+        for step in range(2):  # the second one has the optimizer's state
+            for _ in range(n_micro_batches):
+                with autocast(machine.device, machine.dtype):
+                    loss = module(batch.inputs, batch.targets)
+                loss.backward()
+                del loss
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            found = {"weights": n_bytes(model.parameters()), "gradients": n_bytes(gradients)}
+            del gradients
+            optim.clip_gradients(optimizers, cfg.grad_clip)
+            optim.step_all(optimizers)
+            average.update(step)
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        found["optimizer"] = n_bytes(x for x in tree_leaves(states) if isinstance(x, torch.Tensor))
+        found = {name: size + sparse.get(name, 0) for name, size in found.items()}
+        total = memory.peak + sum(sparse.values())
+    found["activations"] = total - sum(found.values())
+    return found | {"all": total, "tokens": n_examples * int(train_set.lengths.max())}
+
+
+def n_bytes(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def freeze_sparse_embedding(model, batch):
+    """An embedding's sparse gradients have no size before they have values. So it is frozen, and
+    their bytes and those of the optimizer's moments are returned."""
+    embedding = getattr(model, "embedding", None)
+    if not getattr(embedding, "sparse", False):
+        return {}
+    weight = embedding.weight.requires_grad_(False)
+    rows = 2 * batch.n_tokens * weight.shape[1] * weight.element_size()  # as made, and coalesced
+    return {"gradients": rows, "optimizer": 2 * weight.numel() * weight.element_size()}
+
+
+def longest_batch(train_set, n_tokens, batch_size):
+    """(n, a Batch of n copies of the longest example): what a micro-batch of n_tokens tokens holds
+    at the most."""
+    longest = int(np.argmax(train_set.lengths))
+    length = int(train_set.lengths[longest])
+    n = max(1, min(n_tokens // length, batch_size))
+    batch = train_set.batch(0, np.full(n, longest))
+    if len(batch.inputs) > 1 and isinstance(batch.inputs[1], torch.Tensor):  # packed text
+        tokens, _, _, *more = batch.inputs + (None,) * (3 - len(batch.inputs))
+        batch = batch._replace(inputs=(tokens, None, length, *more[:1]))
+    return n, batch
+
+
+def without_values(mode):
+    return lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+
+
+def describe(found):
+    """In words."""
+    parts = ", ".join(f"{name} {in_words(found[name])}"
+                      for name in ("weights", "gradients", "optimizer", "activations"))
+    return (f"a step with micro-batches of up to {found['tokens']:,} tokens takes "
+            f"{in_words(found['all'])}: {parts}")
+
+
+def in_words(size):
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def fitting_tokens(measure, device, max_len, batch_size, share=0.85):
+    """The largest micro_batch_tokens, a multiple of max_len, with which a step takes at most this
+    share of the free memory; measure(n_tokens) → measure_step's. Raises UserError."""
+    free = free_memory(device)
+    if free is None:
+        raise UserError("--micro_batch_tokens=auto: this machine does not say how much memory is "
+                        "free; give a number, as 16384")
+    low, high = max_len, max_len * batch_size
+    one, two = (measure(n)["all"] for n in (low, min(2 * low, high)))
+    if one > share * free:
+        raise UserError(f"--micro_batch_tokens=auto: an example of {max_len} tokens alone takes "
+                        f"{in_words(one)}, {in_words(share * free)} are free: a smaller model or "
+                        "--max_len, --lora_rank=8, or --checkpoint_activations=True")
+    per_example = max(two - one, 1)
+    n = min(batch_size, 1 + int((share * free - one) / per_example))
+    while n > 1 and measure(n * max_len)["all"] > share * free:  # where it is not linear
+        n = n * 3 // 4
+    return n * max_len
+
+
+def free_memory(device):
+    """Bytes, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return None
