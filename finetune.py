@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import train
+from distributed import computing_dtype
 from fetch import wheel_folder
 from sources import resolve
 from tasks import open_device
@@ -188,7 +189,7 @@ def make_model(cfg, meta, task, path):
 
 def dtype_of_base(cfg):
     """See from_pretrained. Raises UserError."""
-    computing = train.computing_dtype(cfg, open_device(cfg.device))
+    computing = computing_dtype(cfg, open_device(cfg.device))
     if cfg.base_dtype == "bfloat16" and (not cfg.lora_rank or computing != torch.bfloat16):
         raise UserError("--base_dtype=bfloat16 is for weights that do not learn, and are computed "
                         "with in bfloat16: it needs --lora_rank=8 and --dtype=bfloat16")

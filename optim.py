@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from distributed import is_sharded, shard_like
 from model import qkv_rows
 
 # Weights above which an embedding has sparse gradients on CPUs: a dense one would take longer to
@@ -81,7 +82,7 @@ def uses_sparse_gradients(model, weight, cfg, device):
     in the steps that follow (NOTES.md).
     """
     large = weight.numel() > LARGE_EMBEDDING and model.config.lm_head != "tied"
-    if device.type != "cpu" or not large:
+    if device.type != "cpu" or not large or is_sharded(weight):
         return False
     if cfg.optimizer in ("adamw", "muon"):
         return True
@@ -108,22 +109,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = {}  # → matrices, each with the direction of its step
+            same_shape = {}  # → the directions of the steps of matrices, to be made orthogonal
+            directions = []  # of each parameter
             for p in group["params"]:
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 nesterov = p.grad.lerp(momentum, group["momentum"])
-                rows = list(group["rows"]) or [len(p)]
-                for matrix, direction in zip(p.split(rows), nesterov.split(rows)):
-                    same_shape.setdefault(matrix.shape, []).append((matrix, direction))
-            for shape, pairs in same_shape.items():
-                directions = torch.stack([direction for _, direction in pairs]).to(self.dtype)
-                size = group["lr"] * 0.2 * max(shape) ** 0.5
-                for (matrix, _), update in zip(pairs, orthogonal(directions)):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.sub_(update.to(matrix.dtype), alpha=size)
+                if is_sharded(nesterov):
+                    nesterov = nesterov.full_tensor()
+                directions.append(nesterov)
+                for matrix in nesterov.split(list(group["rows"]) or [len(p)]):
+                    same_shape.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in same_shape.items():
+                updates = orthogonal(torch.stack(matrices).to(self.dtype))
+                for matrix, update in zip(matrices, updates):
+                    matrix.copy_(update).mul_(0.2 * max(shape) ** 0.5)
+            for p, direction in zip(group["params"], directions):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(shard_like(direction, p), alpha=group["lr"])
 
 
 def orthogonal(x):
@@ -185,11 +190,14 @@ def clip_gradients(optimizers, limit):
         if p.grad.is_sparse:
             p.grad = p.grad.coalesce()
     norm = torch.nn.utils.get_total_norm([dense_part(p.grad) for p in parameters])
+    sharded = is_sharded(norm)
+    if sharded:
+        norm = norm.full_tensor()
     if not limit:
         return norm
     scale = (norm / limit).clamp(min=1)
     for optimizer in optimizers:
-        if optimizer.defaults.get("fused"):
+        if optimizer.defaults.get("fused") and not sharded:
             optimizer.grad_scale = scale  # the fused step divides by it
         else:
             for p in parameters_of(optimizer):

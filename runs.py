@@ -19,7 +19,7 @@ from weights import load_checkpoint
 
 # settings that may differ between a run and its continuation
 FREE = {"overwrite", "save_interval", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name",
-        "log_interval", "data_dir", "out_dir", "max_row_mb"}
+        "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel"}
 PEAK_FLOPS = {  # bf16 dense, from data sheets
     "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
     "RTX 4090": 165e12}

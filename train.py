@@ -5,9 +5,7 @@ run. It ends in the same weights, bit for bit, as one that was not interrupted, 
 in step i is a function of (seed, i) alone: the batch, its masks, and the random generators, which
 are seeded anew at each step.
 """
-import contextlib
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -23,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import cpu
 import data
 import memory
 import metrics
@@ -35,6 +32,15 @@ from batches import (
     eval_requests,
     open_split,
     stratified_subset,
+)
+from distributed import (
+    Machine,
+    gradient_sync,
+    is_finite,
+    shard,
+    shard_like,
+    shard_state,
+    whole,
 )
 from examples import Subset, ceil_div
 from format import read_tokenizer
@@ -51,10 +57,8 @@ from runs import (
 from sources import DataConfig, rebuild_command, resolve
 from tasks import (
     autocast,
-    bf16_is_native,
     describe,
     eval_tokens,
-    open_device,
     run_model,
     task_class,
 )
@@ -166,6 +170,8 @@ class Config(DataConfig):
     wandb_project: str = "textcls"
     wandb_run_name: str | None = None  # None: out_dir's name
     # machine
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each holds all of the model,
+    #   or (fsdp) a part of it, where a device cannot hold it all
     device: str = "auto"  # cuda, mps or cpu, in this order
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is native
     compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster).
@@ -212,93 +218,15 @@ def check_settings(cfg):
         raise UserError("--folds tests each label of train once, by runs that have not seen it: "
                         "not with --train_fraction, with a --teacher, who may have seen it, or "
                         "with language models")
+    if cfg.parallel == "fsdp" and cfg.model != "transformer":
+        raise UserError("--parallel=fsdp spreads blocks over processes: it is for "
+                        "--model=transformer; smaller models fit on one device")
     if cfg.patience and cfg.best_by == "last":
         raise UserError("--best_by=last keeps the weights at the end, so --patience, which waits "
                         "for better ones, needs --best_by=val_loss or another figure")
     if cfg.lr_find and cfg.optimizer == "lbfgs":
         raise UserError("--optimizer=lbfgs searches for its rate in each step: there is nothing "
                         "for --lr_find to find")
-
-
-# --------------------------------------------------------------------------------------------------
-# Machine
-
-
-def computing_dtype(cfg, device):
-    """Of matrix products; weights that learn are in float32 all the same."""
-    native = bf16_is_native(device) and cfg.optimizer != "lbfgs"  # which needs the exact loss
-    if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native:
-        return torch.bfloat16
-    return torch.float32
-
-
-class Machine:
-    """Where this process stands: its rank of `world` processes, device, dtype. Joins the process
-    group under torchrun."""
-
-    def __init__(self, cfg):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.device = open_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.set_device(self.device)
-        if self.device.type == "cpu":
-            cpu.keep_freed_memory()
-        if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        self.dtype = computing_dtype(cfg, self.device)
-        if on_cuda and self.dtype == torch.bfloat16:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-        self.compile = cfg.compile
-        if cfg.compile == "auto":
-            self.compile = on_cuda and cfg.model == "transformer"
-        if self.compile and not on_cuda:
-            # inductor adds up an embedding's gradient atomically: slowly, and in any order
-            from torch._inductor.decomposition import decompositions
-            decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
-        if self.world > 1:
-            # the others wait while rank 0 builds the data set
-            patience = datetime.timedelta(hours=2)
-            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=patience,
-                                    device_id=self.device if on_cuda else None)
-
-    def print(self, *args):
-        if self.rank == 0:
-            print(*args, flush=True)
-
-    def seed(self, seed):
-        if self.device.type == "cpu":  # torch.manual_seed looks at other devices too: 0.5 ms
-            torch.default_generator.manual_seed(seed)
-        else:
-            torch.manual_seed(seed)
-
-    def sum(self, values):
-        """Add up each of a list of numbers over all processes."""
-        if self.world == 1:
-            return [float(value) for value in values]
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor(values, dtype=dtype, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def smallest(self, value):
-        """The smallest of a number over all processes."""
-        if self.world == 1:
-            return value
-        found = torch.tensor(value, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-        return found.item()
-
-    def rank0_first(self, work):
-        """Run work() on rank 0 first; the others wait, then run it and find what it wrote."""
-        if self.world > 1 and self.rank > 0:
-            dist.barrier()
-        result = work()
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
-        return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,11 +254,10 @@ def compute_gradient(model_with_loss, micro_batches, task, machine):
     total = 0.0
     for i, batch in enumerate(micro_batches):
         batch = batch.to(machine.device)
-        synchronise = machine.world == 1 or i == len(micro_batches) - 1
-        with contextlib.nullcontext() if synchronise else model_with_loss.no_sync(), \
+        with gradient_sync(model_with_loss, on=i == len(micro_batches) - 1), \
              autocast(machine.device, machine.dtype):
             loss = model_with_loss(batch.inputs, batch.targets) / weight_sum
-        (loss * machine.world).backward()  # DDP averages over processes; we want the sum
+        (loss * machine.world).backward()  # gradients are averaged over processes; we want the sum
         total += loss.detach()
     return total, n_tokens
 
@@ -342,7 +269,8 @@ def evaluate(model, task, examples, cfg, machine, mirror=False):
     model.eval()
     for batch in eval_batches(examples, cfg, machine):
         logits = run_model(model, batch, machine.device, machine.dtype, mirror)
-        totals.append(task.totals(logits, batch.targets))
+        if batch.n_targets:
+            totals.append(task.totals(logits, batch.targets))
     model.train()
     sums = [sum(column) for column in zip(*totals)] or [0.0] * task.n_totals
     return task.figures(machine.sum(sums), examples)
@@ -362,8 +290,9 @@ def vectors_of(model, examples, cfg, machine):
 def eval_batches(examples, cfg, machine):
     """This process's share of all examples, each once, as Batches."""
     limit = min(cfg.micro_batch_tokens, eval_tokens(machine.device, examples.max_len))
-    for request in eval_requests(examples.lengths, limit, machine.rank, machine.world):
-        yield examples.batch(*request)
+    requests = eval_requests(examples.lengths, limit, machine.rank, machine.world)
+    for request in machine.evened(requests, lambda: None):
+        yield examples.batch(*request) if request else examples.empty_batch()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -538,6 +467,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     # model and optimizers
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, meta, task).to(machine.device)
+    if checkpoint:
+        load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
+    if machine.sharded:
+        shard(model, machine)
     if cfg.optimizer == "lbfgs":
         if machine.world > 1:
             raise UserError("--optimizer=lbfgs runs in one process, without torchrun's "
@@ -554,10 +487,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     step, best, bad_evals, elapsed = 0, None, 0, 0.0
     run_id = f"{Path(cfg.out_dir).name}-{int(time.time())}"  # of the run in W&B
     if checkpoint:
-        load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        average.values = [value.to(machine.device) for value in checkpoint["ema"]]
+            optimizer.load_state_dict(shard_state(optimizer, state))
+        average.values = [shard_like(value.to(machine.device), p)
+                          for value, p in zip(checkpoint["ema"], average.weights)]
         step, best, bad_evals = (checkpoint[key] for key in ("step", "best", "bad_evals"))
         elapsed = checkpoint["elapsed"]
         run_id = checkpoint["run_id"]
@@ -572,8 +505,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     model_with_loss = ModelWithLoss(model, task)
     if machine.compile:
         model_with_loss.compile()
-    if machine.world > 1:
-        model_with_loss = torch.nn.parallel.DistributedDataParallel(model_with_loss)
+    if machine.world > 1 and not machine.sharded:
+        model_with_loss = torch.nn.parallel.DistributedDataParallel(
+            model_with_loss, gradient_as_bucket_view=True, broadcast_buffers=False)
     sampler = GlobalBatches(train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed, step,
                             total_steps, machine.rank, machine.world, machine.compile, subset)
     loader = torch.utils.data.DataLoader(
@@ -595,6 +529,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
               "tok" if meta["kind"] == "text" else "ex", wandb_run)
 
     def save(name, state, finished=False, **more):
+        state, more = whole((state, more), machine)
         if machine.rank == 0:
             save_checkpoint(Path(cfg.out_dir) / name, {
                 "format": CHECKPOINT_FORMAT, "model": state, "config": dataclasses.asdict(given),
@@ -613,6 +548,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     finished = False
     stop.listen()
     for micro_batches in loader:
+        micro_batches = machine.evened(micro_batches, train_set.empty_batch)
         # dropout is a function of (seed, step, rank)
         machine.seed(cfg.seed * 1_000_003 + step * machine.world + machine.rank)
         lr = optim.learning_rate_at(cfg, step, total_steps)
@@ -704,7 +640,7 @@ def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
 def check_finite(model, figures, cfg):
     """Raise UserError before weights or figures that are not finite are saved."""
     finite = all(math.isfinite(value) for value in figures.values())
-    if not finite or not all(p.isfinite().all() for p in model.parameters()):
+    if not finite or not all(is_finite(p) for p in model.parameters()):
         raise UserError(f"after step {figures['step']} the weights or the figures on val are not "
                         f"finite (val_loss {figures.get('val_loss')}): lower --learning_rate="
                         f"{cfg.learning_rate}, or try --dtype=float32; {cfg.out_dir} is as its "
