@@ -34,7 +34,8 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.layout == torch.strided:
+            if (isinstance(x, torch.Tensor) and x.layout == torch.strided
+                    and x.device.type != "meta"):  # which takes nothing
                 self.add(x.untyped_storage())
         return result
 

@@ -127,7 +127,12 @@ def test_a_dry_run_reads_no_weights(toy, tmp_path, capsys):
     names = "vocab_size", "n_layer", "d_model", "n_head", "tokenizer"
     settings = {name: value for name, value in settings.items() if name not in names}
     settings |= dict(init_from=str(tmp_path / "llama"), dtype="bfloat16")
-    weights = {}
+    weights, whole = {}, []
+    for recompute in (False, True):
+        changes = dict(lora_rank=4, checkpoint_activations=recompute, max_len=8, crop=None)
+        finetune.finetune(finetune.Config(**settings | changes))
+        whole.append(float(re.search(r"takes ([\d.]+) MiB", capsys.readouterr().out)[1]))
+    assert whole[1] < 0.9 * whole[0] < 4 * 2 * n / 2**20  # not what is made without memory
     for rank in (0, 4):
         finetune.finetune(finetune.Config(**settings | dict(lora_rank=rank)))
         said = capsys.readouterr().out.splitlines()[-1]
