@@ -216,7 +216,7 @@ def attend(qkv, layout, causal=False, window=0, first_only=False):
     """
     if cpu.attends(qkv, layout):  # optional: what follows computes the same
         return cpu.attend(qkv, layout, causal, window, first_only)
-    if qkv.is_cuda and not layout.same_length and qkv.dtype in (torch.bfloat16, torch.float16):
+    if takes_varlen(qkv, layout):
         from torch.nn.attention.varlen import varlen_attn
         reach = (window or -1, 0 if causal else window or -1)  # to the left, to the right
         y = varlen_attn(*qkv.unbind(1), layout.cu_seqlens, layout.cu_seqlens,
@@ -227,6 +227,12 @@ def attend(qkv, layout, causal=False, window=0, first_only=False):
         is_causal = causal and mask is None and q.shape[2] > 1  # a single query sees all keys
         y = layout.unpad(F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal))
     return y[layout.first] if first_only else y
+
+
+def takes_varlen(qkv, layout):
+    """Is this for CUDA's kernel for packed documents?"""
+    half = qkv.dtype in (torch.bfloat16, torch.float16)
+    return qkv.is_cuda and half and not layout.same_length
 
 
 def attention_mask(valid, L, S, causal, window, device):
@@ -449,6 +455,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.longest = c.max_len  # tokens of the documents to come; fewer make CUDA's kernel faster
         width = c.d_embedding or c.d_model
         if c.image_size:
             self.embedding = nn.Linear(c.image_size[0] * c.patch**2, c.d_model)
@@ -526,7 +533,7 @@ class Transformer(nn.Module):
         x = self.embedding(inputs)
         if length is not None:
             return x, DenseLayout(len(inputs) // length, length, inputs.device)
-        return x, PackedLayout(cu_seqlens, len(inputs), c.max_len, segments)
+        return x, PackedLayout(cu_seqlens, len(inputs), self.longest, segments)
 
     def trunk(self, x, layout, rows=None, first_only=False):
         """All blocks: x (T, D) → (T, D), or with rows (B,), only these rows: (B, D)."""

@@ -119,6 +119,8 @@ class Classifier:
         if not 0 <= (self.n_suffix or 0) <= self.max_len <= longest or self.max_len < 1:
             raise UserError(f"{self.path}: damaged: max_len={self.max_len} and n_suffix="
                             f"{self.n_suffix} cannot be true of a model that reads {longest}")
+        if self.modality == "text":
+            self.model.longest = self.max_len
         self.scaling = checkpoint["scaling"]
         self.data_folder = checkpoint["data_folder"]
         self.data_sha256 = checkpoint["data_sha256"]

@@ -469,6 +469,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     model = make_model(cfg, meta, task).to(machine.device)
     if checkpoint:
         load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
+    if cfg.model == "transformer" and meta["kind"] == "text":
+        model.longest = max_len
     if machine.sharded:
         shard(model, machine)
     if cfg.optimizer == "lbfgs":

@@ -1,0 +1,163 @@
+"""The path that CUDA takes, run on CPUs: its attention kernel gets a plain twin here, so that all
+that stands around it is compared and compiled."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import varlen
+
+import model as model_file
+import train
+from batches import GlobalBatches
+from examples import PackedText
+from tests.conftest import class_task, packed
+from tests.test_packed_equals_one_at_a_time import random_documents, random_model
+from tests.test_published_weights_mean_the_same import documents, reference
+from weights import from_pretrained
+
+pytest.importorskip("transformers")
+
+
+CALLS = []  # of the kernel
+
+
+def by_document(query, key, value, cu_seq, window, scale):
+    """Of each document: its rows, and q, k, v, the softmax, each (H, L, d or L)."""
+    scale = scale or query.shape[-1] ** -0.5
+    for start, end in zip(cu_seq.tolist(), cu_seq.tolist()[1:]):
+        q, k, v = (x[start:end].transpose(0, 1).float() for x in (query, key, value))
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        left, right = (reach if reach >= 0 else end for reach in window)
+        hidden = (distance > left) | (-distance > right)
+        p = (q @ k.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        yield slice(start, end), q * scale, k * scale, v, p
+
+
+def check(query, cu_seq, longest):
+    assert cu_seq.dtype == torch.int32 and cu_seq[-1] == len(query)
+    assert longest >= cu_seq.diff().max()
+
+
+@varlen._varlen_attn.register_kernel("cpu")
+def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None,
+            window_size=None, *_, **__):  # fmt: skip
+    check(query, cu_seq_q, max_q)
+    CALLS.append(1)
+    y = torch.zeros_like(query)
+    for rows, _, _, v, p in by_document(query, key, value, cu_seq_q, window_size, scale):
+        y[rows] = (p @ v).transpose(0, 1)
+    lse = torch.zeros(query.shape[1], len(query))
+    return y, lse, torch.zeros(2, dtype=torch.uint64)
+
+
+@varlen._varlen_attn_backward.register_kernel("cpu")
+def backward(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal,
+             rng_state, scale=None, window_size=None):  # fmt: skip
+    grads = [torch.zeros_like(x) for x in (query, key, value)]
+    for rows, q, k, v, p in by_document(query, key, value, cu_seq_q, window_size, scale):
+        g = grad[rows].transpose(0, 1).float()
+        of_p = g @ v.mT
+        of_scores = p * (of_p - (of_p * p).sum(-1, keepdim=True))
+        for x, of_x in zip(grads, (of_scores @ k, of_scores.mT @ q, p.mT @ g)):
+            x[rows] = of_x.transpose(0, 1)
+    return tuple(grads)
+
+
+@pytest.fixture
+def gpu_path(monkeypatch):
+    """Turns the path of CUDA on, and those for CPUs off."""
+    CALLS.clear()
+
+    @contextlib.contextmanager
+    def turned(on):
+        with monkeypatch.context() as patch:
+            patch.setattr(model_file.cpu, "attends", lambda *a: False)
+            patch.setattr(model_file.cpu, "handles", lambda *a: False)
+            if on:
+                packs = lambda qkv, layout: not layout.same_length  # noqa: E731
+                patch.setattr(model_file, "takes_varlen", packs)
+            yield
+
+    return turned
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(pooling="mean"),
+        dict(pooling="max", position="learned", norm="layer"),
+        dict(pooling="cls", n_layer=3, window=3, window_layers=(0, 2)),
+        dict(pooling="last", causal=True, n_kv_head=1),
+        dict(causal=True, window=4, window_layers=(1,), lm_head="own", n_classes=0),
+        dict(lm_head="own", n_classes=0, mlp="swiglu"),
+    ],
+)
+def test_our_trunk_in_values_and_gradients(gpu_path, settings):
+    turned = gpu_path
+    inputs = packed(random_documents(), shape=(512, 20, 64))
+    if settings.get("lm_head"):
+        inputs = (*inputs, None, torch.tensor([0, 3, 11, 100]))
+    found = []
+    for on in (True, False):
+        model = random_model(**settings).train()
+        with turned(on):
+            logits = model(*inputs)
+            logits[: len(random_documents())].square().mean().backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    assert len(CALLS) == model.config.n_layer
+    n = len(random_documents()) if not settings.get("lm_head") else 4
+    torch.testing.assert_close(found[0][0][:n], found[1][0][:n], atol=1e-5, rtol=1e-4)
+    for a, b in zip(found[0][1:], found[1][1:]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "modernbert", "gpt2", "llama", "mistral", "qwen3", "gemma3"]
+)
+def test_published_trunks(gpu_path, tmp_path, name):
+    turned = gpu_path
+    reference(name).save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
+    inputs = packed([d.numpy() for d in documents(58)])
+    with torch.no_grad():
+        with turned(True):
+            got = model(*inputs)
+        torch.testing.assert_close(got, model(*inputs), atol=1e-4, rtol=1e-4)
+    assert len(CALLS) == model.config.n_layer
+
+
+def test_an_epoch_of_ragged_batches_is_few_graphs_without_breaks(gpu_path):
+    turned = gpu_path
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 65, 300)
+    starts = np.concatenate([[0], lengths.cumsum()])
+    text = PackedText(
+        rng.integers(0, 50, starts[-1]), starts, rng.integers(0, 4, 300), max_len=64, n_suffix=0
+    )
+    batches = GlobalBatches(text, 16, 1024, seed=1, start=0, stop=19, fixed_shapes=True)
+    module = train.ModelWithLoss(random_model().train(), class_task(4))
+    plain_losses = [
+        module(batch.inputs, batch.targets).item()
+        for requests in batches
+        for batch in text.__getitems__(requests)
+    ]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    with turned(True):
+        losses = [
+            compiled(batch.inputs, batch.targets).item()
+            for requests in batches
+            for batch in text.__getitems__(requests)
+        ]
+    torch._dynamo.reset()
+    assert losses == pytest.approx(plain_losses, abs=1e-4)
+    assert 1 <= len(graphs) <= 3
+    assert any("varlen" in str(node.target) for g in graphs for node in g.graph.nodes)
