@@ -38,7 +38,7 @@ def settings_of(toy, **changes):
     with open(toy["train_file"], "w") as file:
         file.write("label,text\n")
         file.writelines(f"{'ab'[i % 2]},{words} {i}\n" for i in range(80))
-    large = dict(n_layer=4, d_model=384, n_head=6, max_len=256, batch_size=32, max_steps=3)
+    large = dict(n_layer=3, d_model=384, n_head=6, max_len=256, batch_size=24, max_steps=3)
     return toy | large | dict(eval_interval=3, vocab_size=300, dedup=False, epochs=9.0) | changes
 
 
@@ -46,11 +46,9 @@ def settings_of(toy, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(),
         dict(dtype="bfloat16"),
         dict(micro_batch_tokens=2048, optimizer="muon", ema_decay=0.9),
-        dict(objective="clm", dtype="bfloat16", checkpoint_activations=True),
-        dict(objective="mlm", mask_prob=0.2, mlp="swiglu"),
+        dict(objective="mlm", mask_prob=0.2, mlp="swiglu", checkpoint_activations=True),
     ],
 )
 def test_a_dry_run_says_what_a_run_takes(toy, capsys, changes):
@@ -77,12 +75,12 @@ def test_a_dry_run_says_what_a_run_takes(toy, capsys, changes):
 def test_auto_takes_what_fits_and_keeps_it(toy, monkeypatch, capsys):
     settings = settings_of(toy, micro_batch_tokens="auto", n_layer=2, d_model=96, n_head=4)
     taken = {}
-    for n in (256, 512, 1024, 8192):
+    for n in (256, 512, 1024, 6144):
         train.train(train.Config(**settings | dict(dry_run=True, micro_batch_tokens=n)))
         said = capsys.readouterr().out.splitlines()[-1]
         taken[n] = float(re.search(r"takes ([\d.]+) MiB", said)[1]) * 2**20
     assert list(taken.values()) == sorted(taken.values())
-    for free, expected in ((taken[512] * 1.02, 512), (taken[1024] * 1.02, 1024), (1e15, 8192)):
+    for free, expected in ((taken[512] * 1.02, 512), (taken[1024] * 1.02, 1024), (1e15, 6144)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free / 0.85)
         train.train(train.Config(**settings | dict(dry_run=True)))
         assert f"auto: {expected}\n" in capsys.readouterr().out
@@ -131,7 +129,8 @@ def test_a_dry_run_reads_no_weights(toy, tmp_path, capsys):
     for recompute in (False, True):
         changes = dict(lora_rank=4, checkpoint_activations=recompute, max_len=8, crop=None)
         finetune.finetune(finetune.Config(**settings | changes))
-        whole.append(float(re.search(r"takes ([\d.]+) MiB", capsys.readouterr().out)[1]))
+        said = capsys.readouterr().out.splitlines()[-1]
+        whole.append(float(re.search(r"takes ([\d.]+) MiB", said)[1]))
     assert whole[1] < 0.9 * whole[0] < 4 * 2 * n / 2**20  # not what is made without memory
     for rank in (0, 4):
         finetune.finetune(finetune.Config(**settings | dict(lora_rank=rank)))

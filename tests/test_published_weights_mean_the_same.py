@@ -342,7 +342,7 @@ def test_our_own_trunk_goes_out_and_comes_back(tmp_path):
 
 def test_weights_are_in_memory_once(tmp_path):
     """In the dtype that is asked for, whatever they are stored in."""
-    for folder, width in (("tiny", 64), ("large", 1024)):
+    for folder, width in (("tiny", 64), ("large", 1536)):
         config = hf.LlamaConfig(
             vocab_size=20000, hidden_size=width, num_hidden_layers=4, num_attention_heads=8,
             num_key_value_heads=2, intermediate_size=4 * width, max_position_embeddings=64,
@@ -375,7 +375,7 @@ print(size, memory("VmHWM") - before)
             check=True,
         ).stdout
         size, peak = map(int, out.split())
-        assert size > 100 * 2**20
+        assert size > 250 * 2**20  # beside what is there once, for any size
         assert peak <= 1.15 * size, (dtype, peak / size)
 
 

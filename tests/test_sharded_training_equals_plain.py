@@ -55,7 +55,7 @@ def test_any_number_of_processes_trains_as_one(toy, changes):
     toy = toy | dict(n_layer=2, max_steps=6, eval_interval=3, grad_clip=0.5) | changes
     one = run(toy, 0, "1", parallel="ddp")
     tolerance = 3e-3 if changes.get("dtype") else 2e-5
-    for n in (2, 4):
+    for n in (2, 4) if "ema_decay" in changes else (2,):
         assert_same(one, run(toy, n, n), tolerance)
 
 
