@@ -58,6 +58,10 @@ class Machine:
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=patience,
                                     device_id=self.device if on_cuda else None)
 
+    def leave(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
     def print(self, *args):
         if self.rank == 0:
             print(*args, flush=True)

@@ -16,6 +16,8 @@ import torch
 from format import mask_token
 from model import at_least_float32
 
+END_TOKENS = "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"
+
 
 class CachedLayout:
     """The next tokens of one document, whose earlier tokens' keys and values are kept: a layout for
@@ -117,9 +119,10 @@ def print_samples(path, model, tokenizer, objective, cfg):
     if objective != "clm":
         raise UserError(f"{path} fills in what is masked: give --fill=… with its mask token")
     ids = tokenizer.encode(cfg.prompt).ids
-    end = tokenizer.token_to_id("<|endoftext|>")
-    if not ids and end is not None:
-        ids = [end]  # which begins a text, too
+    ends = {tokenizer.token_to_id(name) for name in END_TOKENS} - {None}
+    begin = tokenizer.token_to_id("<|endoftext|>")  # GPT-2's: it begins a text, too
+    if not ids and begin is not None:
+        ids = [begin]
     if not ids:
         raise UserError(f"{path}: give a --prompt that is not empty")
     if len(ids) > model.config.max_len:
@@ -136,7 +139,7 @@ def print_samples(path, model, tokenizer, objective, cfg):
         for token in generate(model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
                               cfg.top_p, cfg.seed + i):
             n_tokens += 1
-            if token == end:
+            if token in ends:
                 break
             new.append(token)
             text = tokenizer.decode(ids + new)

@@ -295,7 +295,8 @@ def open_classifier(path, cfg, auto):
 
 
 def open_language_model(path, device):
-    """(model, tokenizer, its objective) of a run of ours, or of a GPT-2 folder of Hugging Face."""
+    """(model, tokenizer, its objective) of a run of ours, or of a Hugging Face folder of a language
+    model."""
     if not is_huggingface(path):
         clf = Classifier(path, device)
         if not clf.is_language_model:

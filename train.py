@@ -19,7 +19,6 @@ from configurator import UserError, configure, run, write_json, write_text
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
 import memory
@@ -338,7 +337,7 @@ def tokens_per_example(cfg, meta):
 def train(cfg, **hooks):
     """Run the training that `cfg` describes. hooks: what finetune.py replaces, see train_locked."""
     check_settings(cfg)
-    if cfg.folds:
+    if cfg.folds and not cfg.dry_run:
         cross_validate(cfg, hooks)
     run_training(cfg, **hooks)
 
@@ -451,6 +450,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         if cfg.dry_run:
             found = measure(cfg.micro_batch_tokens)
             machine.print(memory.describe(found))
+            machine.leave()
             return
     n_train = len(train_set) if subset is None else len(subset)
     steps_per_epoch = ceil_div(n_train, cfg.batch_size)
@@ -615,8 +615,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if wandb_run:
         wandb_run.summary.update({f"best_{key}": value for key, value in (best or {}).items()})
         finish_wandb(wandb_run)
-    if machine.world > 1:
-        dist.destroy_process_group()
+    machine.leave()
     if not finished:
         return
     split = next((split for split in ("test", "val") if split in meta["splits"]), None)
@@ -652,6 +651,8 @@ def check_finite(model, figures, cfg):
 def check_one_micro_batch(cfg, machine, train_set):
     """Raise UserError unless each batch is computed at once, as its examples are compared."""
     n_tokens = cfg.batch_size * int(train_set.lengths.max())
+    if cfg.micro_batch_tokens == "auto":
+        return  # which is refused
     if machine.world > 1 or n_tokens > cfg.micro_batch_tokens:
         raise UserError(f"--objective={cfg.objective} compares all examples of a batch with each "
                         "other, so they go through one process at once: without torchrun's "
@@ -697,8 +698,7 @@ def find_learning_rate(cfg, model_with_loss, task, optimizers, loader, machine):
             advice = (f"suggested: --learning_rate={suggestion:.1e}, where the loss has made a "
                       "quarter of its fall; try a third and three times as much too")
         print(f"{advice}. Written to {out}: lr_find.png, lr_find.json")
-    if machine.world > 1:
-        dist.destroy_process_group()
+    machine.leave()
 
 
 if __name__ == "__main__":

@@ -140,5 +140,9 @@ def test_a_dry_run_reads_no_weights(toy, tmp_path, capsys):
         assert optimizer < weights[rank] / 4 if rank else optimizer > 1.5 * weights[rank]
     assert weights[0] == pytest.approx(4 * n, rel=0.05)
     assert weights[4] == pytest.approx(2 * n, rel=0.1)
-    with pytest.raises(UserError, match="not for .*lbfgs or --objective=contrastive"):
-        finetune.finetune(finetune.Config(**settings | dict(objective="contrastive")))
+    for changes in (dict(dry_run=True), dict(dry_run=False, micro_batch_tokens="auto")):
+        with pytest.raises(UserError, match="not for .*lbfgs or --objective=contrastive"):
+            finetune.finetune(finetune.Config(**settings | dict(objective="contrastive") | changes))
+    finetune.finetune(finetune.Config(**settings | dict(folds=3)))  # says it once, trains nothing
+    assert capsys.readouterr().out.count("takes") == 1
+    assert not (tmp_path / "out-folds").exists()
