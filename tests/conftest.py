@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import batches
 import data
@@ -20,6 +21,8 @@ from eval import basic_report
 from predict import open_data
 from sources import rebuild_command, resolve
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: a core each
+    torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 SHARED = (
     ROOT.parent / "shared" / "data"
