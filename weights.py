@@ -199,6 +199,9 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     if n_classes is None and config.lm_head == "own" and "lm_head.weight" not in weights:
         config.lm_head = ""  # of a trunk that is saved alone
     if n_classes == 0:
+        if config.d_embedding and not config.lm_head:
+            raise UserError(f"{path}: its embedding is narrower than its blocks, so no language "
+                            "model can be made of it: it can be a classifier")
         config.n_classes = 0
         config.lm_head = config.lm_head or "tied"
         weights = without(weights, "head.")

@@ -229,6 +229,12 @@ def test_a_language_model_goes_in_and_out(tmp_path, name):
         assert list(generate(loaded, prompt, 20, temperature=0, use_cache=use_cache)) == expected
 
 
+def test_a_narrow_embedding_is_no_output_layer(tmp_path):
+    reference("electra").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="narrower than its blocks"):
+        from_pretrained(tmp_path, n_classes=0)
+
+
 def test_a_trunk_without_its_output_layer_is_no_language_model(tmp_path):
     reference("llama", hf.AutoModel).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="lm_head.weight is missing"):
