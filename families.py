@@ -403,7 +403,8 @@ def layer_types(c):
 
 
 def write_decoder(c):
-    return {"tie_word_embeddings": c.lm_head != "own",
+    """What config.json may leave out when it is read, but not as 0."""
+    return {"tie_word_embeddings": c.lm_head != "own", "head_dim": c.head_width,
             "num_key_value_heads": c.n_kv_head or c.n_head}
 
 

@@ -419,5 +419,5 @@ def their_weights(c, weights, config):
             w = w - family.norm_offset
         names = their_names(name, family)
         sizes = part_sizes(name, len(names), w, c)
-        theirs |= dict(zip(names, w.split(sizes) if len(names) > 1 else [w]))
+        theirs |= dict(zip(names, w.split(sizes)))
     return theirs

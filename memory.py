@@ -137,15 +137,14 @@ def in_words(size):
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def fitting_tokens(measure, device, max_len, batch_size, share=0.85):
+def fitting_tokens(measure, device, max_len, batch_size, share):
     """The largest micro_batch_tokens, a multiple of max_len, with which a step takes at most this
     share of the free memory; measure(n_tokens) → measure_step's. Raises UserError."""
     free = free_memory(device)
     if free is None:
         raise UserError("--micro_batch_tokens=auto: this machine does not say how much memory is "
                         "free; give a number, as 16384")
-    low, high = max_len, max_len * batch_size
-    one, two = (measure(n)["all"] for n in (low, min(2 * low, high)))
+    one, two = (measure(n)["all"] for n in (max_len, 2 * max_len))
     if one > share * free:
         raise UserError(f"--micro_batch_tokens=auto: an example of {max_len} tokens alone takes "
                         f"{in_words(one)}, {in_words(share * free)} are free: a smaller model or "

@@ -650,9 +650,9 @@ def check_finite(model, figures, cfg):
 
 def check_one_micro_batch(cfg, machine, train_set):
     """Raise UserError unless each batch is computed at once, as its examples are compared."""
-    n_tokens = cfg.batch_size * int(train_set.lengths.max())
     if cfg.micro_batch_tokens == "auto":
-        return  # which is refused
+        return  # memory.py refuses it for these objectives
+    n_tokens = cfg.batch_size * int(train_set.lengths.max())
     if machine.world > 1 or n_tokens > cfg.micro_batch_tokens:
         raise UserError(f"--objective={cfg.objective} compares all examples of a batch with each "
                         "other, so they go through one process at once: without torchrun's "

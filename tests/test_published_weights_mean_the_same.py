@@ -229,6 +229,29 @@ def test_a_language_model_goes_in_and_out(tmp_path, name):
         assert list(generate(loaded, prompt, 20, temperature=0, use_cache=use_cache)) == expected
 
 
+@pytest.mark.parametrize("name", ["llama-3.1", "mistral", "qwen2-yarn"])
+def test_a_config_of_transformers_4_says_the_same(tmp_path, name):
+    """Without head_dim and layer_types, and with rope_theta and rope_scaling beside each other."""
+    model = reference(name)
+    model.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs/config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope | {"type": rope["rope_type"]}
+    for key in ("head_dim", "layer_types"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config))
+    loaded, docs = from_pretrained(tmp_path / "theirs"), documents(58)
+    save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], json.dumps({"added_tokens": []}))
+    back = hf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    ).eval()
+    for got in (ours(loaded, docs), theirs(back, docs, 0)):
+        for x, y in zip(got, theirs(model, docs, 0)):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
 def test_a_narrow_embedding_is_no_output_layer(tmp_path):
     reference("electra").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="narrower than its blocks"):
