@@ -299,7 +299,8 @@ def make_tokenizer(cfg, texts):
 
 
 def add_template(tokenizer, cfg):
-    """Let a tokenizer put what stands around {text} around each text, as special tokens are."""
+    """Let a tokenizer put the template's tokens around each text, in place, as it does with special
+    tokens: so they count as these, and are never cut off."""
     before, _, after = cfg.template.replace("\\n", "\n").partition("{text}")
     n_prefix, n_suffix = special_around(tokenizer)
     ids = tokenizer.encode("a").ids
@@ -315,6 +316,7 @@ def add_template(tokenizer, cfg):
 
 
 def train_tokenizer(cfg, texts):
+    """A tokenizer of ours, "bpe", "words" or "bytes", trained on an iterator of texts."""
     special = ["[CLS]", "[MASK]"]
     if cfg.text_pair_column is not None:
         special.append("[SEP]")

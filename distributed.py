@@ -126,7 +126,7 @@ def is_sharded(x):
 
 
 def is_finite(p):
-    """Are all values of a parameter finite? With sharded ones all processes have to ask."""
+    """Are all values of a parameter finite? If it is sharded, all processes have to ask."""
     finite = p.isfinite().all()
     return bool(finite.full_tensor() if is_sharded(finite) else finite)
 
@@ -153,8 +153,8 @@ def shard_state(optimizer, state):
 
 
 def whole(tree, machine):
-    """Dicts and lists with their tensors put together again, on rank 0; the others get None for
-    these. All processes have to call it."""
+    """Nested dicts and lists with their sharded tensors gathered on rank 0, and None in their place
+    on the others. All processes have to call it."""
     def gather(x):
         if not is_sharded(x):
             return x
@@ -164,7 +164,8 @@ def whole(tree, machine):
 
 
 def gradient_sync(model_with_loss, on):
-    """A context in which backward adds up the gradients of all processes, or (not on) does not."""
+    """A context for forward and backward: on: backward averages gradients over processes; off: it
+    adds to this process's own."""
     if hasattr(model_with_loss, "no_sync"):
         return contextlib.nullcontext() if on else model_with_loss.no_sync()
     if hasattr(model_with_loss.model, "set_requires_gradient_sync"):

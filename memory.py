@@ -98,8 +98,8 @@ def n_bytes(tensors):
 
 
 def freeze_sparse_embedding(model, batch):
-    """An embedding's sparse gradients have no size before they have values. So it is frozen, and
-    their bytes and those of the optimizer's moments are returned."""
+    """How large an embedding's sparse gradient is depends on values, which there are none of here.
+    So such an embedding is frozen; returned are the bytes of its gradient and its moments."""
     embedding = getattr(model, "embedding", None)
     if not getattr(embedding, "sparse", False):
         return {}

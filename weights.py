@@ -112,9 +112,9 @@ def check_weights(own, weights, source):
 
 
 def filled_transformer(config, weights, source, fresh=(), dtype=torch.float32):
-    """A Transformer with these weights (name → tensor or StoredWeight), checked before. It has
-    memory for each of them once, in dtype, but for the head, which is computed in float32. fresh:
-    the names of those that are drawn instead."""
+    """A Transformer with these weights (name → tensor or StoredWeight, which check_weights has
+    seen), in dtype, but the head in float32, in which it is computed. No weight is in memory twice.
+    fresh: the names of weights that are drawn instead."""
     with torch.device("meta"), SkipInit():
         model = Transformer(config)
     state = {}
