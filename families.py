@@ -301,7 +301,7 @@ def read_modernbert(c, hf, folder):
     c.rope_theta = c.rope_theta or hf.get("global_rope_theta", 160000.0)
     c.window_rope_theta = c.window_rope_theta or hf.get("local_rope_theta") or 10000.0
     every = hf.get("global_attn_every_n_layers", 3)
-    read_windows(c, hf, hf["local_attention"] // 2, lambda layer: layer % every)
+    read_windows(c, hf, folder, hf["local_attention"] // 2, lambda layer: layer % every)
 
 
 def write_modernbert(c):
@@ -319,7 +319,7 @@ def write_llama(c):
 
 def read_mistral(c, hf, folder):
     read_rope(c, hf, folder)
-    read_windows(c, hf, (hf.get("sliding_window") or 0) - 1, lambda layer: True)
+    read_windows(c, hf, folder, (hf.get("sliding_window") or 0) - 1, lambda layer: True)
 
 
 def write_mistral(c):
@@ -333,7 +333,7 @@ def read_qwen(c, hf, folder):
     read_rope(c, hf, folder)
     reach = (hf.get("sliding_window") or 0) - 1 if hf.get("use_sliding_window") else 0
     first = hf.get("max_window_layers", 28)
-    read_windows(c, hf, reach, lambda layer: layer >= first)
+    read_windows(c, hf, folder, reach, lambda layer: layer >= first)
 
 
 def write_qwen(c):
@@ -351,7 +351,8 @@ def read_gemma3(c, hf, folder):
     c.rope_theta = c.rope_theta or hf.get("rope_theta", 1_000_000.0)
     c.window_rope_theta = c.window_rope_theta or hf.get("rope_local_base_freq", 10_000.0)
     every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    read_windows(c, hf, hf.get("sliding_window", 4096) - 1, lambda layer: (layer + 1) % every)
+    reach = hf.get("sliding_window", 4096) - 1
+    read_windows(c, hf, folder, reach, lambda layer: (layer + 1) % every)
 
 
 def write_gemma3(c):
@@ -385,10 +386,14 @@ def require_bias(c, hf, folder):
         raise UserError(f"{folder}: biases in some layers only are not supported for {c.family}")
 
 
-def read_windows(c, hf, reach, has_window):
+def read_windows(c, hf, folder, reach, has_window):
     """Attention of `reach` tokens to either side in the blocks that config.json's layer_types
-    names, or for which has_window(index) is true."""
+    names, or for which has_window(index) is true. Raises UserError."""
     types = hf.get("layer_types")
+    kinds = {"sliding_attention", "full_attention"}
+    if types is not None and (len(types) != c.n_layer or not kinds.issuperset(types)):
+        raise UserError(f"{folder}: layer_types={types} does not name the attention of each of "
+                        f"{c.n_layer} layers as one of {', '.join(sorted(kinds))}")
     if reach <= 0:
         return
     c.window = reach

@@ -272,6 +272,8 @@ def test_a_trunk_without_its_output_layer_is_no_language_model(tmp_path):
         (dict(rope_parameters=dict(rope_type="yarn", factor=-1)), "factor=-1"),
         (dict(mlp_bias=True), "biases in some layers only"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(model_type="mistral", layer_types=["sliding_attention"]), "each of 4 layers"),
+        (dict(model_type="qwen2", layer_types=["chunked_attention"] * 4), "chunked_attention"),
         (dict(num_key_value_heads=3), "settings cannot be those of its weights|is .*, not"),
     ],
 )
