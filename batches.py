@@ -10,6 +10,8 @@ A data set is a folder that data.py wrote (all little-endian, no headers):
                            special ones
     {train,val,test}.lbl   int64 (N,): its class; float32 (N,): its number, standardised; uint8
                            (N, C): 1 for each label it has; without targets there is none
+    {train,val}-00000.bin  text in shards (corpus.py): these and so on instead of .bin, and with
+    {train,val}-00000.idx  int64 (N, 2), where each document starts and ends, instead of .idx
     tokenizer.json         text only: Hugging Face `tokenizers` format
     meta.json              everything else, with the SHA-256 of every file; written last, so a
                            folder without it is no data set
@@ -30,9 +32,10 @@ from examples import (
     PackedText,
     PaddedShape,
     Request,
+    ShardedTokens,
     ceil_div,
 )
-from format import check_labels, check_pairs, check_text
+from format import check_labels, check_pairs, check_text, damaged
 
 TARGET_DTYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
 
@@ -56,6 +59,13 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
     names = [f"{split}.bin"]
     if is_text:
         names.append(f"{split}.idx")
+    shards = meta["splits"][split].get("shards")
+    if shards:
+        if objective == "classify":
+            raise UserError(f"{folder} holds text without labels, for --objective=mlm or clm")
+        tokens, spans = open_shards(folder, meta, split, shards, rebuild)
+        return LanguageBlocks(tokens, spans, max_len, objective, meta["splits"][split]["bytes"],
+                              meta["mask_id"], seed, **changes)
     pair = meta.get("pair")
     if pair:
         names.append(f"{split}.first")
@@ -64,8 +74,7 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
     for name in names:
         path = folder / name
         if not path.is_file() or file_sha256(path) != meta["sha256"].get(name):
-            raise UserError(f"{path} is missing, truncated or altered (its SHA-256 is not the one "
-                            f"in meta.json); rebuild the data set with: {rebuild}")
+            raise damaged(path, rebuild)
     n = meta["splits"][split]["examples"]
     n_classes = len(meta["label_names"])
     common = dict(max_len=max_len, seed=seed, **changes)
@@ -96,13 +105,33 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
         raise UserError(f"{folder}: the {split} split is damaged ({error}); rebuild the data set "
                         f"with: {rebuild}") from None
     if objective != "classify":
+        starts = common.pop("starts")
+        spans = np.stack((starts[:-1], starts[1:]), 1)
         n_bytes = meta["splits"][split]["bytes"]
-        return LanguageBlocks(objective=objective, n_bytes=n_bytes, **common)
+        return LanguageBlocks(spans=spans, objective=objective, bytes_of_text=n_bytes, **common)
     if pair:
         return PackedPairs(first_lengths, pair, labels=labels, **common)
     if is_text:
         return PackedText(labels=labels, **common)
     return Arrays(values, labels, n_classes, **common)
+
+
+def open_shards(folder, meta, split, n_tokens, rebuild):
+    """(ShardedTokens, spans (N, 2)) of a split in shards of n_tokens tokens each. Of these files
+    only the sizes are compared, and the hashes of the smaller ones: all would take minutes at each
+    start. `python data.py` with the same settings compares all. Raises UserError."""
+    paths = [folder / f"{split}-{i:05}.bin" for i in range(len(n_tokens))]
+    spans, before = [], 0
+    for path, n in zip(paths, n_tokens):
+        index = path.with_suffix(".idx")
+        n_bytes = n * np.dtype(meta["dtype"]).itemsize
+        if not path.is_file() or path.stat().st_size != n_bytes:
+            raise damaged(path, rebuild)
+        if not index.is_file() or file_sha256(index) != meta["sha256"].get(index.name):
+            raise damaged(index, rebuild)
+        spans.append(np.fromfile(index, np.int64).reshape(-1, 2) + before)
+        before += n
+    return ShardedTokens(paths, meta["dtype"], meta["vocab_size"]), np.concatenate(spans)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,17 +163,19 @@ class GlobalBatches(torch.utils.data.Sampler):
         return self.stop - self.start
 
     def __iter__(self):
-        lengths, epoch = self.examples.lengths, None
+        epoch = None
         for step in range(self.start, self.stop):
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.subset)
+                order, epochs = self.examples.order(self.subset, self.seed, epoch)
             first = step % self.steps_per_epoch * self.batch_size
             batch = order[first : first + self.batch_size]
-            longest_first = batch[np.argsort(-lengths[batch], kind="stable")]
+            lengths = self.examples.lengths[batch]
+            longest_first = np.argsort(-lengths, kind="stable")
             mine = longest_first[self.rank :: self.world]
-            yield [Request(epoch, indices, self.shape(lengths[indices].sum(), len(indices)))
-                   for indices in split_by_tokens(mine, lengths, self.limit)]
+            yield [Request(epoch if epochs is None else epochs[first + part], batch[part],
+                           self.shape(lengths[part].sum(), len(part)))
+                   for part in split_by_tokens(mine, lengths, self.limit)]
 
     def shape(self, n_tokens, n_documents):
         max_len = self.examples.max_len

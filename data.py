@@ -7,12 +7,11 @@ set is not there yet. The source is read three times (clean and hash; train the 
 and never held: memory stays flat, but for one long .txt with --target=none, which is one document.
 """
 import ast
-import hashlib
 import json
+import math
 import os
 import shutil
 import sys
-from array import array
 from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,18 +19,23 @@ from typing import Literal
 from configurator import UserError, configure, file_sha256, run, scratch_folder, write_json
 
 import numpy as np
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
 from tqdm import tqdm
 
-from format import FORMAT, SPLITS, mask_token, pair_template, read_meta, special_around
+import corpus
+from encoding import (
+    OWN_TOKENIZERS,
+    Features,
+    PairWriter,
+    Pixels,
+    Tokens,
+    Writer,
+    describe_tokenizer,
+    given_tokenizer,
+    make_tokenizer,
+    moments,
+    tokenizer_hash,
+)
+from format import FORMAT, SPLITS, damaged, read_meta
 from sources import (
     DataConfig,
     data_settings,
@@ -47,7 +51,6 @@ from values import texts_of
 
 TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "number": "regression",
                   "none": "none"}  # as meta.json names it
-OWN_TOKENIZERS = "bpe", "bytes", "words"  # made from train; others are given
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,8 +78,11 @@ def build_settings(cfg):
         del settings[name]
     if cfg.target != "labels":
         del settings["label_separator"]
-    if cfg.template is None:  # as data sets from before there was one
-        del settings["template"]
+    for name in ("template", "shards", "max_tokens"):
+        if settings[name] is None:  # as data sets from before there was such a setting
+            del settings[name]
+    if cfg.shards is not None:
+        _, settings["shards"] = corpus.parse_shards(cfg.shards)
     if cfg.tokenizer == "bytes":
         settings["vocab_size"] = "of bytes"
     elif cfg.tokenizer not in OWN_TOKENIZERS:
@@ -111,13 +117,52 @@ def open_meta(cfg):
     return meta
 
 
+def check_files(folder, meta, rebuild):
+    """Raise UserError for a file that is not as it was built."""
+    for name, expected in tqdm(meta["sha256"].items(), desc="checking", unit=" files"):
+        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+            raise damaged(folder / name, rebuild)
+
+
 def open_or_build(cfg):
     """(the data set's folder, its meta.json as a dict), built where it is not there."""
+    if corpus.is_partial(cfg.shards):
+        _, n = corpus.parse_shards(cfg.shards)
+        raise UserError(f"--shards={cfg.shards} are some shards of a data set: give --shards={n}")
     meta = open_meta(cfg)
     if meta is None:
         meta = build(cfg)
         print_table(meta)
     return folder_of(cfg), meta
+
+
+def open_mix(cfg, meta):
+    """The data sets that cfg.mix names: a list of ((folder, meta), share). Raises UserError for one
+    that is not built, or not with the tokenizer of `meta`."""
+    found = []
+    for part in cfg.mix.split(","):
+        name, _, share = part.strip().rpartition(":")
+        try:
+            share = float(share)
+        except ValueError:
+            share = 0.0
+        if not name or not 0 < share < math.inf:
+            raise UserError(f"--mix={cfg.mix}: {part!r} is not a data set and a share above 0, as "
+                            "web:0.7")
+        folder = folder_of(replace(cfg, dataset=name))
+        given = Path(cfg.data_dir) / f"{name}-{meta['tokenizer_sha256'][:8]}"  # see folder_of
+        folder = given if given.exists() else folder
+        other = read_meta(folder, f"python data.py --dataset={name} …")
+        if other is None:
+            raise UserError(f"--mix={cfg.mix}: there is no {folder}; build it first, with the same "
+                            f"tokenizer: python data.py --dataset={name} --tokenizer="
+                            f"{folder_of(cfg) / 'tokenizer.json'} …")
+        if other.get("tokenizer_sha256") != meta["tokenizer_sha256"]:
+            raise UserError(f"--mix={cfg.mix}: {folder} has another tokenizer than "
+                            f"{folder_of(cfg)}; build both with one: --tokenizer="
+                            f"{folder_of(cfg) / 'tokenizer.json'}")
+        found.append(((folder, other), share))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,17 +177,28 @@ def build(cfg):
     if aside.exists() and not folder.exists():
         os.rename(aside, folder)  # a kill came between the two renames below
     check_replaceable(folder, resolve(cfg))
+    plan = build_shards(cfg) if corpus.is_sharded(resolve(cfg)) else None
     with scratch_folder(folder) as scratch:
         work = scratch / "new"
         work.mkdir()
-        meta = build_into(work, cfg)
+        meta = corpus.join(plan, work, build_settings(cfg)) if plan else build_into(work, cfg)
         check_replaceable(folder, resolve(cfg))  # again: building may take long
         shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():
             os.rename(folder, aside)
         os.rename(work, folder)
         shutil.rmtree(aside, ignore_errors=True)
+    if plan:
+        shutil.rmtree(plan.folder)
     return meta
+
+
+def build_shards(cfg):
+    """Build the shards of a corpus that cfg.shards names; returns the corpus.Plan."""
+    folder = folder_of(cfg)
+    plan = corpus.Plan(resolve(cfg), folder.with_name(f"{folder.name}.shards"), build_settings(cfg))
+    corpus.build_shards(plan)
+    return plan
 
 
 def check_replaceable(folder, source):
@@ -152,7 +208,8 @@ def check_replaceable(folder, source):
     ours |= {f"{split}.{suffix}" for split in SPLITS for suffix in suffixes}
     others = []
     if folder.is_dir():
-        others = sorted(f.name for f in folder.iterdir() if f.name not in ours or f.is_dir())
+        others = sorted(f.name for f in folder.iterdir()
+                        if corpus.without_number(f.name) not in ours or f.is_dir())
     if others or folder.is_file():
         what = f"holds {others[0]}" if others else "is a file"
         raise UserError(f"{folder} {what}, which is no part of a data set and would be deleted; "
@@ -265,256 +322,6 @@ def why_empty(removed):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def given_tokenizer(path):
-    """The Tokenizer of a tokenizer.json, or of the folder that holds one."""
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"--tokenizer={path}: no such file; it is 'bpe', 'bytes', 'words' or a "
-                        "tokenizer.json") from None
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"--tokenizer={path}: not a tokenizer.json: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer):
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-
-
-def make_tokenizer(cfg, texts):
-    """cfg.tokenizer: given, or trained on an iterator of texts; with cfg.template."""
-    if cfg.tokenizer in OWN_TOKENIZERS:
-        tokenizer = train_tokenizer(cfg, texts)
-    else:
-        tokenizer = given_tokenizer(cfg.tokenizer)
-    if cfg.template is not None:
-        add_template(tokenizer, cfg)
-    return tokenizer
-
-
-def add_template(tokenizer, cfg):
-    """Let a tokenizer put the template's tokens around each text, in place, as it does with special
-    tokens: so they count as these, and are never cut off."""
-    before, _, after = cfg.template.replace("\\n", "\n").partition("{text}")
-    n_prefix, n_suffix = special_around(tokenizer)
-    ids = tokenizer.encode("a").ids
-    parts = {"{before}": ids[:n_prefix] + tokenizer.encode(before, add_special_tokens=False).ids,
-             "{after}": (tokenizer.encode(after, add_special_tokens=False).ids
-                         + ids[len(ids) - n_suffix :])}
-    parts = {name: part for name, part in parts.items() if part}
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=["{before}"] * ("{before}" in parts) + ["$A"] + ["{after}"] * ("{after}" in parts),
-        special_tokens=[
-            {"id": name, "ids": part, "tokens": [tokenizer.id_to_token(i) for i in part]}
-            for name, part in parts.items()])
-
-
-def train_tokenizer(cfg, texts):
-    """A tokenizer of ours, "bpe", "words" or "bytes", trained on an iterator of texts."""
-    special = ["[CLS]", "[MASK]"]
-    if cfg.text_pair_column is not None:
-        special.append("[SEP]")
-    n_bytes_and_special = 256 + len(special)
-    if cfg.tokenizer == "bpe" and cfg.vocab_size < n_bytes_and_special:
-        raise UserError(f"--vocab_size={cfg.vocab_size}: a byte-level vocabulary has at least "
-                        f"{n_bytes_and_special} entries")
-    if cfg.tokenizer == "words":
-        tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-        trainer = trainers.WordLevelTrainer(
-            vocab_size=cfg.vocab_size, special_tokens=[*special, "[UNK]"],
-            show_progress=False)
-    else:  # "bytes" is BPE without merges
-        tokenizer = Tokenizer(models.BPE())
-        size = n_bytes_and_special if cfg.tokenizer == "bytes" else cfg.vocab_size
-        trainer = trainers.BpeTrainer(
-            vocab_size=size, min_frequency=2, special_tokens=special,
-            show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    steps = [normalizers.NFC()]
-    if cfg.lowercase:
-        steps.append(normalizers.Lowercase())
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=cfg.tokenizer != "bytes")
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainer)
-    # [CLS], so that every document has a token
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A", pair=None if len(special) == 2 else "[CLS] $A [SEP] $B",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in special])
-    return tokenizer
-
-
-def describe_tokenizer(tokenizer, cfg):
-    """What meta.json holds of a tokenizer: mask_id; n_suffix, the special tokens at the end of each
-    document; with a template n_prefix, those at its start; of bytes, which of them are letters and
-    blanks (for baselines.LinearModel)."""
-    n_prefix, n_suffix = special_around(tokenizer)
-    mask = mask_token(tokenizer)
-    mask_id = None if mask is None else tokenizer.token_to_id(mask)
-    found = {"mask_id": mask_id, "n_suffix": n_suffix}
-    if cfg.template is not None:
-        found["n_prefix"] = n_prefix
-    if cfg.text_pair_column is not None:
-        found["pair"] = pair_template(tokenizer)
-        found["n_suffix"] = found["pair"]["n_suffix"]
-    if cfg.tokenizer == "bytes":
-        ids = tokenizer.get_vocab()
-        # a blank's token is chr(256 + byte). [CLS] is a word: that a word is the first tells much
-        mask_and_blanks = [1, *(ids[chr(256 + byte)] for byte in range(33))]
-        letters = [i for token, i in ids.items() if token.isalnum() or not token.isascii()]
-        found["blanks"] = mask_and_blanks
-        found["letters"] = sorted(set(letters) - set(mask_and_blanks))
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# Encoding and writing
-
-
-class Tokens:
-    """Texts → token ids."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
-
-    def __call__(self, texts):
-        encodings = self.tokenizer.encode_batch_fast(texts)
-        return (encoding.ids or [0] for encoding in encodings)  # no document without a token
-
-
-class Pixels:
-    """Images as they are."""
-    dtype = "uint8"
-
-    def __call__(self, values):
-        return values
-
-
-class Features:
-    """Rows of numbers, standardised; an empty one becomes the mean."""
-    dtype = "float32"
-
-    def __init__(self, scaling):
-        self.mean = np.array(scaling["mean"])
-        self.std = np.array(scaling["std"])
-
-    def __call__(self, values):
-        return np.nan_to_num((np.stack(values) - self.mean) / self.std, nan=0.0)
-
-
-def moments(examples, source):
-    """Mean and standard deviation of each feature (NaN aside), and of the target where it is a
-    number, in one pass (Chan, Golub & LeVeque 1979). A feature that does not vary gets standard
-    deviation 1."""
-    count = mean = square = 0.0
-    for value, target in examples:
-        numbers = value.astype(np.float64) if source.kind == "features" else []
-        x = np.append(numbers, target)
-        seen = ~np.isnan(x)
-        count = count + seen
-        step = np.where(seen, x - mean, 0) / np.maximum(count, 1)
-        square = square + np.where(seen, step * count * (x - mean - step), 0)
-        mean = mean + step
-    std = np.sqrt(square / np.maximum(count, 1))
-    if source.target == "number" and std[-1] == 0:
-        raise UserError(f"{source.train_file}: every row has the target {mean[-1]:g}: there is "
-                        "nothing to predict (is --label_column the right one?)")
-    std[std == 0] = 1
-    scaling = {}
-    if source.kind == "features":
-        scaling = {"mean": mean[:-1].tolist(), "std": std[:-1].tolist(), "columns": source.columns}
-    if source.target == "number":
-        scaling |= {"target_mean": float(mean[-1]), "target_std": float(std[-1])}
-    return scaling
-
-
-class Writer:
-    """Writes {split}.bin .idx .lbl, about a million characters or values at a time."""
-
-    def __init__(self, path, encode, scaling, target):
-        self.path, self.encode, self.scaling, self.target = path, encode, scaling, target
-        self.out = open(f"{path}.bin", "wb")
-        self.lengths = array("q")
-        self.shape = []
-        self.labels = array({"number": "d", "labels": "B"}.get(target, "q"))
-        self.n_bytes, self.waiting, self.size = 0, [], 0
-
-    def add(self, value, target):
-        self.waiting.append(value)
-        self.labels.extend(target if isinstance(target, bytes) else [target])
-        if isinstance(value, (str, tuple)):
-            self.size += sum(map(len, texts_of(value)))
-            self.n_bytes += sum(len(text.encode()) for text in texts_of(value))
-        else:
-            self.size += value.size
-        if self.size > 1_000_000:
-            self.flush()
-
-    def flush(self):
-        for x in self.encode(self.waiting):
-            x = np.asarray(x, self.encode.dtype)
-            self.out.write(x.tobytes())
-            self.lengths.append(len(x))
-        self.shape = list(x.shape)
-        self.waiting = []
-        self.size = 0
-
-    def close(self, n_classes):
-        """Write what waits and the labels; returns the split's entry in meta.json."""
-        if self.waiting:
-            self.flush()
-        self.out.close()
-        lengths = np.array(self.lengths)
-        labels = np.array(self.labels)
-        counts = {"examples": len(lengths)}
-        if isinstance(self.encode, Tokens):
-            starts = np.concatenate([[0], np.cumsum(lengths)])
-            starts.astype(np.int64).tofile(f"{self.path}.idx")
-            quantiles = np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()
-            counts |= {"tokens": int(lengths.sum()), "bytes": self.n_bytes,
-                       "length_quantiles": quantiles}
-        if self.target == "number":
-            standard = (labels - self.scaling["target_mean"]) / self.scaling["target_std"]
-            standard.astype(np.float32).tofile(f"{self.path}.lbl")
-            quantiles = np.quantile(labels, [0, .25, .5, .75, 1]).round(4).tolist()
-            counts["target_quantiles"] = quantiles
-        elif self.target == "labels":
-            labels.tofile(f"{self.path}.lbl")
-            counts["per_class"] = labels.reshape(-1, n_classes).sum(0, dtype=int).tolist()
-        elif self.target == "class":
-            labels.astype(np.int64).tofile(f"{self.path}.lbl")
-            counts["per_class"] = np.bincount(labels, minlength=n_classes).tolist()
-        return counts
-
-
-class PairWriter(Writer):
-    """Writes {split}.first, too, of pairs of texts."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.first_lengths = array("i")
-
-    def flush(self):
-        for encoding in self.encode.tokenizer.encode_batch_fast(self.waiting):
-            self.out.write(np.array(encoding.ids, self.encode.dtype).tobytes())
-            self.lengths.append(len(encoding.ids))
-            self.first_lengths.append(encoding.sequence_ids.count(0))
-        self.waiting = []
-        self.size = 0
-
-    def close(self, n_classes):
-        counts = super().close(n_classes)
-        np.array(self.first_lengths, np.int32).tofile(f"{self.path}.first")
-        return counts
-
-
-# --------------------------------------------------------------------------------------------------
 # For a person
 
 
@@ -584,7 +391,14 @@ def whole_config():
 def main():
     asks_for_help = {"--help", "-h"} & set(sys.argv)
     cfg = configure(DataConfig if asks_for_help else whole_config())
+    if corpus.is_partial(cfg.shards):
+        plan = build_shards(cfg)
+        print(f"{plan.folder}: shards {plan.numbers[0]} to {plan.numbers[-1]} of {plan.n} are "
+              f"there; --shards={plan.n} builds those that are missing and joins all", flush=True)
+        return
     meta = None if cfg.overwrite else open_meta(cfg)
+    if meta:
+        check_files(folder_of(cfg), meta, rebuild_command(cfg))
     meta = meta or build(cfg)
     print_table(meta)
     if meta["kind"] == "text" and meta["task"] != "none" and getattr(cfg, "max_len", None):

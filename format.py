@@ -60,6 +60,12 @@ def read_meta(folder, rebuild):
     return meta
 
 
+def damaged(path, rebuild):
+    """The error for a file that is not the one that was built."""
+    return UserError(f"{path} is missing, truncated or altered (it is not what meta.json says); "
+                     f"rebuild the data set with: {rebuild}")
+
+
 def mask_token(tokenizer):
     """What a tokenizer calls its mask, None where it has none."""
     names = "[MASK]", "<mask>"

@@ -14,6 +14,7 @@ import dataclasses
 import fnmatch
 import glob
 import gzip
+import io
 import shlex
 import zipfile
 from dataclasses import dataclass, field
@@ -117,6 +118,9 @@ class DataConfig:
     val_fraction: float | None = None  # of a source that has no val; None: 0.1, but nothing where
     #   that is fewer than 50 texts: too few to choose by, so that all are trained on
     test_fraction: float = 0.1  # of a source that has neither val nor test
+    shards: int | str | None = None  # of --target=none: built in parallel in so many shards, as
+    #   100; 0-9/100: only these of 100, see corpus.py. val is 0.001 of it, and there is no test
+    max_tokens: int | None = None  # of --target=none: no more than about so many
     split_seed: int = 0  # not the training seed: the split stays while seeds vary
     tokenizer: str = "bpe"  # "bpe" (byte-level, trained on train only), "words" (of train),
     #   "bytes", or a tokenizer.json
@@ -359,7 +363,7 @@ def picture_examples(files, cfg):
 
 
 def suffix_of(name):
-    return Path(name.removesuffix(".gz")).suffix.lower()
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
 
 
 def is_picture(name, cfg):
@@ -383,9 +387,22 @@ def file_rows(name, opener, cfg):
 
 @contextlib.contextmanager
 def unpacked(name, opener):
-    """A file as a binary stream, without gzip."""
+    """A file as a binary stream, without gzip or Zstandard."""
     with opener() as raw:
-        yield gzip.open(raw) if name.endswith(".gz") else raw
+        if name.endswith(".gz"):
+            yield gzip.open(raw)
+        elif name.endswith(".zst"):
+            yield open_zstandard(name, raw)
+        else:
+            yield raw
+
+
+def open_zstandard(name, raw):
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f"{name}: needs a package that is not here: pip install pyarrow") from None
+    return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
 
 
 def feature_columns(source, cfg):

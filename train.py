@@ -41,7 +41,7 @@ from distributed import (
     shard_state,
     whole,
 )
-from examples import Subset, ceil_div
+from examples import Mixture, Subset, ceil_div
 from format import read_tokenizer
 from model import ModelConfig, flops_per_token
 from runs import (
@@ -107,6 +107,8 @@ class Config(DataConfig):
     #   regulariser for small data
     checkpoint_activations: bool = False  # True where memory runs out at
     #   micro_batch_tokens=max_len: a third slower
+    mix: str | None = None  # language models: train on several data sets, each with a share of the
+    #   tokens, as web:0.7,books:0.3; those besides --dataset have to be built, val is --dataset's
     train_fraction: float = 1.0  # train on this share of train, to see what more labels would
     #   bring; smaller shares are nested
     # optimisation
@@ -207,6 +209,8 @@ def check_settings(cfg):
             value = getattr(cfg, name, None)  # None: not set, or no setting of this script
             if value not in (None, "auto") and not low <= value <= high:
                 raise UserError(f"--{name}={value} must be {allowed}")
+    if cfg.mix and (cfg.objective not in ("mlm", "clm") or cfg.train_fraction < 1):
+        raise UserError("--mix is for --objective=mlm and clm, without --train_fraction")
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
@@ -410,13 +414,18 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         raise UserError(f"--micro_batch_tokens={cfg.micro_batch_tokens} must hold an example, "
                         f"of up to {max_len} tokens")
 
-    def open_examples(split, seed, training):
+    def open_examples(split, seed, training, folder=folder, meta=meta):
         settings = task.example_settings(cfg, meta["kind"], training)
         if "pair" in meta:
             settings["truncation"] = cfg.truncation
         return open_split(folder, meta, split, max_len, rebuild_command(cfg), seed=seed, **settings)
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))  # held: the file may change
-    train_set = open_examples("train", cfg.seed, training=True)
+    if cfg.mix:
+        parts = data.open_mix(cfg, meta)
+        train_set = Mixture([open_examples("train", cfg.seed, True, *part) for part, _ in parts],
+                            [share for _, share in parts])
+    else:
+        train_set = open_examples("train", cfg.seed, training=True)
     val_set = subset = None
     if fold is not None:
         in_fold = assign_folds(train_set.labels, cfg.folds, cfg.split_seed) == fold

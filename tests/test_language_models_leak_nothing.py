@@ -79,7 +79,8 @@ def test_a_masked_model_never_reads_what_is_masked(tmp_path, toy):
     split.tokens = split.tokens.copy()  # other words under the masks: the model gets the same input
     for i in range(8):
         ids, aim = split.block(i, 0)
-        split.tokens[split.start[i] : split.start[i] + len(ids)][aim >= 0] = 5
+        start = split.spans[split.document[i], 0]  # a document is one block here
+        split.tokens[start : start + len(ids)][aim >= 0] = 5
     (again, *_), changed, *_ = split.batch(0, range(8))
     assert torch.equal(tokens, again) and not torch.equal(targets, changed)
 
@@ -221,14 +222,14 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lin
         val = open_split(cfg, meta, "val", 16, objective="clm")
         decode = Tokenizer.from_file(str(data.folder_of(cfg) / "tokenizer.json")).decode
         texts = [
-            decode(val.tokens[a:b]).removeprefix(" ") for a, b in zip(val.starts, val.starts[1:])
+            decode(val.tokens[a:b]).removeprefix(" ") for a, b in val.spans
         ]  # bpe puts one there
         assert val.n_bytes == len("".join(texts).encode())
         machine = train.Machine(cfg)
         task = task_of(cfg, meta)
         model = train.make_model(cfg, meta, task).eval()
         got = train.evaluate(model, task, val, cfg, machine)
-        n = sum(len(val.tokens[a:b]) - 1 for a, b in zip(val.starts, val.starts[1:]))
+        n = sum(len(val.tokens[a:b]) - 1 for a, b in val.spans)
         assert got["val_bits_per_byte"] == pytest.approx(
             n * math.log2(meta["vocab_size"]) / val.n_bytes, rel=1e-6
         )

