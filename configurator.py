@@ -67,6 +67,11 @@ def plain_message(error):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return str(cannot_write(error.filename or "a file", error))
+    ended = "Connection closed by peer", "Connection reset by peer", "ncclRemoteError"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ended):
+        return ("another process of this run has ended: it was killed, or its message is above. "
+                "The same command goes on from the last checkpoint; torchrun --max-restarts=3 does "
+                "so by itself")
     no_memory = "out of memory", "not enough memory", "can't allocate memory"
     if isinstance(error, MemoryError) or any(words in str(error) for words in no_memory):
         reason = str(error).partition("\n")[0]

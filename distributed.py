@@ -1,20 +1,27 @@
-"""Where a process stands among all, and how a model is spread over them.
+"""Where a process stands among all, and what they tell each other.
 
---parallel=ddp: each process holds the model, gradients are averaged (DistributedDataParallel).
---parallel=fsdp: each process holds a part of each weight, its gradient and its optimizer state; a
-block's weights are gathered when it computes, and freed after (FSDP2's fully_shard). What is saved
-is the same for both, so that a run can go on with other processes than it began with.
+They may run on several machines without a common disk: each machine builds or fetches its data, and
+what rank 0 reads of a run's folder it tells the others.
 """
 import contextlib
 import datetime
 import os
+import sys
+import time
+import uuid
+import warnings
+
+from configurator import UserError
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_map
 
 import cpu
 from tasks import bf16_is_native, open_device
+
+PATIENCE = datetime.timedelta(hours=2)  # with a process that builds a data set
 
 
 def computing_dtype(cfg, device):
@@ -32,8 +39,9 @@ class Machine:
     def __init__(self, cfg):
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
         self.sharded = cfg.parallel == "fsdp" and self.world > 1
-        self.device = open_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = open_device(cfg.device, self.local_rank)
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             torch.cuda.set_device(self.device)
@@ -53,10 +61,13 @@ class Machine:
             from torch._inductor.decomposition import decompositions
             decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
         if self.world > 1:
-            # the others wait while rank 0 builds the data set
-            patience = datetime.timedelta(hours=2)
-            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=patience,
-                                    device_id=self.device if on_cuda else None)
+            where = {"store": fresh_store(), "rank": self.rank, "world_size": self.world}
+            if on_cuda:
+                dist.init_process_group("nccl", device_id=self.device, **where)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE, **where)
+            # of numbers that are on the CPU, so that no sum of them waits for the device
+            self.cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def leave(self):
         if self.world > 1:
@@ -76,17 +87,16 @@ class Machine:
         """Add up each of a list of numbers over all processes."""
         if self.world == 1:
             return [float(value) for value in values]
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor(values, dtype=dtype, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.cpu_group)
         return total.tolist()
 
     def smallest(self, value):
         """The smallest of a whole number over all processes."""
         if self.world == 1:
             return value
-        found = torch.tensor(value, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MIN)
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.cpu_group)
         return found.item()
 
     def evened(self, batches, empty_batch):
@@ -97,70 +107,107 @@ class Machine:
         most = -self.smallest(-len(batches))
         return [*batches, *(empty_batch() for _ in range(most - len(batches)))]
 
-    def rank0_first(self, work):
-        """Run work() on rank 0 first; the others wait, then run it and find what it wrote."""
-        if self.world > 1 and self.rank > 0:
-            dist.barrier()
-        result = work()
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
+    def one_first(self, work):
+        """Run work() on rank 0 first, then on one process of each other machine, then on the rest,
+        which find what it wrote."""
+        turn = min(self.rank, 1) + (self.rank > 0 and self.local_rank > 0)
+        for now in range(3 if self.world > 1 else 1):
+            if now == turn:
+                result = work()
+            if self.world > 1:
+                dist.barrier(group=self.cpu_group)
         return result
 
+    def on_rank0(self, work):
+        """What work() returns on rank 0 (nested dicts and lists of tensors and plain types), on all
+        processes. If it raises a UserError there, all end."""
+        if self.world == 1:
+            return work()
+        result = error = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as raised:
+                error = raised
+        tensors = []
 
-# --------------------------------------------------------------------------------------------------
-# A model over processes
+        def take(x):  # tensors go by themselves: as objects they would be in memory three times
+            if not isinstance(x, torch.Tensor):
+                return x
+            tensors.append(x)
+            return Sent(len(tensors) - 1, x.shape, x.dtype)
+        sent = [error is not None, tree_map(take, result)]
+        dist.broadcast_object_list(sent, group=self.cpu_group)
+        if sent[0]:
+            if self.rank > 0:
+                sys.exit(2)
+            raise error
+
+        def put(x):
+            if not isinstance(x, Sent):
+                return x
+            value = torch.empty(x.shape, dtype=x.dtype)
+            if self.rank == 0:
+                value.copy_(tensors[x.number])
+            dist.broadcast(value, 0, group=self.cpu_group)
+            return value
+        return tree_map(put, sent[1])
+
+    def check_agreement(self, facts):
+        """Raise UserError unless all processes pass the same facts, a dict of plain values."""
+        if self.world == 1:
+            return
+        found = [None] * self.world
+        dist.all_gather_object(found, facts, group=self.cpu_group)
+        for rank, other in enumerate(found):
+            for name in facts:
+                if other[name] != found[0][name]:
+                    if self.rank > 0:
+                        sys.exit(2)
+                    raise UserError(f"process {rank} has another {name} than process 0 "
+                                    f"({other[name]!r}, not {found[0][name]!r}): give all machines "
+                                    "the same code, command and data")
+
+    def sees(self, path):
+        """Do all processes see a file that rank 0 has written?"""
+        dist.barrier(group=self.cpu_group)
+        return self.smallest(int(os.path.exists(path))) == 1
 
 
-def shard(model, machine):
-    """Spread a Transformer's weights over all processes, in place: each block is gathered by
-    itself, embedding and head together."""
-    from torch.distributed.fsdp import fully_shard
-    mesh = dist.init_device_mesh(machine.device.type, (machine.world,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def fresh_store():
+    """The store in which processes find each other, without what an earlier attempt left there.
+
+    torchrun keeps one store for all its restarts (torch 2.13), so that gloo could read the address
+    of a process that is gone. Here rank 0 tells all who ask, by an id of their own, a prefix for
+    this attempt's keys."""
+    store, rank, world = next(rendezvous("env://"))
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks {rank}", own)
+        prefix = store.get(own).decode()  # waits for it
+        store.add(f"{prefix} told", 1)
+        return dist.PrefixStore(prefix, store)
+    while store.add(f"{own} told", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"asks {other}"]):  # perhaps of an earlier attempt: then none listens
+                store.set(store.get(f"asks {other}").decode(), own)
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
-def is_sharded(x):
-    return hasattr(x, "full_tensor")  # a DTensor, whose module takes long to import
+class Sent:
+    """A tensor's place in what on_rank0 sends."""
+
+    def __init__(self, number, shape, dtype):
+        self.number, self.shape, self.dtype = number, shape, dtype
 
 
-def is_finite(p):
-    """Are all values of a parameter finite? If it is sharded, all processes have to ask."""
-    finite = p.isfinite().all()
-    return bool(finite.full_tensor() if is_sharded(finite) else finite)
-
-
-def shard_like(x, p):
-    """This process's part of a whole tensor, as parameter p is spread."""
-    if not is_sharded(p):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x.detach().to(p.device), p.device_mesh, p.placements,
-                             src_data_rank=None)
-
-
-def shard_state(optimizer, state):
-    """An optimizer's state dict of whole tensors, as its parameters are spread."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    spread = {}
-    for i, values in state["state"].items():
-        p = parameters[i]
-        spread[i] = {
-            key: shard_like(x, p) if isinstance(x, torch.Tensor) and x.shape == p.shape else x
-            for key, x in values.items()}
-    return state | {"state": spread}
-
-
-def whole(tree, machine):
-    """Nested dicts and lists with their sharded tensors gathered on rank 0, and None in their place
-    on the others. All processes have to call it."""
-    def gather(x):
-        if not is_sharded(x):
-            return x
-        x = x.full_tensor()
-        return x.cpu() if machine.rank == 0 else None
-    return tree_map(gather, tree)
+def average_gradients(module):
+    """The module in DistributedDataParallel: backward averages gradients over processes."""
+    with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, which 2.11 needs
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.parallel.DistributedDataParallel(
+            module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def gradient_sync(model_with_loss, on):

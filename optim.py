@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from distributed import is_sharded, shard_like
 from model import qkv_rows
+from sharding import is_sharded, shard_like
 
 # Weights above which an embedding has sparse gradients on CPUs: a dense one would take longer to
 # make than the rows that a batch reads.
@@ -218,6 +218,14 @@ def step_all(optimizers):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def states_like(optimizer, saved):
+    """For each tensor of a saved state dict that is as its parameter, that parameter: how it is to
+    be spread."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {"state": {i: dict.fromkeys(state, parameters[i])
+                      for i, state in saved["state"].items()}}
 
 
 def make_lbfgs(model):

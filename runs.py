@@ -15,6 +15,7 @@ from configurator import UserError, cannot_write, read_json, try_lock, write_jso
 
 import torch
 
+from sharding import remove_parts
 from weights import load_checkpoint
 
 # settings that may differ between a run and its continuation
@@ -29,8 +30,9 @@ PEAK_FLOPS = {  # bf16 dense, from data sheets
 # The folder
 
 
-def open_run(cfg):
-    """Check out_dir. Returns the checkpoint to resume from, or None to begin; writes nothing."""
+def open_run(cfg, parts=True):
+    """Check out_dir. Returns the checkpoint to resume from (parts: see load_checkpoint), or None to
+    begin; writes nothing."""
     out = Path(cfg.out_dir)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: goes on
     if cfg.overwrite and not restarted or cfg.lr_find:
@@ -52,7 +54,7 @@ def open_run(cfg):
             raise UserError(f"{out} holds a run with other settings ({key}={saved[key]!r} there, "
                             f"{value!r} here); choose another --out_dir=…, or replace it with "
                             "--overwrite=True")
-    return load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
+    return load_checkpoint(out / "last.pt", parts=parts) if (out / "last.pt").exists() else None
 
 
 def begin_run(cfg, checkpoint, lock):
@@ -66,6 +68,7 @@ def begin_run(cfg, checkpoint, lock):
         lock.acquire()
         for name in ("config.tmp.json", "last.tmp.pt", "best.tmp.pt", "metrics.tmp.jsonl"):
             (out / name).unlink(missing_ok=True)  # left by a run that was killed
+        remove_parts(out, but=checkpoint and checkpoint.get("shards", {}).get("folder"))
         if checkpoint is None:
             for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
                 (out / name).unlink(missing_ok=True)

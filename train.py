@@ -6,6 +6,7 @@ in step i is a function of (seed, i) alone: the batch, its masks, and the random
 are seeded anew at each step.
 """
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, run, write_json, write_text
+from configurator import UserError, configure, file_sha256, run, write_json, write_text
 
 import numpy as np
 import torch
@@ -32,15 +33,7 @@ from batches import (
     open_split,
     stratified_subset,
 )
-from distributed import (
-    Machine,
-    gradient_sync,
-    is_finite,
-    shard,
-    shard_like,
-    shard_state,
-    whole,
-)
+from distributed import Machine, average_gradients, gradient_sync
 from examples import Mixture, Subset, ceil_div
 from format import read_tokenizer
 from model import ModelConfig, flops_per_token
@@ -52,6 +45,15 @@ from runs import (
     finish_wandb,
     open_run,
     start_wandb,
+)
+from sharding import (
+    ShardedSaver,
+    is_finite,
+    read_parts,
+    shard,
+    shard_like,
+    shard_state,
+    whole,
 )
 from sources import DataConfig, rebuild_command, resolve
 from tasks import (
@@ -395,7 +397,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     machine = Machine(cfg)
     if machine.rank == 0 and not cfg.lr_find and not cfg.dry_run:
         lock.acquire()
-    checkpoint = None if cfg.dry_run else open_run(cfg)
+    machine.check_agreement(facts_of(cfg))
+    checkpoint = None
+    if not cfg.dry_run:
+        checkpoint = machine.on_rank0(lambda: open_run(cfg, parts=not machine.sharded))
     given = cfg  # as it is saved
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint['best'])}); "
@@ -404,7 +409,11 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         return
 
     # data
-    folder, meta = machine.rank0_first(lambda: data.open_or_build(cfg))
+    folder, meta = machine.one_first(lambda: data.open_or_build(cfg))
+    machine.check_agreement({"data set": hash_of(meta["sha256"])})
+    if checkpoint and checkpoint["data_sha256"] != meta["sha256"]:
+        raise UserError(f"{cfg.out_dir} holds a run on another data set than {folder} holds now; "
+                        "choose another --out_dir=…, or replace it with --overwrite=True")
     task = make_task(cfg, meta)
     best_by = cfg.best_by or task.figure_names[-1]
     if best_by not in (*task.figure_names, "last"):
@@ -448,7 +457,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             head_set = Subset(head_set, subset)
     if cfg.teacher:
         labelled_set = train_set
-        train_set = machine.rank0_first(lambda: teach(labelled_set, cfg, folder, meta, tokenizer))
+        train_set = machine.one_first(lambda: teach(labelled_set, cfg, folder, meta, tokenizer))
     if cfg.dry_run or cfg.micro_batch_tokens == "auto":
         def measure(n_tokens):
             return memory.measure_step(
@@ -476,7 +485,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     # model and optimizers
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, meta, task).to(machine.device)
-    if checkpoint:
+    in_parts = checkpoint and "shards" in checkpoint
+    if checkpoint and not in_parts:
         load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
     if cfg.model == "transformer" and meta["kind"] == "text":
         model.longest = max_len
@@ -497,6 +507,11 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     # resume
     step, best, bad_evals, elapsed = 0, None, 0, 0.0
     run_id = f"{Path(cfg.out_dir).name}-{int(time.time())}"  # of the run in W&B
+    if in_parts:
+        states = [optim.states_like(*pair) for pair in zip(optimizers, checkpoint["optimizers"])]
+        checkpoint = read_parts(checkpoint, cfg.out_dir, {
+            "model": model.state_dict(), "ema": average.weights, "optimizers": states})
+        model.load_state_dict(checkpoint["model"])
     if checkpoint:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(shard_state(optimizer, state))
@@ -511,14 +526,17 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         begin_run(given, checkpoint, lock)
         if not cfg.lr_find:
             wandb_run = start_wandb(dataclasses.asdict(given), run_id)
+    saver = None
+    if machine.sharded and not cfg.lr_find and machine.sees(f"{cfg.out_dir}/config.json"):
+        saver = ShardedSaver(cfg.out_dir, machine,
+                             lambda found: save_checkpoint(Path(cfg.out_dir) / "last.pt", found))
 
     # what runs in a step
     model_with_loss = ModelWithLoss(model, task)
     if machine.compile:
         model_with_loss.compile()
     if machine.world > 1 and not machine.sharded:
-        model_with_loss = torch.nn.parallel.DistributedDataParallel(
-            model_with_loss, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model_with_loss = average_gradients(model_with_loss)
     sampler = GlobalBatches(train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed, step,
                             total_steps, machine.rank, machine.world, machine.compile, subset)
     loader = torch.utils.data.DataLoader(
@@ -539,21 +557,27 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
               lambda rate: flops * rate * tokens_per_unit,
               "tok" if meta["kind"] == "text" else "ex", wandb_run)
 
-    def save(name, state, finished=False, **more):
-        state, more = whole((state, more), machine)
+    def save(name, checkpoint, finished=False):
+        checkpoint |= {
+            "format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(given),
+            "model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer,
+            "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
+            "max_len": max_len, "kind": meta["kind"], "scaling": meta["scaling"],
+            "data_sha256": meta["sha256"], "data_folder": folder.name, "step": step,
+            "epoch": step / steps_per_epoch, "best": best, "finished": finished}
+        if name == "last.pt" and saver:
+            saver.save(checkpoint)
+            return
+        checkpoint = whole(checkpoint, machine)
         if machine.rank == 0:
-            save_checkpoint(Path(cfg.out_dir) / name, {
-                "format": CHECKPOINT_FORMAT, "model": state, "config": dataclasses.asdict(given),
-                "model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer,
-                "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
-                "max_len": max_len, "kind": meta["kind"], "scaling": meta["scaling"],
-                "data_sha256": meta["sha256"], "data_folder": folder.name, "step": step,
-                "epoch": step / steps_per_epoch, "best": best, "finished": finished, **more})
+            save_checkpoint(Path(cfg.out_dir) / name, checkpoint)
 
     def save_last(finished=False):
-        save("last.pt", model.state_dict(), finished, ema=average.values, bad_evals=bad_evals,
-             optimizers=[optimizer.state_dict() for optimizer in optimizers],
-             elapsed=log.elapsed, run_id=run_id, micro_batch_tokens=cfg.micro_batch_tokens)
+        save("last.pt", {
+            "model": model.state_dict(), "ema": average.values, "bad_evals": bad_evals,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "elapsed": log.elapsed, "run_id": run_id,
+            "micro_batch_tokens": cfg.micro_batch_tokens}, finished)
 
     # the loop
     finished = False
@@ -603,7 +627,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                 bad_evals = 0 if improved else bad_evals + 1
                 if improved:
                     best = figures
-                    save("best.pt", state_for_best(model))
+                    save("best.pt", {"model": state_for_best(model)})
                 remark = "  (best so far)" if improved and not keeps_last else ""
                 if val_set:
                     machine.print(f"      {describe(figures)}{remark}")
@@ -613,6 +637,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                 save_last(finished)
             if finished:
                 break
+        if saver:
+            saver.poll()
         (stopped,) = machine.sum([stop.is_set()])  # on any process
         if stopped or cfg.save_interval and step % cfg.save_interval == 0:
             save_last()
@@ -621,6 +647,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                           "goes on from there")
             break
 
+    if saver:
+        saver.wait()
     if wandb_run:
         wandb_run.summary.update({f"best_{key}": value for key, value in (best or {}).items()})
         finish_wandb(wandb_run)
@@ -632,6 +660,19 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if split != "test":
         advice += " --split=val" if split else " --test_file=…, or, without one, --folds=5"
     machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(best)}. {advice}")
+
+
+def facts_of(cfg):
+    """What all processes of a run have to have in common."""
+    code = {file.name: file_sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
+    settings = dataclasses.asdict(cfg)
+    del settings["data_dir"], settings["out_dir"]  # each machine has its own
+    settings = {f"--{name}": value for name, value in settings.items()}
+    return settings | {"version of torch": torch.__version__, "code": hash_of(code)}
+
+
+def hash_of(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 from baselines import build_model
 from huggingface import SkipInit, StoredWeight, read_hf, read_label_names, skeleton
 from model import ModelConfig, Transformer
+from sharding import read_parts
 
 CHECKPOINT_FORMAT = 2
 CHECKPOINT = {  # what one holds, for configurator.mismatch
@@ -28,6 +29,7 @@ CHECKPOINT = {  # what one holds, for configurator.mismatch
     "best": dict | None, "finished": bool}
 LAST = {"ema": list[torch.Tensor], "bad_evals": int, "optimizers": list[dict], "elapsed": float,
         "run_id": str}  # and what last.pt holds besides, to resume from
+PARTS = {"folder": str, "files": {"*": int}, "tensors": {"*": list[int]}}  # see sharding.py
 
 
 def save_checkpoint(path, checkpoint):
@@ -38,10 +40,11 @@ def save_checkpoint(path, checkpoint):
         os.fsync(file.fileno())
 
 
-def load_checkpoint(path, map_location="cpu"):
+def load_checkpoint(path, map_location="cpu", parts=True):
     """The dict that save_checkpoint wrote; for a folder, that of its best.pt.
 
-    Never unpickles anything but tensors and plain types. Raises UserError.
+    parts: with the tensors that lie in parts beside it (sharding.py). Never unpickles anything but
+    tensors and plain types. Raises UserError.
     """
     path = checkpoint_file(path)
     try:
@@ -67,11 +70,14 @@ def load_checkpoint(path, map_location="cpu"):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project, or of another format than "
                         f"{CHECKPOINT_FORMAT}")
-    wrong = mismatch(checkpoint, CHECKPOINT | (LAST if "optimizers" in checkpoint else {}))
+    expected = CHECKPOINT | (LAST if "optimizers" in checkpoint else {})
+    wrong = mismatch(checkpoint, expected | ({"shards": PARTS} if "shards" in checkpoint else {}))
     wrong = wrong or next((name for name, w in checkpoint["model"].items() if is_view(w)), None)
     if wrong:
         raise UserError(f"{path}: damaged, or not written by this project: its {wrong} is missing "
                         "or not what it should be")
+    if parts and "shards" in checkpoint:
+        return read_parts(checkpoint, path.parent)
     return checkpoint
 
 

@@ -1,0 +1,273 @@
+"""Processes that die, disagree, or have no common disk; checkpoints in parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from configurator import UserError
+
+import pytest
+import torch
+from conftest import ROOT, script
+from test_resume_is_bitwise import started
+from test_sharded_training_equals_plain import assert_same, run
+from torch.utils._pytree import tree_leaves
+
+import train
+from weights import load_checkpoint
+
+
+def launch(n, code, *, env=None, cwd=ROOT, torchrun=()):
+    """Starts n processes that run Python code, under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
+    if not torchrun:
+        command.append("--standalone")
+    path = Path(cwd) / "started.py"
+    path.write_text(code)
+    return subprocess.Popen(
+        [*command, f"--nproc-per-node={n}", str(path)],
+        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {}),
+    )  # fmt: skip
+
+
+def code_of(toy, before=""):
+    return (
+        "import os, configurator, train\n"
+        "rank, restart = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        f"{before}\n"
+        f"configurator.run(lambda: train.train(train.Config(**{toy!r})))"
+    )
+
+
+CRASH = (  # of process 1, in step 11, once
+    "real, calls = train.compute_gradient, []\n"
+    "def compute_gradient(*args):\n"
+    "    calls.append(1)\n"
+    "    if rank == 1 and restart == 0 and len(calls) == 11: os._exit(7)\n"
+    "    return real(*args)\n"
+    "train.compute_gradient = compute_gradient"
+)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_restart_after_a_crash_goes_on_bit_for_bit(toy, tmp_path, parallel):
+    toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=4, dropout=0.1)
+    whole = run(toy, 2, "whole", parallel=parallel)
+    settings = toy | dict(out_dir=f"{toy['out_dir']}-crashed", parallel=parallel)
+    running = launch(2, code_of(settings, CRASH), cwd=tmp_path,
+                     torchrun=["--standalone", "--max-restarts=3"])  # fmt: skip
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err[-3000:]
+    assert "continuing at step 4" in out or "continuing at step 8" in out
+    last, best = (load_checkpoint(f"{settings['out_dir']}/{n}.pt") for n in ("last", "best"))
+    assert_same((whole[0], *whole[1:]), (whole[0], last, best), 0.0)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_process_that_dies_ends_the_others_with_one_line(toy, tmp_path, parallel):
+    toy |= dict(n_layer=2, epochs=300.0, eval_interval=9999, parallel=parallel)
+    began = time.monotonic()
+    running = launch(2, code_of(toy, CRASH), cwd=tmp_path)
+    _, err = running.communicate(timeout=100)
+    assert running.returncode != 0 and time.monotonic() - began < 60
+    ours = [line for line in err.splitlines() if line.startswith("started.py: error")]
+    assert len(ours) <= 1 and "train.py" not in err.partition("Traceback")[0]
+    assert all("another process of this run has ended" in line for line in ours)
+
+
+@pytest.mark.parametrize("what,before", [
+    ("--learning_rate", "import dataclasses; real = train.train; train.train = lambda cfg: "
+                        "real(dataclasses.replace(cfg, learning_rate=0.5) if rank else cfg)"),
+    ("code", "real = train.file_sha256; train.file_sha256 = lambda f: f'{real(f)}{rank}'"),
+    ("data set", "real = train.data.open_or_build\n"
+                 "def other(cfg):\n"
+                 "    folder, meta = real(cfg)\n"
+                 "    meta['sha256']['train.bin'] += str(rank)\n"
+                 "    return folder, meta\n"
+                 "train.data.open_or_build = other"),
+])  # fmt: skip
+def test_processes_that_disagree_are_told_so(toy, tmp_path, what, before):
+    running = launch(2, code_of(toy, before), cwd=tmp_path)
+    _, err = running.communicate(timeout=100)
+    lines = [line for line in err.splitlines() if "error: " in line and "started.py" in line]
+    assert running.returncode != 0 and len(lines) == 1
+    assert f"process 1 has another {what} than process 0" in lines[0]
+    assert not (Path(toy["out_dir"]) / "last.pt").exists()
+
+
+def port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_two_machines(toy, tmp_path, crash=""):
+    """Runs with one process on each of two machines, which are working folders here."""
+    end = f"127.0.0.1:{port()}"
+    rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={end}"]
+    machines = []
+    for name in "ab":
+        (tmp_path / name).mkdir(exist_ok=True)
+        settings = toy | dict(data_dir="data", out_dir="out")
+        machines.append(launch(1, code_of(settings, crash), cwd=tmp_path / name,
+                               torchrun=rendezvous))  # fmt: skip
+    return [(*machine.communicate(timeout=200), machine.returncode) for machine in machines]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_machines_without_a_common_disk_train_and_go_on(toy, tmp_path, parallel):
+    """Each builds its data; rank 0 alone has the run's folder, and tells the other its state."""
+    toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=4, ema_decay=0.9)
+    toy |= dict(parallel=parallel)
+    whole = run(toy, 2, "whole", parallel=parallel)
+    assert any(code for _, _, code in on_two_machines(toy, tmp_path, CRASH))
+    for _, err, code in on_two_machines(toy, tmp_path):
+        assert code == 0, err[-3000:]
+    folders = [name for name in "ab" if (tmp_path / name / "out/last.pt").exists()]
+    assert len(folders) == 1 and (tmp_path / "a/data/toy/meta.json").exists()
+    assert (tmp_path / "b/data/toy/meta.json").exists()
+    out = tmp_path / folders[0] / "out"
+    last, best = (load_checkpoint(out / f"{name}.pt") for name in ("last", "best"))
+    assert_same((whole[0], *whole[1:]), (whole[0], last, best), 0.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints in parts
+
+
+def test_parts_stay_small_and_only_the_last_are_kept(toy):
+    toy |= dict(n_layer=2, epochs=2.0, save_interval=3, parallel="fsdp", d_model=64)
+    _, last, best = run(toy, 2, "parts", best_by="last")
+    out = Path(f"{toy['out_dir']}-parts")
+    (folder,) = [f for f in out.iterdir() if f.is_dir() and f.name.startswith("last-")]
+    assert folder.name == f"last-{last['step']}"
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)  # half by each process
+    assert (out / "last.pt").stat().st_size < (out / "best.pt").stat().st_size
+    assert all(torch.equal(last["model"][name], w) for name, w in best["model"].items())
+
+
+def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
+    """Training goes on while the parts are written: a slow disk changes nothing."""
+    toy |= dict(
+        n_layer=2, epochs=2.0, eval_interval=99, parallel="fsdp", out_dir=str(tmp_path / "o")
+    )
+    slow = (
+        "import time, torch.distributed.checkpoint.filesystem as f\n"
+        "write = f.FileSystemWriter._write_data\n"
+        "def late(*args):\n"
+        "    time.sleep(1.5)\n"
+        "    return write(*args)\n"
+        "f.FileSystemWriter._write_data = late\n"
+        "wait, steps = train.ShardedSaver.wait, []\n"
+        "real = train.compute_gradient\n"
+        "def compute(*args):\n"
+        "    steps.append(1)\n"
+        "    return real(*args)\n"
+        "train.compute_gradient = compute\n"
+        "save = train.ShardedSaver.save\n"
+        "def once(self, checkpoint):\n"
+        "    if checkpoint['step'] == 4: save(self, checkpoint)\n"
+        "train.ShardedSaver.save = once\n"
+        "poll = train.ShardedSaver.poll\n"
+        "def note(self):\n"
+        "    before = self.future\n"
+        "    poll(self)\n"
+        "    if before and not self.future: print('written after', len(steps), flush=True)\n"
+        "train.ShardedSaver.poll = note"
+    )  # fmt: skip
+    running = launch(2, code_of(toy | dict(save_interval=4), slow), cwd=tmp_path)
+    out, err = running.communicate(timeout=100)
+    assert running.returncode == 0, err[-3000:]
+    found = load_checkpoint(f"{toy['out_dir']}/last.pt")
+    assert found["step"] == 4
+    assert int(out.partition("written after ")[2].split()[0]) > 4  # steps went on meanwhile
+    whole = toy | dict(out_dir=f"{toy['out_dir']}-stopped", save_interval=4)
+    stop = (
+        "save = train.ShardedSaver.save\n"
+        "def once(self, checkpoint):\n"
+        "    save(self, checkpoint); self.wait()\n"
+        "    if checkpoint['step'] == 4: os._exit(0)\n"
+        "train.ShardedSaver.save = once"
+    )
+    launch(2, code_of(whole, stop), cwd=tmp_path).communicate(timeout=100)
+    then = load_checkpoint(f"{whole['out_dir']}/last.pt")
+    assert then["step"] == 4
+    for key in ("model", "optimizers"):
+        for x, y in zip(tree_leaves(found[key]), tree_leaves(then[key]), strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_a_full_disk_during_a_save_leaves_the_last_checkpoint(toy, tmp_path):
+    toy |= dict(n_layer=2, epochs=20.0, eval_interval=999, save_interval=4, parallel="fsdp")
+    full = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "save = train.ShardedSaver.save\n"
+        "def fill(self, checkpoint):\n"
+        "    if checkpoint['step'] == 8:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "    save(self, checkpoint)\n"
+        "train.ShardedSaver.save = fill"
+    )
+    running = launch(2, code_of(toy, full), cwd=tmp_path)
+    _, err = running.communicate(timeout=100)
+    lines = [line for line in err.splitlines() if line.startswith("started.py: error")]
+    assert running.returncode != 0 and "last-8 cannot be written (" in lines[0], err[-3000:]
+    assert "File too large" in lines[0]
+    assert load_checkpoint(f"{toy['out_dir']}/last.pt")["step"] == 4
+    done = script("train.py", torchrun=2, **toy | dict(epochs=20.0))
+    assert done.returncode == 0 and "continuing at step 4" in done.stdout
+    assert not (Path(toy["out_dir"]) / "last-8").exists()
+
+
+def test_a_kill_while_parts_are_written_leaves_the_last_checkpoint(toy):
+    toy |= dict(n_layer=2, epochs=300.0, eval_interval=9999, save_interval=1, parallel="fsdp")
+    for n_losses in (3, 9):
+        running = started(toy, 2, n_losses)
+        os.killpg(os.getpgid(running.pid), 0)
+        for pid in subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True,
+                                  text=True).stdout.split():  # fmt: skip
+            os.kill(int(pid), signal.SIGKILL)
+        running.kill()
+        running.communicate()
+        assert load_checkpoint(f"{toy['out_dir']}/last.pt")["step"] >= 1
+
+
+def test_damaged_parts_are_refused_by_name(toy):
+    toy |= dict(n_layer=2, epochs=2.0, parallel="fsdp")
+    run(toy, 2, "parts")
+    out = Path(f"{toy['out_dir']}-parts")
+    part = sorted(out.glob("last-*/*.safetensors"))[0]
+    content = part.read_bytes()
+    part.write_bytes(content[:-8])
+    with pytest.raises(UserError, match=f"{part.name} is missing or truncated.*--overwrite=True"):
+        load_checkpoint(out / "last.pt")
+    part.write_bytes(b"\xff" * len(content))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(out / "last.pt")
+    part.unlink()
+    with pytest.raises(UserError, match="missing or truncated"):
+        load_checkpoint(out / "last.pt")
+    assert load_checkpoint(out / "best.pt")
+
+
+def test_another_data_set_under_a_run_is_refused(toy):
+    train.train(train.Config(**toy | dict(max_steps=3)))
+    path = f"{toy['data_dir']}/toy/meta.json"
+    meta = json.load(open(path))
+    del meta["checksum"]
+    meta["sha256"]["other"] = "0"
+    json.dump(meta, open(path, "w"))
+    last = load_checkpoint(f"{toy['out_dir']}/last.pt")
+    last["finished"] = False
+    train.save_checkpoint(Path(toy["out_dir"]) / "last.pt", last)
+    with pytest.raises(UserError, match="holds a run on another data set than"):
+        train.train(train.Config(**toy | dict(max_steps=3)))
