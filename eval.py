@@ -27,7 +27,6 @@ from baselines import build_model
 from batches import eval_requests
 from examples import Request
 from labelling import labelled_examples
-from model import flops_per_token
 from predict import Classifier, open_classifier, open_data
 from report import (
     log_to_wandb,
@@ -38,6 +37,7 @@ from report import (
     write_page,
 )
 from runs import finish_wandb, read_records, start_wandb
+from speed import flops_per_token
 from tasks import run_model, token_losses
 from weights import load_checkpoint
 
@@ -281,7 +281,7 @@ def measure(path, clf, examples):
             "correct": metrics.is_correct(z, examples.labels, clf.multilabel),
             "macro_f1": basic_report(clf, z, examples.labels)["macro_f1"],
             "parameters": sum(p.numel() for p in whole.parameters()),
-            "mflop": flops_per_token(whole, length) * tokens / 3e6,
+            "mflop": flops_per_token(whole, examples.lengths, backward=False) * tokens / 1e6,
             "train_s": elapsed[-1] if elapsed else math.nan, "per_s": len(examples) / seconds,
             "p50": np.quantile(latencies, 0.5), "p95": np.quantile(latencies, 0.95),
             "mb": clf.path.stat().st_size / 1e6}

@@ -619,21 +619,3 @@ class Transformer(nn.Module):
             activation = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[c.head_dense]
             x = activation(self.dense(x))
         return self.head(dropout(self.dense_norm(x), c.head_dropout, self.training))
-
-
-def flops_per_token(model, length):
-    """Floating-point operations of a forward and backward pass per token.
-
-    6 for each weight of a matrix, and 12·length·d_model a layer for attention in documents of
-    `length` tokens (Chowdhery et al. 2022, appendix B). Of an MLP or linear model: per example.
-    """
-    c = model.config
-    weights = 0
-    for name, p in model.named_parameters():
-        looked_up = c.vocab_size and "embedding" in name and c.lm_head != "tied"
-        if p.ndim == 2 and not looked_up:
-            weights += p.numel()
-    attention = 0
-    if c.model == "transformer":
-        attention = 12 * c.n_layer * length * c.n_head * c.head_width / (2 if c.causal else 1)
-    return 6 * weights + attention

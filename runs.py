@@ -16,14 +16,12 @@ from configurator import UserError, cannot_write, read_json, try_lock, write_jso
 import torch
 
 from sharding import remove_parts
+from speed import peak_flops
 from weights import load_checkpoint
 
 # settings that may differ between a run and its continuation
 FREE = {"overwrite", "save_interval", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name",
-        "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel"}
-PEAK_FLOPS = {  # bf16 dense, from data sheets
-    "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "RTX 4090": 165e12}
+        "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel", "profile"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +166,9 @@ class Log:
     def __init__(self, cfg, machine, step, total_steps, elapsed, flops_per_second, unit, wandb_run):
         self.cfg, self.machine, self.wandb_run = cfg, machine, wandb_run
         self.total_steps, self.elapsed, self.unit = total_steps, elapsed, unit
-        self.peak = peak_flops(machine)
+        self.peak = None
+        if machine.device.type == "cuda":
+            self.peak = peak_flops(torch.cuda.get_device_name())
         self.flops_per_second = flops_per_second
         self.step = step
         self.n_tokens = 0
@@ -195,13 +195,15 @@ class Log:
         record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm,
                   "tokens_per_s": rate, "examples_per_s": n_steps * self.cfg.batch_size / seconds,
                   "elapsed_s": self.elapsed}
+        mfu = ""
         if self.peak:
             record["mfu"] = self.flops_per_second(rate) / self.peak / self.machine.world
+            mfu = f"  MFU {record['mfu']:.0%}"
         self.write(record)
         minutes, rest = divmod((self.total_steps - step) * seconds / n_steps, 60)
         self.machine.print(
             f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"grad {grad_norm:.2f}  {rate:,.0f} {self.unit}/s  ETA {minutes:.0f}:{rest:02.0f}")
+            f"grad {grad_norm:.2f}  {rate:,.0f} {self.unit}/s{mfu}  ETA {minutes:.0f}:{rest:02.0f}")
         self.step, self.n_tokens, self.clock = step, 0, now
 
     @contextlib.contextmanager
@@ -209,14 +211,6 @@ class Log:
         stopped = time.monotonic()
         yield
         self.clock += time.monotonic() - stopped
-
-
-def peak_flops(machine):
-    """bf16 operations per second of this GPU's data sheet, or None."""
-    if machine.device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
 def start_wandb(settings, run_id):

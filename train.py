@@ -36,7 +36,7 @@ from batches import (
 from distributed import Machine, average_gradients, gradient_sync
 from examples import Mixture, Subset, ceil_div
 from format import read_tokenizer
-from model import ModelConfig, flops_per_token
+from model import ModelConfig
 from runs import (
     FolderLock,
     Log,
@@ -56,6 +56,7 @@ from sharding import (
     whole,
 )
 from sources import DataConfig, rebuild_command, resolve
+from speed import Profile, flops_per_token
 from tasks import (
     autocast,
     describe,
@@ -180,6 +181,7 @@ class Config(DataConfig):
     compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster).
     #   True, on CPUs: images train 1.4 times as fast after half a minute, language models 1.2
     #   times; packed texts gain nothing, as their lengths differ
+    profile: bool = False  # True: see what a few steps spend their time on, and write trace.json
     deterministic: bool = False  # True: bitwise repeatable on CUDA too, slower (on CPUs it always
     #   is)
 
@@ -543,7 +545,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
         num_workers=2 if machine.device.type == "cuda" else 0)
     n_parameters = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(model, train_set.lengths.mean())
+    flops = flops_per_token(model, train_set.lengths, cfg.mask_prob or 1.0)
     machine.print(
         f"{cfg.model}: {n_parameters:,} parameters, {flops / 1e6:.2g} MFLOP/token; "
         f"{machine.device}, {machine.dtype}, {machine.world} process(es); {n_train:,} examples / "
@@ -579,6 +581,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             "elapsed": log.elapsed, "run_id": run_id,
             "micro_batch_tokens": cfg.micro_batch_tokens}, finished)
 
+    profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
+
     # the loop
     finished = False
     stop.listen()
@@ -605,6 +609,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         average.update(step)
         step += 1
         log.n_tokens += n_tokens
+        if profile:
+            profile.step()
 
         if step % cfg.log_interval == 0 or step == total_steps:
             (loss,) = machine.sum([float(loss)])
