@@ -158,6 +158,8 @@ class GlobalBatches(torch.utils.data.Sampler):
             share = ceil_div(batch_size, world)
             n_micro_batches = ceil_div(share * examples.max_len, micro_batch_tokens)
             self.limit = ceil_div(share, n_micro_batches) * examples.max_len
+        elif fixed_shapes:
+            self.sizes = self.choose_sizes()
 
     def __len__(self):
         return self.stop - self.start
@@ -185,11 +187,31 @@ class GlobalBatches(torch.utils.data.Sampler):
             # multiples of 16: matrix products of ragged sizes are up to 15 % slower on CPUs, and
             # each new size is new to oneDNN
             return PaddedShape(16 * ceil_div(n_tokens, 16), n_documents + 1, max_len)
-        T = self.micro_batch_tokens
-        while T % 2 == 0 and n_tokens <= T // 2 and T > self.micro_batch_tokens // 32:
-            T //= 2
+        T = next(size for size in self.sizes if n_tokens <= size)
         B = ceil_div(self.batch_size, self.world) + self.micro_batch_tokens // max_len + 1
         return PaddedShape(T, B, max_len)
+
+    def choose_sizes(self):
+        """The sizes that micro-batches are filled up to, for torch.compile: three with which the
+        first epoch needs least filling, and larger ones for what a later epoch may bring."""
+        order, _ = self.examples.order(self.subset, self.seed, 0)
+        found = []
+        for step in range(min(self.steps_per_epoch, 2000)):
+            batch = order[step * self.batch_size :][: self.batch_size]
+            lengths = np.sort(self.examples.lengths[batch])[::-1][self.rank :: self.world]
+            parts = split_by_tokens(np.arange(len(lengths)), lengths, self.limit)
+            found += [int(lengths[part].sum()) for part in parts]
+        found = np.array(sorted(found) or [1])
+        largest = int(found[-1])
+        candidates = sorted({int(x) for x in np.quantile(found, np.arange(1, 24) / 24)})
+        pairs = [(a, b) for a in candidates for b in candidates if a <= b]
+
+        def filled(pair):  # tokens after filling up
+            sizes = np.array([*pair, largest])
+            return sizes[np.searchsorted(sizes, found)].sum()
+        best = min(pairs, key=filled)
+        return sorted({min(16 * ceil_div(size, 16), self.limit)
+                       for size in (*best, largest, largest * 5 // 4, self.limit)})
 
 
 def eval_requests(lengths, micro_batch_tokens, rank=0, world=1):

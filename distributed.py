@@ -52,10 +52,14 @@ class Machine:
             torch.use_deterministic_algorithms(True)
         self.dtype = computing_dtype(cfg, self.device)
         if on_cuda and self.dtype == torch.bfloat16:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            if not bf16_is_native(self.device):
+                raise UserError(f"--dtype=bfloat16: {torch.cuda.get_device_name()} does not "
+                                "compute in it: leave --dtype out")
+            torch.set_float32_matmul_precision("high")  # TF32, of what stays in float32
         self.compile = cfg.compile
-        if cfg.compile == "auto":
-            self.compile = on_cuda and cfg.model == "transformer"
+        if cfg.compile == "auto":  # packed texts have one shape only for the bfloat16 kernel
+            self.compile = (on_cuda and cfg.model == "transformer"
+                            and self.dtype == torch.bfloat16)
         if self.compile and not on_cuda:
             # inductor adds up an embedding's gradient atomically: slowly, and in any order
             from torch._inductor.decomposition import decompositions

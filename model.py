@@ -571,18 +571,26 @@ class Transformer(nn.Module):
         """(T, d_model): every token's vector after the last norm."""
         return self.trunk(*self.embed(inputs, cu_seqlens, length))
 
-    def forward(self, inputs, cu_seqlens=None, length=None, query_index=None, segments=None):
+    def output_weight(self):
+        """A language model's last layer: (vocab_size, D)."""
+        return (self.lm_head or self.embedding).weight
+
+    def forward(self, inputs, cu_seqlens=None, length=None, query_index=None, segments=None,
+                with_head=True):
         """Logits (B, n_classes), float32; of a language model (T, vocab_size).
 
         inputs: text (T,) int64, packed by cu_seqlens (B+1,) int32, or documents of one `length`
         each; or images (B, C, H, W). query_index (M,): of a language model, only the logits of
-        these tokens, (M, vocab_size). segments (T,): 0 and 1, of pairs of texts.
+        these tokens, (M, vocab_size). segments (T,): 0 and 1, of pairs of texts. with_head=False:
+        of a language model, (what the last layer gets, (T, D), its weight).
         """
         x, layout = self.embed(inputs, cu_seqlens, length, segments)
         if not self.config.lm_head:
             return self.classify(x, layout)
         x = self.trunk(x, layout, query_index)
-        return F.linear(x, (self.lm_head or self.embedding).weight)
+        if not with_head:
+            return x, self.output_weight()
+        return F.linear(x, self.output_weight())
 
     def vectors(self, inputs, cu_seqlens=None, length=None, query_index=None, segments=None):
         """(B, d_model) float32: one vector for each example, as the head gets it."""

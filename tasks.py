@@ -10,8 +10,10 @@ from configurator import UserError
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model import at_least_float32
+from sharding import is_sharded
 
 
 def task_class(cfg, source):
@@ -34,6 +36,7 @@ def task_class(cfg, source):
     return task
 
 
+MOST_LOGITS = 2**27  # of a micro-batch that are made at once: 0.5 GiB in float32
 LOWER_IS_BETTER = "val_loss", "val_bits_per_byte"
 
 
@@ -55,6 +58,9 @@ class Task:
     @staticmethod
     def check_settings(cfg):
         """Raise UserError for settings that do not apply to this task."""
+
+    def to(self, device):
+        """Put what the loss needs where the model is: once, as a step would wait for it."""
 
     def example_settings(self, cfg, modality, training):
         """Settings of batches.open_split: what is read, and in training, how it is varied."""
@@ -101,14 +107,16 @@ class ClassTask(Task):
         self.label_smoothing, self.mixup = cfg.label_smoothing, cfg.mixup
         self.focal_gamma = 0.0 if cfg.mixup else cfg.focal_gamma
         self.class_weights = class_weights(cfg, meta["splits"]["train"]["per_class"])
+        self.weights_there = self.class_weights  # the same on the model's device
+
+    def to(self, device):
+        if self.class_weights is not None:
+            self.weights_there = self.class_weights.to(device)
 
     def loss_sum(self, logits, targets):
         """logits (B, C); targets (B,) int64, or with mixup (B, C) shares of the classes."""
         logits = at_least_float32(logits)
-        weights = self.class_weights
-        if weights is not None:
-            weights = weights.to(logits.device)
-        losses = F.cross_entropy(logits, targets, weights, reduction="none",
+        losses = F.cross_entropy(logits, targets, self.weights_there, reduction="none",
                                  label_smoothing=self.label_smoothing)
         if self.focal_gamma:
             p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
@@ -332,10 +340,28 @@ class LanguageTask(Task):
         return {"objective": self.objective, "mask_prob": cfg.mask_prob}
 
     def loss_sum(self, logits, targets):
-        """logits (M, vocab_size); targets (M,) int64."""
+        """logits (M, vocab_size), or what they are made of, (x (M, D), weight (vocab_size, D));
+        targets (M,) int64."""
+        if isinstance(logits, tuple):
+            return self.loss_in_chunks(*logits, targets)
         logits = at_least_float32(logits)
         return F.cross_entropy(logits, targets, reduction="none",
                                label_smoothing=self.label_smoothing).sum()
+
+    def outputs(self, model, inputs):
+        n_logits = model.config.vocab_size * len(inputs[0])
+        if n_logits <= MOST_LOGITS or is_sharded(model.output_weight()):
+            return model(*inputs)
+        return model(*inputs, with_head=False)
+
+    def loss_in_chunks(self, x, weight, targets):
+        """Logits of many tokens and a large vocabulary would take most of the memory, so a part of
+        them is made at a time, and again for its gradient."""
+        def loss(x, targets):
+            return self.loss_sum(F.linear(x, weight), targets)
+        n_rows = max(1, MOST_LOGITS // 4 // len(weight))
+        return sum(checkpoint(loss, *part, use_reentrant=False)
+                   for part in zip(x.split(n_rows), targets.split(n_rows)))
 
     def totals(self, logits, targets):
         losses, correct = token_losses(logits, targets)

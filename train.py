@@ -417,6 +417,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         raise UserError(f"{cfg.out_dir} holds a run on another data set than {folder} holds now; "
                         "choose another --out_dir=…, or replace it with --overwrite=True")
     task = make_task(cfg, meta)
+    task.to(machine.device)
     best_by = cfg.best_by or task.figure_names[-1]
     if best_by not in (*task.figure_names, "last"):
         raise UserError(f"--best_by={best_by}: there are {', '.join(task.figure_names)}, and last")
@@ -492,6 +493,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
     if cfg.model == "transformer" and meta["kind"] == "text":
         model.longest = max_len
+    check_head_width(model.config, machine)
     if machine.sharded:
         shard(model, machine)
     if cfg.optimizer == "lbfgs":
@@ -534,6 +536,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                              lambda found: save_checkpoint(Path(cfg.out_dir) / "last.pt", found))
 
     # what runs in a step
+    on_cuda = machine.device.type == "cuda"
     model_with_loss = ModelWithLoss(model, task)
     if machine.compile:
         model_with_loss.compile()
@@ -543,7 +546,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                             total_steps, machine.rank, machine.world, machine.compile, subset)
     loader = torch.utils.data.DataLoader(
         train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
-        num_workers=2 if machine.device.type == "cuda" else 0)
+        # packing texts takes less time than sending them from another process
+        num_workers=2 if on_cuda and meta["kind"] == "image" else 0, pin_memory=on_cuda)
     n_parameters = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(model, train_set.lengths, cfg.mask_prob or 1.0)
     machine.print(
@@ -575,6 +579,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             save_checkpoint(Path(cfg.out_dir) / name, checkpoint)
 
     def save_last(finished=False):
+        gradients.check()
         save("last.pt", {
             "model": model.state_dict(), "ema": average.values, "bad_evals": bad_evals,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -584,6 +589,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
 
     # the loop
+    gradients = FiniteGradients(cfg)
     finished = False
     stop.listen()
     for micro_batches in loader:
@@ -600,10 +606,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             optim.set_learning_rate(optimizers, lr)
             loss, n_tokens = compute_gradient(model_with_loss, micro_batches, task, machine)
         grad_norm = optim.clip_gradients(optimizers, cfg.grad_clip)
-        if not grad_norm.isfinite():
-            raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate="
-                            f"{cfg.learning_rate}, raise --warmup_steps, or try --dtype=float32; "
-                            f"{cfg.out_dir} is as its last checkpoint left it")
+        gradients.add(grad_norm, step, waits=not on_cuda)
         if cfg.optimizer != "lbfgs":  # which has moved already
             optim.step_all(optimizers)
         average.update(step)
@@ -613,10 +616,12 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             profile.step()
 
         if step % cfg.log_interval == 0 or step == total_steps:
+            gradients.check()
             (loss,) = machine.sum([float(loss)])
             log.progress(step, step / steps_per_epoch, loss, lr, grad_norm.item())
 
         if step % eval_interval == 0 or step == total_steps:
+            gradients.check()
             with log.paused():
                 average.swap()
                 if head_set:
@@ -694,6 +699,31 @@ def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
     return found
 
 
+class FiniteGradients:
+    """Raises a UserError after a gradient that is not finite. On CUDA only at the next `check`,
+    before anything is logged or saved, so that no step waits for the device."""
+
+    def __init__(self, cfg):
+        self.cfg, self.finite, self.steps = cfg, None, []  # since the last check
+
+    def add(self, norm, step, waits):
+        finite = norm.isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+        self.steps.append(step)
+        if waits:
+            self.check()
+
+    def check(self):
+        finite, steps = self.finite, self.steps
+        self.finite, self.steps = None, []
+        if finite is None or finite:
+            return
+        where = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
+        raise UserError(f"the gradient of {where} is not finite: lower --learning_rate="
+                        f"{self.cfg.learning_rate}, raise --warmup_steps, or try --dtype=float32; "
+                        f"{self.cfg.out_dir} is as its last checkpoint left it")
+
+
 def check_finite(model, figures, cfg):
     """Raise UserError before weights or figures that are not finite are saved."""
     finite = all(math.isfinite(value) for value in figures.values())
@@ -702,6 +732,16 @@ def check_finite(model, figures, cfg):
                         f"finite (val_loss {figures.get('val_loss')}): lower --learning_rate="
                         f"{cfg.learning_rate}, or try --dtype=float32; {cfg.out_dir} is as its "
                         "last checkpoint left it")
+
+
+def check_head_width(c, machine):
+    """Raise UserError for heads that CUDA's kernel for packed texts does not take."""
+    packed = c.model == "transformer" and not c.image_size
+    if machine.device.type != "cuda" or machine.dtype != torch.bfloat16 or not packed:
+        return
+    if c.head_width % 8 or c.head_width > 256:
+        raise UserError(f"heads of width {c.head_width}: on CUDA, packed texts need a multiple of "
+                        "8, up to 256: choose --d_model and --n_head so, or --dtype=float32")
 
 
 def check_one_micro_batch(cfg, machine, train_set):

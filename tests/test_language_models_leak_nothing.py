@@ -18,6 +18,7 @@ import eval as eval_script
 import examples
 import finetune
 import report as report_script
+import tasks
 import train
 import values
 from model import ModelConfig, Transformer
@@ -458,3 +459,26 @@ def test_every_block_of_two_tokens_has_one_to_fill_in(toy):
     for epoch in (None, 0):
         targets = [split.block(i, epoch)[1] for i in range(50)]
         assert all((t >= 0).sum() == (len(t) > 1) for t in targets)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("lm_head", ["own", "tied"])
+def test_logits_in_parts_have_the_loss_and_gradient_of_all(toy, objective, lm_head, monkeypatch):
+    cfg = train.Config(**toy | dict(objective=objective, mask_prob=0.3 * (objective == "mlm")))
+    meta = data.open_or_build(cfg)[1]
+    task = task_of(cfg, meta)
+    batch = open_split(cfg, meta, "train", 32, 1, **task.example_settings(cfg, "text", True)).batch(
+        0, np.arange(9)
+    )
+    config = ModelConfig(vocab_size=300, lm_head=lm_head, causal=objective == "clm", d_model=32)
+    module = train.ModelWithLoss(Transformer(config), task).double()
+    torch.nn.init.normal_(module.model.output_weight())
+    found = []
+    for most in (tasks.MOST_LOGITS, 300 * 20):
+        monkeypatch.setattr(tasks, "MOST_LOGITS", most)
+        module.zero_grad()
+        loss = module(batch.inputs, batch.targets)
+        loss.backward()
+        found.append([loss, *(p.grad for p in module.parameters())])
+    for whole, parts in zip(*found):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,9 @@
 that stands around it is compared and compiled."""
 
 import contextlib
+from types import SimpleNamespace
+
+from configurator import UserError
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import model as model_file
 import train
 from batches import GlobalBatches
 from examples import PackedText
+from model import ModelConfig
 from tests.conftest import class_task, packed
 from tests.test_packed_equals_one_at_a_time import random_documents, random_model
 from tests.test_published_weights_mean_the_same import documents, reference
@@ -161,3 +165,48 @@ def test_an_epoch_of_ragged_batches_is_few_graphs_without_breaks(gpu_path):
     assert losses == pytest.approx(plain_losses, abs=1e-4)
     assert 1 <= len(graphs) <= 3
     assert any("varlen" in str(node.target) for g in graphs for node in g.graph.nodes)
+
+
+@pytest.mark.parametrize("draw", ["uniform", "short", "long tail"])
+def test_batches_are_filled_up_by_a_tenth_at_the_most(draw):
+    rng = np.random.default_rng(0)
+    lengths = {
+        "uniform": rng.integers(1, 129, 5000),
+        "short": rng.poisson(9, 5000) + 3,
+        "long tail": np.clip(rng.lognormal(4.5, 0.8, 5000), 3, 512).astype(int),
+    }[draw]
+    starts = np.concatenate([[0], lengths.cumsum()])
+    labels = np.zeros(5000, np.int64)
+    text = PackedText(np.zeros(starts[-1], int), starts, labels, max_len=512, n_suffix=0)
+    for limit in (2048, 16384):
+        requests = [
+            request
+            for step in GlobalBatches(text, 32, limit, seed=1, start=0, stop=471, fixed_shapes=True)
+            for request in step
+        ]
+        n_tokens = sum(text.lengths[request.indices].sum() for request in requests)
+        assert sum(request.shape.n_tokens for request in requests) <= 1.12 * n_tokens
+        assert all(text.lengths[r.indices].sum() <= r.shape.n_tokens <= limit for r in requests)
+        assert len({request.shape for request in requests}) <= 4  # three, and one if at all
+
+
+def test_heads_that_the_kernel_refuses_are_refused_by_name():
+    machine = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    for d_model, fits in ((64, True), (80, False), (4 * 264, False), (4 * 256, True)):
+        config = ModelConfig(vocab_size=10, d_model=d_model, n_head=4)
+        if fits:
+            train.check_head_width(config, machine)
+        else:
+            with pytest.raises(UserError, match=f"heads of width {d_model // 4}: on CUDA"):
+                train.check_head_width(config, machine)
+
+
+def test_a_gradient_that_is_not_finite_is_found_before_anything_is_saved():
+    cfg = train.Config()
+    waiting = train.FiniteGradients(cfg)
+    waiting.add(torch.tensor(1.0), 3, waits=False)
+    waiting.check()
+    for step, norm in enumerate((1.0, float("nan"), 2.0), 4):
+        waiting.add(torch.tensor(norm), step, waits=False)
+    with pytest.raises(UserError, match="the gradient of one of steps 4 to 6 is not finite"):
+        waiting.check()
