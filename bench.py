@@ -25,11 +25,13 @@ Few labels: draws splits of 8 texts a class from train, and fine-tunes the same 
 `finetune --objective=contrastive` and by `setfit` (pip install setfit; its paper's 20 iterations of
 pairs, 1 epoch, batches of 16 pairs, 2e-5), evaluated on all of test.
 
+    python bench.py gpu                        # on a GPU: see bench_gpu.py
     python bench.py busy config/textcls.py     # the speed beside a process that keeps a core busy
     python bench.py drills                     # kills, torn bytes, hostile files: see drills.py
 """
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,6 +45,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+import bench_gpu
 import data
 import finetune
 import optim
@@ -55,7 +58,7 @@ from huggingface import save_hf
 from predict import Classifier, open_data
 from runs import read_records
 from sources import rebuild_command, resolve, rows
-from tasks import bf16_is_native
+from tasks import bf16_is_native, open_device
 
 # --------------------------------------------------------------------------------------------------
 # Contenders: each takes a config and returns (seconds of training, accuracy on test)
@@ -67,10 +70,13 @@ def ours(main):
         main(dataclasses.replace(cfg, overwrite=True, wandb_mode="disabled"))
         whole = time.time() - started
         elapsed = [r["elapsed_s"] for r in read_records(Path(cfg.out_dir)) if "elapsed_s" in r]
+        figures = bench_gpu.rates(read_records(Path(cfg.out_dir)), open_device(cfg.device))
+        if cfg.objective == "clm":
+            return elapsed[-1], math.nan, figures
         clf = Classifier(cfg.out_dir)
         test = open_data(clf, "test")
         accuracy = basic_report(clf, clf.logits(test).numpy(), test.labels)["accuracy"]
-        return elapsed[-1], accuracy, {"whole_s": whole}
+        return elapsed[-1], accuracy, {"whole_s": whole} | figures
     return contender
 
 
@@ -101,10 +107,12 @@ def trainer(cfg):
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=cfg.tokenizer, pad_token="[PAD]")
     machine = train.Machine(cfg)
     total_steps = round(cfg.epochs * ceil_div(len(encoded[0]), cfg.batch_size))
+    total_steps = min(total_steps, cfg.max_steps or total_steps)
+    learn_length = np.mean(both[0].lengths)
     arguments = hf.TrainingArguments(
-        output_dir=cfg.out_dir, num_train_epochs=cfg.epochs, learning_rate=cfg.learning_rate,
-        seed=cfg.seed, warmup_steps=optim.warmup_steps(cfg, total_steps),
-        weight_decay=cfg.weight_decay,
+        output_dir=cfg.out_dir, num_train_epochs=cfg.epochs, max_steps=cfg.max_steps or -1,
+        learning_rate=cfg.learning_rate, seed=cfg.seed,
+        warmup_steps=optim.warmup_steps(cfg, total_steps), weight_decay=cfg.weight_decay,
         per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=64,
         bf16=machine.dtype == torch.bfloat16, train_sampling_strategy="group_by_length",
         save_strategy="no", report_to=[], disable_tqdm=True,
@@ -114,8 +122,11 @@ def trainer(cfg):
     started = time.time()
     t.train()
     seconds = time.time() - started
+    figures = bench_gpu.memory_of(machine.device)
+    if cfg.max_steps:
+        figures["tokens_per_s"] = cfg.max_steps * cfg.batch_size * learn_length / seconds
     out = t.predict(encoded[1])  # grouped by length, so in an order of its own
-    return seconds, (out.predictions.argmax(1) == out.label_ids).mean()
+    return seconds, (out.predictions.argmax(1) == out.label_ids).mean(), figures
 
 
 def setfit(cfg):
@@ -253,10 +264,12 @@ def trainer_predict(cfg, exact):
 
 CONTENDERS = {
     "train": ours(train.train), "finetune": ours(finetune.finetune), "trainer": trainer,
-    "setfit": setfit, "fasttext": fasttext, "svm": svm, "predict": predict(torch.bfloat16),
+    "nanogpt": bench_gpu.nanogpt, "setfit": setfit, "fasttext": fasttext, "svm": svm,
+    "predict": predict(torch.bfloat16),
     "predict_int8": predict(torch.int8), "predict_float32": predict(torch.float32),
     "pipeline": prediction(pipeline), "trainer_predict": prediction(trainer_predict)}
-TRAINED_HERE = {"train", "fasttext", "svm"}  # by the settings of train.py; others: finetune.py's
+# by the settings of train.py; others: by finetune.py's
+TRAINED_HERE = {"train", "fasttext", "svm", "nanogpt"}
 
 
 def run_alone(name, options, seed):
@@ -340,6 +353,9 @@ def main():
         return
     if sys.argv[1:2] == ["few"]:
         few(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["gpu"]:
+        bench_gpu.main(sys.argv[2:], run_alone)
         return
     if sys.argv[1:2] == ["busy"]:
         busy(sys.argv[2:])
