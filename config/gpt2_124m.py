@@ -2,7 +2,7 @@
 # recipe of what is known elsewhere. config/gpt2_twin.py is the same, small enough for a laptop.
 #
 #   pip install pyarrow huggingface_hub transformers
-#   hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include "sample/10BT/*" \\
+#   hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include "sample/10BT/*" \
 #       --local-dir fineweb-edu
 #   hf download gpt2 tokenizer.json --local-dir gpt2
 #   python data.py config/gpt2_124m.py                     # or some shards on each of many machines
