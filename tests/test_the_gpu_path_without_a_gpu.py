@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
+import optim
+import tasks
 import train
 from batches import GlobalBatches
 from examples import PackedText
@@ -210,3 +213,60 @@ def test_a_gradient_that_is_not_finite_is_found_before_anything_is_saved():
         waiting.add(torch.tensor(norm), step, waits=False)
     with pytest.raises(UserError, match="the gradient of one of steps 4 to 6 is not finite"):
         waiting.check()
+
+
+def language_task(objective):
+    mask_prob = 0.3 * (objective == "mlm")
+    return tasks.LanguageTask(train.Config(objective=objective, mask_prob=mask_prob), {})
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises where a step would wait for a GPU: values are read, or decide on a size."""
+
+    WAITING = {
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.unique_consecutive.default,
+        torch.ops.aten.repeat_interleave.Tensor,
+    }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.WAITING, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(pooling="cls"), dict(pooling="last"), dict(pooling="max"),
+    dict(n_classes=0, lm_head="own", causal=True), dict(n_classes=0, lm_head="tied"),
+    dict(optimizer="muon"), dict(ema_decay=0.9), dict(class_weights=[1.0, 2.0, 1.0, 1.0]),
+])  # fmt: skip
+def test_no_step_waits_for_the_device(gpu_path, settings):
+    turned = gpu_path
+    names = "optimizer", "ema_decay", "class_weights"
+    run = {name: settings.pop(name) for name in names if name in settings}
+    cfg = train.Config(grad_clip=1.0, **run)
+    module = train.ModelWithLoss(random_model(**settings).train(), class_task(4, **run))
+    inputs = packed(random_documents(), shape=(512, 20, 64))
+    n_targets = 20
+    if settings.get("lm_head"):
+        module.task = language_task("clm" if settings.get("causal") else "mlm")
+        n_targets = 512
+    targets = torch.randint(0, 4, (n_targets,))
+    device = torch.device("cuda")  # no sparse gradients
+    optimizers = optim.make_optimizers(module.model, cfg, device)
+    average = optim.EMA(module.model, cfg.ema_decay)
+    gradients = train.FiniteGradients(cfg)
+    with turned(True):
+        for step in range(3):  # in the first, optimizers make their state
+            with NoWaits() if step else contextlib.nullcontext():
+                loss = module(inputs, targets) / n_targets
+                loss.backward()
+                optim.set_learning_rate(optimizers, 1e-3)
+                gradients.add(optim.clip_gradients(optimizers, cfg.grad_clip), step, waits=False)
+                optim.step_all(optimizers)
+                average.update(step)
+    gradients.check()
+    assert CALLS
