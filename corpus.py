@@ -98,14 +98,16 @@ class Plan:
         self.val_fraction = source.val_fraction
         if self.val_fraction is None:
             self.val_fraction = VAL_FRACTION
-        self.tokenizer = self.open_tokenizer(files)
         self.facts = build | {
-            "val_fraction": self.val_fraction, "tokenizer": sha256(self.tokenizer),
+            "val_fraction": self.val_fraction,
             "train_file": sha256(json.dumps(sizes))}  # whatever folder they lie in
+        self.tokenizer = self.open_tokenizer(files)
+        self.facts["tokenizer"] = sha256(self.tokenizer)
 
     def open_tokenizer(self, files):
-        """tokenizer.json as text. One of our own is trained once, on the beginning of each file."""
-        path = self.folder / "tokenizer.json"
+        """tokenizer.json as text. One of our own is trained once for these settings, on the
+        beginning of each file."""
+        path = self.folder / f"tokenizer-{sha256(json.dumps(self.facts))[:8]}.json"
         own = self.source.tokenizer in OWN_TOKENIZERS
         if own and path.exists():
             return path.read_text(encoding="utf-8")
@@ -156,13 +158,15 @@ class Plan:
         try:
             found = read_json(folder / "shard.json")
             facts = found["facts"]
-            differs = next((key for key in self.facts if facts.get(key) != self.facts[key]), None)
+            differs = [key for key in self.facts if facts.get(key) != self.facts[key]]
+            differs.sort(key="tokenizer".__eq__)  # last: other settings make another one
         except (OSError, ValueError, KeyError, AttributeError):
             raise UserError(f"{folder} is not a whole shard (no readable shard.json): delete it, "
                             "and the same command builds it anew") from None
         if differs:
+            key = differs[0]
             what = {"tokenizer": "another tokenizer", "train_file": "other files"}.get(
-                differs, f"{differs}={facts.get(differs)!r}, not {self.facts[differs]!r}")
+                key, f"{key}={facts.get(key)!r}, not {self.facts[key]!r}")
             raise UserError(f"{folder} was built with {what}: go on with what it was begun with, "
                             f"or delete {self.folder}")
         return folder, found
@@ -183,9 +187,10 @@ def sha256(text):
 def build_shards(plan):
     """Build the shards that are asked for and not there, on all cores."""
     missing = [number for number in plan.numbers if not plan.shard(number)[1]]
-    n_processes = min(len(missing), len(os.sched_getaffinity(0)))
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_processes = min(len(missing), n_cores)
     print(f"{plan.folder}: {len(plan.numbers) - len(missing)} of {len(plan.numbers)} shards are "
-          f"there; building the others in {n_processes} processes", flush=True)
+          f"there; {len(missing)} to build, in {n_processes} processes", flush=True)
     if n_processes < 2:
         for number in missing:
             build_shard(plan, number, progress=True)
@@ -237,7 +242,8 @@ def build_shard(plan, number, progress=False):
         hashes = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
         write_json(work / "shard.json", {"facts": plan.facts, "bad_rows": n_bad, "splits": splits,
                                          "sha256": hashes})
-        os.rename(work, folder)
+        if not folder.exists():  # else another process was faster
+            os.rename(work, folder)
 
 
 # --------------------------------------------------------------------------------------------------

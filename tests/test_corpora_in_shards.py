@@ -206,6 +206,14 @@ def test_a_tokenizer_of_our_own_is_trained_once_on_train(web):
     ]
 
 
+def test_a_tokenizer_of_other_settings_is_not_taken(web):
+    cfg, _ = web
+    cfg = replace(cfg, tokenizer="bpe", vocab_size=300)
+    plan = corpus.Plan(cfg, data.folder_of(cfg).with_name("web.shards"), data.build_settings(cfg))
+    assert Tokenizer.from_str(plan.tokenizer).get_vocab_size() == 300
+    assert data.build(replace(cfg, vocab_size=280))["vocab_size"] == 280
+
+
 GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", True)
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -383,9 +391,10 @@ def test_damaged_shards_are_refused_by_name(web):
 def test_shards_of_another_tokenizer_are_refused(web, tmp_path):
     cfg, _ = web
     plan = data.build_shards(replace(cfg, shards="0/6"))
-    content = json.loads((plan.folder / "tokenizer.json").read_text())
+    (path,) = plan.folder.glob("tokenizer-*.json")
+    content = json.loads(path.read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 300, "content": "[NEW]"})
-    (plan.folder / "tokenizer.json").write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="00000 was built with another tokenizer"):
         data.build(cfg)
 
