@@ -72,6 +72,8 @@ class Machine:
                 dist.init_process_group("gloo", timeout=PATIENCE, **where)
             # of numbers that are on the CPU, so that no sum of them waits for the device
             self.cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if self.sharded:
+            self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
     def leave(self):
         if self.world > 1:
@@ -120,6 +122,15 @@ class Machine:
                 result = work()
             if self.world > 1:
                 dist.barrier(group=self.cpu_group)
+        return result
+
+    def in_turn(self, work):
+        """Run work() on one process of each machine at a time, for what takes much memory."""
+        n_turns = -self.smallest(-int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        for turn in range(n_turns):
+            if turn == self.local_rank:
+                result = work()
+            dist.barrier(group=self.cpu_group)
         return result
 
     def on_rank0(self, work):

@@ -30,10 +30,9 @@ def shard(model, machine):
     """Spread a Transformer's weights over all processes, in place: each block is gathered by
     itself, embedding and head together."""
     from torch.distributed.fsdp import fully_shard
-    mesh = dist.init_device_mesh(machine.device.type, (machine.world,))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=machine.mesh)
+    fully_shard(model, mesh=machine.mesh)
 
 
 def is_sharded(x):

@@ -486,16 +486,20 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                         "train longer (--epochs, --min_steps)")
 
     # model and optimizers
-    torch.manual_seed(cfg.seed)
-    model = make_model(cfg, meta, task).to(machine.device)
     in_parts = checkpoint and "shards" in checkpoint
-    if checkpoint and not in_parts:
-        load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
-    if cfg.model == "transformer" and meta["kind"] == "text":
-        model.longest = max_len
-    check_head_width(model.config, machine)
-    if machine.sharded:
-        shard(model, machine)
+
+    def begin():
+        torch.manual_seed(cfg.seed)
+        model = make_model(cfg, meta, task)
+        if checkpoint and not in_parts:
+            load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
+        if cfg.model == "transformer" and meta["kind"] == "text":
+            model.longest = max_len
+        check_head_width(model.config, machine)
+        if machine.sharded:
+            shard(model, machine)
+        return model.to(machine.device)
+    model = machine.in_turn(begin) if machine.sharded else begin()
     if cfg.optimizer == "lbfgs":
         if machine.world > 1:
             raise UserError("--optimizer=lbfgs runs in one process, without torchrun's "
