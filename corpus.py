@@ -12,6 +12,7 @@ are left out, and the data set is made of them. Memory stays flat.
 Which split a document goes to is a function of its text alone, so that one that occurs twice cannot
 be in both train and val.
 """
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,7 +26,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from configurator import UserError, file_sha256, read_json, scratch_folder, write_json, write_text
+from configurator import (
+    UserError,
+    cannot_write,
+    file_sha256,
+    read_json,
+    scratch_folder,
+    try_lock,
+    write_json,
+    write_text,
+)
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -49,7 +59,11 @@ def is_sharded(source):
     if source.target != "none" or source.val_file or source.test_file:
         raise UserError("--shards and --max_tokens are for text to pretrain on, of which a part "
                         "becomes val: --target=none, without --val_file and --test_file")
-    if source.train_file.startswith("hf:"):
+    if source.val_fraction is not None and not 0 <= source.val_fraction < 1:
+        raise UserError(f"--val_fraction={source.val_fraction} must be from 0 to below 1")
+    if source.max_tokens is not None and source.max_tokens < 1:
+        raise UserError(f"--max_tokens={source.max_tokens} must be above 0")
+    if (source.train_file or "").startswith("hf:"):
         raise UserError(f"--shards: {source.train_file} is no list of files; download them "
                         "(hf download … --repo-type=dataset) and name these")
     return True
@@ -91,6 +105,10 @@ class Plan:
 
     def __init__(self, source, folder, build):
         self.source, self.folder = source, folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
         self.numbers, self.n = parse_shards(source.shards)
         files = members(source.train_file, source.data_dir)
         sizes = [(Path(name).name, size_of(name)) for name, _ in files]
@@ -111,10 +129,9 @@ class Plan:
         own = self.source.tokenizer in OWN_TOKENIZERS
         if own and path.exists():
             return path.read_text(encoding="utf-8")
-        texts = self.sample(files) if own else ()
-        content = make_tokenizer(self.source, texts).to_str()
+        trained = own and self.source.tokenizer != "bytes"
+        content = make_tokenizer(self.source, self.sample(files) if trained else ()).to_str()
         if own:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, content)
         return content
 
@@ -136,9 +153,13 @@ class Plan:
     def documents(self, number):
         """The texts of a shard, None for a row without one. Shards take whole files in turn, or of
         fewer files every n-th row."""
+        return self.texts(self.pieces(number), self.n_pieces)
+
+    def pieces(self, number):
+        """What a shard reads: a list of ((name of a file, its opener), which of its pieces)."""
         files = members(self.source.train_file, self.source.data_dir)
         pieces = [(file, piece) for file in files for piece in range(self.n_pieces)]
-        return self.texts(pieces[number :: self.n], self.n_pieces)
+        return pieces[number :: self.n]
 
     def texts(self, pieces, n_pieces):
         for (name, opener), piece in pieces:
@@ -157,12 +178,15 @@ class Plan:
             return folder, None
         try:
             found = read_json(folder / "shard.json")
-            facts = found["facts"]
+            facts, own = found["facts"], found["number"]
             differs = [key for key in self.facts if facts.get(key) != self.facts[key]]
             differs.sort(key="tokenizer".__eq__)  # last: other settings make another one
         except (OSError, ValueError, KeyError, AttributeError):
             raise UserError(f"{folder} is not a whole shard (no readable shard.json): delete it, "
                             "and the same command builds it anew") from None
+        if own != number:
+            raise UserError(f"{folder} holds shard {own}, not {number}: name it {own:05}, or "
+                            "delete it, and the same command builds what is missing")
         if differs:
             key = differs[0]
             what = {"tokenizer": "another tokenizer", "train_file": "other files"}.get(
@@ -195,21 +219,22 @@ def build_shards(plan):
         for number in missing:
             build_shard(plan, number, progress=True)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_processes, context, leave_at_ctrl_c) as pool:
+    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes keep
         found = [pool.submit(build_shard, plan, number) for number in missing]
+        signal.signal(signal.SIGINT, before)
         try:
             for done in tqdm(as_completed(found), total=len(found), desc="shards"):
                 done.result()
         except BrokenProcessPool:
             raise UserError(f"{plan.folder}: a process was killed, perhaps for want of memory; the "
                             "same command goes on with the shards that are missing") from None
+        except BaseException:  # Ctrl-C, or what went wrong in one of them
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def leave_at_ctrl_c():
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def build_shard(plan, number, progress=False):
@@ -233,17 +258,27 @@ def build_shard(plan, number, progress=False):
             split = plan.split_of(key)
             writers[split].add(text, 0)
             keys[split].extend((key, len(text.encode())))
-            if sum(writer.n_written for writer in writers.values()) >= most_tokens:
-                break
+            n_waiting = sum(writer.size for writer in writers.values())  # characters
+            n_left = most_tokens - sum(writer.n_written for writer in writers.values())
+            if n_waiting >= n_left:  # as most characters are a token at the most
+                for writer in writers.values():
+                    writer.flush()
+                if sum(writer.n_written for writer in writers.values()) >= most_tokens:
+                    break
         splits = {}
         for split, writer in writers.items():
             splits[split] = writer.close(0) if keys[split] else None
             np.array(keys[split], np.uint64).tofile(work / f"{split}.key")
         hashes = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
-        write_json(work / "shard.json", {"facts": plan.facts, "bad_rows": n_bad, "splits": splits,
-                                         "sha256": hashes})
-        if not folder.exists():  # else another process was faster
+        files = {name for (name, _), _ in plan.pieces(number) if os.path.isfile(name)}
+        write_json(work / "shard.json", {
+            "number": number, "facts": plan.facts, "bad_rows": n_bad, "splits": splits,
+            "sha256": hashes, "sources": {Path(f).name: file_sha256(f) for f in sorted(files)}})
+        try:
             os.rename(work, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,6 +299,8 @@ def join(plan, work, build):
             if not (folder / name).is_file() or file_sha256(folder / name) != expected:
                 raise UserError(f"{folder / name} is missing, truncated or altered: delete "
                                 f"{folder}, and the same command builds it anew")
+        built = os.path.getmtime(folder / "shard.json")
+        check_sources(plan.source, found["sources"], built, folder)
     splits, hashes, n_twice = {}, {}, 0
     for split in ("train", "val"):
         parts = [(folder, found) for folder, found in shards if found["splits"][split]]
@@ -271,8 +308,14 @@ def join(plan, work, build):
             splits[split], n_left_out, of_files = join_split(split, parts, plan.source.dedup, work)
             n_twice += n_left_out
             hashes |= of_files
+    n_bad = sum(found["bad_rows"] for _, found in shards)
     if "train" not in splits:
-        raise UserError(f"{plan.source.train_file}: holds no texts for train")
+        raise UserError(f"{plan.source.train_file}: holds no texts for train, but {n_bad} bad rows "
+                        f"(is --text_column the right one?); before another try delete "
+                        f"{plan.folder}")
+    if "val" not in splits and plan.val_fraction:
+        print(f"no text fell to val, of which it gets {plan.val_fraction}: for one, build anew "
+              "with --val_fraction=0.05", flush=True)
     write_text(work / "tokenizer.json", plan.tokenizer)
     tokenizer = Tokenizer.from_str(plan.tokenizer)
     hashes["tokenizer.json"] = sha256(plan.tokenizer)
@@ -281,13 +324,54 @@ def join(plan, work, build):
         "label_names": [], "dtype": Tokens(tokenizer).dtype, "shape": [], "scaling": {},
         "vocab_size": tokenizer.get_vocab_size(),
         "build": build | {"val_fraction": plan.val_fraction},
-        "source": {"train": plan.source.train_file}, "source_sha256": {}, "overlaps": {},
-        "removed": {"bad_rows": sum(found["bad_rows"] for _, found in shards),
-                    "duplicates": n_twice},
+        "source": {"train": plan.source.train_file}, "overlaps": {}, "source_sha256": {
+            name: sha for _, found in shards for name, sha in found["sources"].items()},
+        "removed": {"bad_rows": n_bad, "duplicates": n_twice},
         "conflicting_labels": 0, "splits": splits, "sha256": hashes,
         "tokenizer_sha256": hashes["tokenizer.json"], **describe_tokenizer(tokenizer, plan.source)}
     write_json(work / "meta.json", meta)
     return meta
+
+
+def check_sources(source, hashes, built, what):
+    """Raise UserError if files of a source that are here are others than those that `what` was
+    built from at the time `built`; hashes: {name: SHA-256}. Files that have not been touched since
+    are not read."""
+    try:
+        here = {Path(name).name: name for name, _ in members(source.train_file, source.data_dir)}
+    except UserError:
+        return  # the sources are elsewhere
+    for name, expected in hashes.items():
+        path = here.get(name)
+        touched = path and os.path.isfile(path) and os.path.getmtime(path) > built
+        if touched and file_sha256(path) != expected:
+            raise UserError(f"{path} has changed since {what} was built from it: delete {what}, "
+                            "and the same command builds it anew")
+
+
+def remove_shards(folder):
+    """Remove what build_shards made in a folder."""
+    for path in folder.glob("[0-9]" * 5):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("tokenizer-*.json"):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def only_one(folder):
+    """Holds a folder of shards, which is made, against other processes that build all of them.
+    Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = try_lock(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    if descriptor is None:
+        raise UserError(f"{folder}: another process is building these shards; wait for its end")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def join_split(split, parts, dedup, work):

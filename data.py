@@ -7,6 +7,7 @@ set is not there yet. The source is read three times (clean and hash; train the 
 and never held: memory stays flat, but for one long .txt with --target=none, which is one document.
 """
 import ast
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,14 @@ from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, file_sha256, run, scratch_folder, write_json
+from configurator import (
+    UserError,
+    configure,
+    file_sha256,
+    run,
+    scratch_folder,
+    write_json,
+)
 
 import numpy as np
 from tqdm import tqdm
@@ -45,12 +53,16 @@ from sources import (
     resolve,
     rows,
     target_of,
+    with_built_in,
 )
 from splits import Survey, assign_splits, is_complete, unit_of
 from values import texts_of
 
 TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "number": "regression",
                   "none": "none"}  # as meta.json names it
+
+
+LEFT_OUT = "template", "shards", "max_tokens"  # of a data set's settings where they are None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,7 +90,7 @@ def build_settings(cfg):
         del settings[name]
     if cfg.target != "labels":
         del settings["label_separator"]
-    for name in ("template", "shards", "max_tokens"):
+    for name in LEFT_OUT:
         if settings[name] is None:  # as data sets from before there was such a setting
             del settings[name]
     if cfg.shards is not None:
@@ -101,14 +113,18 @@ def open_meta(cfg):
     if not cfg.train_file:  # the command must say what it was built from
         files = {f"{split}_file": meta["build"].get(f"{split}_file") for split in SPLITS}
         rebuild = rebuild_command(replace(data_settings(vars(cfg)), **files))
-    built = build_settings(DataConfig()) | meta["build"]  # settings newer than it: the default
-    for key, value in json.loads(json.dumps(build_settings(cfg))).items():
+    none = dict.fromkeys(LEFT_OUT)
+    built = none | build_settings(DataConfig()) | meta["build"]  # newer settings: the default
+    for key, value in json.loads(json.dumps(none | build_settings(cfg))).items():
         as_built = key == "val_fraction" and value is None
         if value != built.get(key, value) and not as_built:
             raise UserError(f"{folder} was built with {key}={built[key]!r}, not {value!r}; "
                             f"name another data set with --dataset=NAME, or rebuild it with: "
                             f"{rebuild}")
     built = os.path.getmtime(folder / "meta.json")
+    if "shards" in meta["build"] or "max_tokens" in meta["build"]:
+        corpus.check_sources(resolve(cfg), meta["source_sha256"], built, folder)
+        return meta
     for split, file in meta["source"].items():
         touched = os.path.isfile(file) and os.path.getmtime(file) > built
         if touched and file_sha256(file) != meta["source_sha256"].get(split):
@@ -161,8 +177,22 @@ def open_mix(cfg, meta):
             raise UserError(f"--mix={cfg.mix}: {folder} has another tokenizer than "
                             f"{folder_of(cfg)}; build both with one: --tokenizer="
                             f"{folder_of(cfg) / 'tokenizer.json'}")
+        if not same_splits(meta["build"], other["build"]):
+            print(f"--mix: {folder} was split otherwise than {folder_of(cfg)}, so texts of val may "
+                  "be in its train", flush=True)
         found.append(((folder, other), share))
+    names = [str(folder) for (folder, _), _ in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"--mix={cfg.mix}: names a data set twice")
     return found
+
+
+def same_splits(build, other):
+    """Is no text that falls to val in a data set in train in the other one? (Settings of two that
+    are in shards, where the text decides.)"""
+    in_shards = all({"shards", "max_tokens"} & settings.keys() for settings in (build, other))
+    return in_shards and build["split_seed"] == other["split_seed"] and (
+        build["val_fraction"] <= other["val_fraction"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,26 +207,47 @@ def build(cfg):
     if aside.exists() and not folder.exists():
         os.rename(aside, folder)  # a kill came between the two renames below
     check_replaceable(folder, resolve(cfg))
-    plan = build_shards(cfg) if corpus.is_sharded(resolve(cfg)) else None
+    if not is_sharded(cfg):
+        replace_by(folder, cfg, lambda work: build_into(work, cfg))
+    else:
+        with corpus.only_one(shards_folder(cfg)):
+            if cfg.overwrite:
+                corpus.remove_shards(shards_folder(cfg))
+            plan = build_shards(cfg)
+            replace_by(folder, cfg, lambda work: corpus.join(plan, work, build_settings(cfg)))
+            corpus.remove_shards(plan.folder)
+            with contextlib.suppress(OSError):  # something else is in it
+                plan.folder.rmdir()
+    return read_meta(folder, rebuild_command(cfg))
+
+
+def replace_by(folder, cfg, build_into):
+    """Put what build_into(work) makes in a scratch folder in place of `folder`."""
+    aside = folder.with_name(f".{folder.name}.old")
     with scratch_folder(folder) as scratch:
         work = scratch / "new"
         work.mkdir()
-        meta = corpus.join(plan, work, build_settings(cfg)) if plan else build_into(work, cfg)
+        build_into(work)
         check_replaceable(folder, resolve(cfg))  # again: building may take long
         shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():
             os.rename(folder, aside)
         os.rename(work, folder)
         shutil.rmtree(aside, ignore_errors=True)
-    if plan:
-        shutil.rmtree(plan.folder)
-    return meta
+
+
+def is_sharded(cfg):
+    return corpus.is_sharded(with_built_in(data_settings(vars(cfg))))
+
+
+def shards_folder(cfg):
+    folder = folder_of(cfg)
+    return folder.with_name(f"{folder.name}.shards")
 
 
 def build_shards(cfg):
     """Build the shards of a corpus that cfg.shards names; returns the corpus.Plan."""
-    folder = folder_of(cfg)
-    plan = corpus.Plan(resolve(cfg), folder.with_name(f"{folder.name}.shards"), build_settings(cfg))
+    plan = corpus.Plan(resolve(cfg), shards_folder(cfg), build_settings(cfg))
     corpus.build_shards(plan)
     return plan
 
@@ -391,7 +442,7 @@ def whole_config():
 def main():
     asks_for_help = {"--help", "-h"} & set(sys.argv)
     cfg = configure(DataConfig if asks_for_help else whole_config())
-    if corpus.is_partial(cfg.shards):
+    if is_sharded(cfg) and corpus.is_partial(cfg.shards):
         plan = build_shards(cfg)
         print(f"{plan.folder}: shards {plan.numbers[0]} to {plan.numbers[-1]} of {plan.n} are "
               f"there; --shards={plan.n} builds those that are missing and joins all", flush=True)

@@ -276,7 +276,7 @@ class Writer:
             self.out.write(x.tobytes())
             self.lengths.append(len(x))
             self.n_written += x.size
-        self.shape = list(x.shape)
+            self.shape = list(x.shape)
         self.waiting = []
         self.size = 0
 

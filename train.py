@@ -213,7 +213,7 @@ def check_settings(cfg):
             value = getattr(cfg, name, None)  # None: not set, or no setting of this script
             if value not in (None, "auto") and not low <= value <= high:
                 raise UserError(f"--{name}={value} must be {allowed}")
-    if cfg.mix and (cfg.objective not in ("mlm", "clm") or cfg.train_fraction < 1):
+    if cfg.mix is not None and (cfg.objective not in ("mlm", "clm") or cfg.train_fraction < 1):
         raise UserError("--mix is for --objective=mlm and clm, without --train_fraction")
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
@@ -432,7 +432,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             settings["truncation"] = cfg.truncation
         return open_split(folder, meta, split, max_len, rebuild_command(cfg), seed=seed, **settings)
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))  # held: the file may change
-    if cfg.mix:
+    if cfg.mix is not None:
         parts = data.open_mix(cfg, meta)
         train_set = Mixture([open_examples("train", cfg.seed, True, *part) for part, _ in parts],
                             [share for _, share in parts])
@@ -672,7 +672,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         return
     split = next((split for split in ("test", "val") if split in meta["splits"]), None)
     advice = f"Now: python eval.py {cfg.out_dir}"
-    if split != "test":
+    if not split and not task.head["n_classes"]:
+        advice = "There is no val, so how good it is was not measured: --val_fraction=0.01"
+    elif split != "test":
         advice += " --split=val" if split else " --test_file=…, or, without one, --folds=5"
     machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(best)}. {advice}")
 

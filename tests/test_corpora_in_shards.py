@@ -167,14 +167,17 @@ def test_more_shards_than_files_share_their_rows(web):
 
 def test_max_tokens_is_kept(web):
     cfg, _ = web
-    meta = data.build(replace(cfg, shards=None, max_tokens=1))
-    assert meta["splits"]["train"]["examples"] > 0
-    few = data.build(replace(cfg, dataset="few", shards=6, max_tokens=6))
-    all_of_it = data.build(replace(cfg, dataset="all", shards=6, max_tokens=10**9))
-    n_few, n_all = (meta["splits"]["train"]["tokens"] for meta in (few, all_of_it))
-    assert 0 < n_few <= n_all
-    with pytest.raises(UserError, match="max_tokens"):
-        data.open_meta(replace(cfg, dataset="few", shards=6, max_tokens=7))
+    whole = data.build(cfg)["splits"]["train"]["tokens"]
+    for n in (1, 700, 5000):
+        meta = data.build(replace(cfg, dataset=f"of{n}", shards=2, max_tokens=n))
+        found = sum(counts["tokens"] for counts in meta["splits"].values())
+        assert n <= found <= n + 2 * 300 < whole  # a document more in each shard
+    for changes in (dict(max_tokens=6), dict(max_tokens=None), dict(shards=None)):
+        (key,) = changes
+        with pytest.raises(UserError, match=f"was built with {key}="):
+            data.open_meta(replace(cfg, dataset="of1", **dict(shards=2, max_tokens=1) | changes))
+    with pytest.raises(UserError, match="--max_tokens=0 must be above 0"):
+        data.build(replace(cfg, dataset="none", max_tokens=0))
 
 
 def test_compressed_files_hold_the_same(web, tmp_path):
@@ -332,6 +335,15 @@ def test_a_mixture_has_the_shares_that_were_asked_for(web, tmp_path):
     assert set(times.values()) == {1} and max(epoch for _, epoch in times) > epochs
 
 
+def test_a_mixture_that_may_leak_val_says_so(web, tmp_path, capsys):
+    cfg, other = mixture(web, tmp_path)
+    data.open_mix(cfg, data.open_meta(cfg))
+    assert "--mix" not in capsys.readouterr().out
+    data.build(replace(other, val_fraction=0.01, overwrite=True))
+    data.open_mix(cfg, data.open_meta(cfg))
+    assert "texts of val may be in its train" in capsys.readouterr().out
+
+
 def test_a_batch_of_a_mixture_is_a_function_of_seed_and_step(web, tmp_path):
     cfg, _ = mixture(web, tmp_path)
     settings = dict(objective="clm", max_len=16, rebuild="")
@@ -386,6 +398,55 @@ def test_damaged_shards_are_refused_by_name(web):
     with pytest.raises(UserError, match="was built with lowercase=False, not True"):
         data.build(replace(cfg, lowercase=True))
     data.build(cfg)
+
+
+def test_a_shard_in_anothers_place_is_refused(web):
+    cfg, _ = web
+    plan = data.build_shards(replace(cfg, shards="0-4/6"))
+    shutil.copytree(plan.folder / "00004", plan.folder / "00005")
+    with pytest.raises(UserError, match="00005 holds shard 4, not 5"):
+        data.build(cfg)
+
+
+def test_sources_that_change_are_noticed(web, tmp_path):
+    """While shards are built and after, of the same size or not; touching them is no change."""
+    cfg, texts = web
+    plan = data.build_shards(replace(cfg, shards="0-2/6"))
+    file = tmp_path / "web/part-1.jsonl"
+    content = file.read_text()
+    file.write_text(content)
+    data.build_shards(replace(cfg, shards="0-4/6"))
+    file.write_text(content.replace("goal", "aims"))
+    os.utime(file, (4e9, 4e9))
+    with pytest.raises(UserError, match="part-1.jsonl has changed since .*00001 was built from it"):
+        data.build(cfg)
+    shutil.rmtree(plan.folder / "00001")
+    data.build(cfg)
+    assert data.open_meta(cfg)
+    os.utime(file, (4e9, 4e9))
+    assert data.open_meta(cfg)
+    file.write_text(content)
+    os.utime(file, (4e9, 4e9))
+    with pytest.raises(UserError, match="part-1.jsonl has changed since .*web-bytes was built"):
+        data.open_meta(cfg)
+    data.build(replace(cfg, overwrite=True))
+    assert sorted(texts_of(cfg, "train") + texts_of(cfg, "val")) == sorted(texts)
+
+
+def test_two_builds_at_once_are_one_too_many(web):
+    cfg, _ = web
+    with corpus.only_one(data.shards_folder(cfg)):
+        with pytest.raises(UserError, match="another process is building these shards"):
+            data.build(cfg)
+    data.build(cfg)
+
+
+def test_what_is_not_ours_stays(web):
+    cfg, _ = web
+    plan = data.build_shards(replace(cfg, shards="0/6"))
+    (plan.folder / "notes.txt").write_text("mine")
+    data.build(cfg)
+    assert [file.name for file in plan.folder.iterdir()] == ["notes.txt"]
 
 
 def test_shards_of_another_tokenizer_are_refused(web, tmp_path):
@@ -451,6 +512,8 @@ def test_some_shards_are_not_trained_on(web, tmp_path):
     ("web:0", "a share above 0"),
     ("web:0.5,films:0.5", "there is no .*films.*build it first"),
     ("web:0.5,other:0.5", "has another tokenizer"),
+    ("web:0.5,web:0.5", "names a data set twice"),
+    ("", "is not a data set and a share"),
 ])  # fmt: skip
 def test_what_cannot_be_mixed_is_refused(web, tmp_path, mix, says):
     cfg, _ = web
