@@ -107,10 +107,13 @@ class ShardedSaver:
         """Begin to write a checkpoint, a dict."""
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
         self.wait()
+        folder = self.out / f"last-{checkpoint['step']}"
+        if folder == self.folder:  # written at this step already, and last.pt names it
+            return
         tensors, rest = split_off(checkpoint)
         if self.machine.device.type == "cpu":  # else they are copied there anyway
             tensors = {place: x.clone() for place, x in tensors.items()}
-        self.folder = self.out / f"last-{checkpoint['step']}"
+        self.folder = folder
         self.checkpoint = rest | {"shards": {
             "folder": self.folder.name,
             "tensors": {place: list(x.shape) for place, x in tensors.items()}}}

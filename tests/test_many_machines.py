@@ -156,6 +156,21 @@ def test_parts_stay_small_and_only_the_last_are_kept(toy):
     assert all(torch.equal(last["model"][name], w) for name, w in best["model"].items())
 
 
+def test_a_step_is_saved_once(toy, tmp_path):
+    """Else the folder that last.pt names would be written anew, and a kill could tear it."""
+    toy |= dict(n_layer=2, epochs=2.0, eval_interval=4, save_interval=4, parallel="fsdp")
+    note = (
+        "import torch.distributed.checkpoint as dcp; real = dcp.HuggingFaceStorageWriter\n"
+        "def writer(path, **more):\n"
+        "    if rank == 0: print('wrote', path.rpartition('/')[2], flush=True)\n"
+        "    return real(path, **more)\n"
+        "dcp.HuggingFaceStorageWriter = writer"
+    )
+    out, err = launch(2, code_of(toy, note), cwd=tmp_path).communicate(timeout=100)
+    wrote = [line for line in out.splitlines() if line.startswith("wrote")]
+    assert wrote == ["wrote last-4", "wrote last-8", "wrote last-12"], err[-2000:]
+
+
 def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
     """Training goes on while the parts are written: a slow disk changes nothing."""
     toy |= dict(
