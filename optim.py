@@ -5,6 +5,8 @@ name in train.Config.
 """
 import math
 
+from configurator import UserError
+
 import torch
 
 from model import qkv_rows
@@ -203,6 +205,31 @@ def clip_gradients(optimizers, limit):
             for p in parameters_of(optimizer):
                 dense_part(p.grad).div_(scale)
     return norm
+
+
+class FiniteGradients:
+    """Raises a UserError after a gradient that is not finite. On CUDA only at the next `check`,
+    before anything is logged or saved, so that no step waits for the device."""
+
+    def __init__(self, cfg):
+        self.cfg, self.finite, self.steps = cfg, None, []  # since the last check
+
+    def add(self, norm, step, waits):
+        finite = norm.isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+        self.steps.append(step)
+        if waits:
+            self.check()
+
+    def check(self):
+        finite, steps = self.finite, self.steps
+        self.finite, self.steps = None, []
+        if finite is None or finite:
+            return
+        where = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
+        raise UserError(f"the gradient of {where} is not finite: lower --learning_rate="
+                        f"{self.cfg.learning_rate}, raise --warmup_steps, or try --dtype=float32; "
+                        f"{self.cfg.out_dir} is as its last checkpoint left it")
 
 
 def parameters_of(optimizer):

@@ -1,6 +1,7 @@
 """A run's folder and page: who may write there, what is continued, metrics.jsonl, W&B, signals."""
 import contextlib
 import dataclasses
+import hashlib
 import json
 import netrc
 import os
@@ -11,7 +12,15 @@ import time
 from pathlib import Path
 from urllib.parse import urlparse
 
-from configurator import UserError, cannot_write, read_json, try_lock, write_json, write_text
+from configurator import (
+    UserError,
+    cannot_write,
+    file_sha256,
+    read_json,
+    try_lock,
+    write_json,
+    write_text,
+)
 
 import torch
 
@@ -53,6 +62,19 @@ def open_run(cfg, parts=True):
                             f"{value!r} here); choose another --out_dir=…, or replace it with "
                             "--overwrite=True")
     return load_checkpoint(out / "last.pt", parts=parts) if (out / "last.pt").exists() else None
+
+
+def facts_of(cfg):
+    """What all processes of a run have to have in common."""
+    code = {file.name: file_sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
+    settings = dataclasses.asdict(cfg)
+    del settings["data_dir"], settings["out_dir"]  # each machine has its own
+    settings = {f"--{name}": value for name, value in settings.items()}
+    return settings | {"version of torch": torch.__version__, "code": hash_of(code)}
+
+
+def hash_of(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def begin_run(cfg, checkpoint, lock):

@@ -6,7 +6,6 @@ in step i is a function of (seed, i) alone: the batch, its masks, and the random
 are seeded anew at each step.
 """
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, file_sha256, run, write_json, write_text
+from configurator import UserError, configure, run, write_json, write_text
 
 import numpy as np
 import torch
@@ -42,7 +41,9 @@ from runs import (
     Log,
     StopSignal,
     begin_run,
+    facts_of,
     finish_wandb,
+    hash_of,
     open_run,
     start_wandb,
 )
@@ -593,7 +594,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
 
     # the loop
-    gradients = FiniteGradients(cfg)
+    gradients = optim.FiniteGradients(cfg)
     finished = False
     stop.listen()
     for micro_batches in loader:
@@ -679,19 +680,6 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(best)}. {advice}")
 
 
-def facts_of(cfg):
-    """What all processes of a run have to have in common."""
-    code = {file.name: file_sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
-    settings = dataclasses.asdict(cfg)
-    del settings["data_dir"], settings["out_dir"]  # each machine has its own
-    settings = {f"--{name}": value for name, value in settings.items()}
-    return settings | {"version of torch": torch.__version__, "code": hash_of(code)}
-
-
-def hash_of(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
     """cfg.micro_batch_tokens as a number: of an interrupted run the one that it began with."""
     if cfg.micro_batch_tokens != "auto":
@@ -703,31 +691,6 @@ def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
     found = machine.smallest(found)
     machine.print(f"--micro_batch_tokens=auto: {found}")
     return found
-
-
-class FiniteGradients:
-    """Raises a UserError after a gradient that is not finite. On CUDA only at the next `check`,
-    before anything is logged or saved, so that no step waits for the device."""
-
-    def __init__(self, cfg):
-        self.cfg, self.finite, self.steps = cfg, None, []  # since the last check
-
-    def add(self, norm, step, waits):
-        finite = norm.isfinite()
-        self.finite = finite if self.finite is None else self.finite & finite
-        self.steps.append(step)
-        if waits:
-            self.check()
-
-    def check(self):
-        finite, steps = self.finite, self.steps
-        self.finite, self.steps = None, []
-        if finite is None or finite:
-            return
-        where = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
-        raise UserError(f"the gradient of {where} is not finite: lower --learning_rate="
-                        f"{self.cfg.learning_rate}, raise --warmup_steps, or try --dtype=float32; "
-                        f"{self.cfg.out_dir} is as its last checkpoint left it")
 
 
 def check_finite(model, figures, cfg):

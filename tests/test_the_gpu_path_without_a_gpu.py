@@ -206,7 +206,7 @@ def test_heads_that_the_kernel_refuses_are_refused_by_name():
 
 def test_a_gradient_that_is_not_finite_is_found_before_anything_is_saved():
     cfg = train.Config()
-    waiting = train.FiniteGradients(cfg)
+    waiting = optim.FiniteGradients(cfg)
     waiting.add(torch.tensor(1.0), 3, waits=False)
     waiting.check()
     for step, norm in enumerate((1.0, float("nan"), 2.0), 4):
@@ -258,7 +258,7 @@ def test_no_step_waits_for_the_device(gpu_path, settings):
     device = torch.device("cuda")  # no sparse gradients
     optimizers = optim.make_optimizers(module.model, cfg, device)
     average = optim.EMA(module.model, cfg.ema_decay)
-    gradients = train.FiniteGradients(cfg)
+    gradients = optim.FiniteGradients(cfg)
     with turned(True):
         for step in range(3):  # in the first, optimizers make their state
             with NoWaits() if step else contextlib.nullcontext():
