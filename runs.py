@@ -68,7 +68,8 @@ def facts_of(cfg):
     """What all processes of a run have to have in common."""
     code = {file.name: file_sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
     settings = dataclasses.asdict(cfg)
-    del settings["data_dir"], settings["out_dir"]  # each machine has its own
+    for name in ("data_dir", "out_dir", "train_file", "val_file", "test_file", "tokenizer"):
+        del settings[name]  # each machine may have its own; what is built is compared, too
     settings = {f"--{name}": value for name, value in settings.items()}
     return settings | {"version of torch": torch.__version__, "code": hash_of(code)}
 

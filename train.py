@@ -435,6 +435,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))  # held: the file may change
     if cfg.mix is not None:
         parts = data.open_mix(cfg, meta)
+        hashes = [other["sha256"] for (_, other), _ in parts]
+        machine.check_agreement({"data set of --mix": hash_of(hashes)})
         train_set = Mixture([open_examples("train", cfg.seed, True, *part) for part, _ in parts],
                             [share for _, share in parts])
     else:
