@@ -510,7 +510,11 @@ def read_record(record, where, cfg):
                        "--text_column and --label_column)")
             yield from bad_row(where, problem, cfg)
             return
-    fields = [scalar(record[column], where, column) for column in values]
+    try:
+        fields = [scalar(record[column], where, column) for column in values]
+    except UserError as error:  # a list or an object
+        yield from bad_row(where, str(error), cfg)
+        return
     yield from labelled_row(where, fields, [record[column] for column in labels], cfg)
 
 

@@ -527,3 +527,15 @@ def test_what_cannot_be_mixed_is_refused(web, tmp_path, mix, says):
     data.write_json(tmp_path / "data/other-bytes/meta.json", meta)
     with pytest.raises(UserError, match=says):
         trained(run_settings(cfg, tmp_path, mix=mix))
+
+
+def test_rows_whose_text_is_none_are_left_out_and_counted(web, tmp_path):
+    cfg, texts = web
+    with open(tmp_path / "web/part-2.jsonl", "a") as file:
+        file.write('{"text": {"a": 1}}\n{"text": ["b"]}\n{"text": ""}\n{}\nnothing\n')
+    with pytest.raises(UserError, match="part-2.jsonl, line 42: 'text' is a list or an object"):
+        data.build(cfg)
+    shutil.rmtree(data.shards_folder(cfg))
+    meta = data.build(replace(cfg, drop_bad_rows=True))
+    assert meta["removed"]["bad_rows"] == 5
+    assert sorted(texts_of(cfg, "train", meta) + texts_of(cfg, "val", meta)) == sorted(texts)
