@@ -2,8 +2,11 @@
 # settings instead it ends at a higher loss after the same tokens (RESULTS.md).
 from gpt2_124m import *  # noqa: F403
 
-dataset = "bbc"
-train_file = None  # the built-in one
+from sources import BUILT_IN as _built_in
+
+dataset = "bbc-text"
+train_file = _built_in["bbc"]["train_file"]
+encoding = _built_in["bbc"]["encoding"]
 tokenizer = "bpe"
 vocab_size = 8192
 lowercase = False
