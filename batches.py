@@ -20,7 +20,7 @@ What is in a global batch, and in what order, is a function of (seed, step) alon
 and augmentation are functions of (seed, epoch, example) alone. So neither depends on the number of
 processes, on micro-batches, on evaluation, or on having been interrupted.
 """
-from configurator import UserError, file_sha256
+from configurator import UserError, has_sha256
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
         names.append(f"{split}.lbl")
     for name in names:
         path = folder / name
-        if not path.is_file() or file_sha256(path) != meta["sha256"].get(name):
+        if not has_sha256(path, meta["sha256"].get(name)):
             raise damaged(path, rebuild)
     n = meta["splits"][split]["examples"]
     n_classes = len(meta["label_names"])
@@ -127,7 +127,7 @@ def open_shards(folder, meta, split, n_tokens, rebuild):
         n_bytes = n * np.dtype(meta["dtype"]).itemsize
         if not path.is_file() or path.stat().st_size != n_bytes:
             raise damaged(path, rebuild)
-        if not index.is_file() or file_sha256(index) != meta["sha256"].get(index.name):
+        if not has_sha256(index, meta["sha256"].get(index.name)):
             raise damaged(index, rebuild)
         spans.append(np.fromfile(index, np.int64).reshape(-1, 2) + before)
         before += n

@@ -270,6 +270,17 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def has_sha256(path, expected):
+    """Is there a file, with this SHA-256?"""
+    return os.path.isfile(path) and file_sha256(path) == expected
+
+
+def has_changed(path, since, expected):
+    """Was a file that is there written to after a time, and is its SHA-256 no longer this one?"""
+    touched = os.path.isfile(path) and os.path.getmtime(path) > since
+    return touched and file_sha256(path) != expected
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary name to write to, then renames it: `path` is whole, or as it was before.

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from array import array
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +31,8 @@ from configurator import (
     UserError,
     cannot_write,
     file_sha256,
+    has_changed,
+    has_sha256,
     read_json,
     scratch_folder,
     try_lock,
@@ -41,7 +44,14 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from encoding import OWN_TOKENIZERS, Tokens, Writer, describe_tokenizer, make_tokenizer
+from encoding import (
+    OWN_TOKENIZERS,
+    Tokens,
+    Writer,
+    describe_lengths,
+    describe_tokenizer,
+    make_tokenizer,
+)
 from format import FORMAT
 from sources import examples_of, file_rows, members
 from splits import fingerprint
@@ -81,6 +91,11 @@ def parse_shards(text):
         raise UserError(f"--shards={text!r} is neither a number of shards, as 100, nor some of "
                         "them, as 0-9/100 or 7/100, counted from 0")
     return range(first, last + 1), n
+
+
+def is_in_shards(build):
+    """Do the settings that a data set was built with say that it is in shards?"""
+    return bool({"shards", "max_tokens"} & build.keys())
 
 
 def is_partial(shards):
@@ -150,18 +165,15 @@ class Plan:
         mixed = (key ^ self.source.split_seed) * 0x9E3779B97F4A7C15 % 2**64
         return "val" if mixed < self.val_fraction * 2**64 else "train"
 
-    def documents(self, number):
-        """The texts of a shard, None for a row without one. Shards take whole files in turn, or of
-        fewer files every n-th row."""
-        return self.texts(self.pieces(number), self.n_pieces)
-
     def pieces(self, number):
-        """What a shard reads: a list of ((name of a file, its opener), which of its pieces)."""
+        """What a shard reads: a list of ((name of a file, its opener), which of its pieces). Shards
+        take whole files in turn, or of fewer files every n-th row."""
         files = members(self.source.train_file, self.source.data_dir)
         pieces = [(file, piece) for file in files for piece in range(self.n_pieces)]
         return pieces[number :: self.n]
 
     def texts(self, pieces, n_pieces):
+        """The texts of pieces of files that have n_pieces each, None for a row without one."""
         for (name, opener), piece in pieces:
             found = examples_of(file_rows(name, opener, self.source), self.source)
             for where, text, _ in itertools.islice(found, piece, None, n_pieces):
@@ -220,9 +232,8 @@ def build_shards(plan):
             build_shard(plan, number, progress=True)
         return
     with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes keep
-        found = [pool.submit(build_shard, plan, number) for number in missing]
-        signal.signal(signal.SIGINT, before)
+        with without_ctrl_c():  # which the processes that start here keep
+            found = [pool.submit(build_shard, plan, number) for number in missing]
         try:
             for done in tqdm(as_completed(found), total=len(found), desc="shards"):
                 done.result()
@@ -237,40 +248,45 @@ def build_shards(plan):
             pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def without_ctrl_c():
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread gets the signal
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def build_shard(plan, number, progress=False):
     """Write a shard's folder: {train,val}.bin and .idx, as batches.py has them; .key, uint64
     (N, 2), the fingerprint of each document and its bytes; and shard.json."""
     folder, _ = plan.shard(number)
     encode = Tokens(Tokenizer.from_str(plan.tokenizer))
-    most_tokens = (plan.source.max_tokens or float("inf")) / plan.n
+    pieces = plan.pieces(number)
+    max_tokens = plan.source.max_tokens
     n_bad = 0
     with scratch_folder(folder) as scratch:
         work = scratch / "new"
         work.mkdir()
         writers = {split: Writer(work / split, encode, {}, "none") for split in ("train", "val")}
         keys = {split: array("Q") for split in writers}
-        for text in tqdm(plan.documents(number), desc=f"shard {number}", disable=not progress,
-                         unit=" texts"):
+        for text in tqdm(plan.texts(pieces, plan.n_pieces), desc=f"shard {number}",
+                         disable=not progress, unit=" texts"):
             if text is None:
                 n_bad += 1
                 continue
             key = fingerprint(text)
             split = plan.split_of(key)
-            writers[split].add(text, 0)
-            keys[split].extend((key, len(text.encode())))
-            n_waiting = sum(writer.size for writer in writers.values())  # characters
-            n_left = most_tokens - sum(writer.n_written for writer in writers.values())
-            if n_waiting >= n_left:  # as most characters are a token at the most
-                for writer in writers.values():
-                    writer.flush()
-                if sum(writer.n_written for writer in writers.values()) >= most_tokens:
-                    break
+            keys[split].extend((key, writers[split].add(text, 0)))
+            if max_tokens and has_tokens(writers.values(), max_tokens / plan.n):
+                break
         splits = {}
         for split, writer in writers.items():
             splits[split] = writer.close(0) if keys[split] else None
             np.array(keys[split], np.uint64).tofile(work / f"{split}.key")
         hashes = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
-        files = {name for (name, _), _ in plan.pieces(number) if os.path.isfile(name)}
+        files = {name for (name, _), _ in pieces if os.path.isfile(name)}
         write_json(work / "shard.json", {
             "number": number, "facts": plan.facts, "bad_rows": n_bad, "splits": splits,
             "sha256": hashes, "sources": {Path(f).name: file_sha256(f) for f in sorted(files)}})
@@ -279,6 +295,17 @@ def build_shard(plan, number, progress=False):
         except OSError:
             if not folder.exists():  # else another process was faster
                 raise
+
+
+def has_tokens(writers, n):
+    """Do writers hold n tokens or more? What waits in them is encoded as soon as it could do, as
+    hardly a character is more than one token."""
+    n_characters = sum(writer.size for writer in writers)
+    if sum(writer.n_written for writer in writers) + n_characters < n:
+        return False
+    for writer in writers:
+        writer.flush()
+    return sum(writer.n_written for writer in writers) >= n
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,7 +323,7 @@ def join(plan, work, build):
                         f"{plan.n}, or all with --shards={plan.n}")
     for folder, found in tqdm(shards, desc="checking", unit=" shards"):
         for name, expected in found["sha256"].items():
-            if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+            if not has_sha256(folder / name, expected):
                 raise UserError(f"{folder / name} is missing, truncated or altered: delete "
                                 f"{folder}, and the same command builds it anew")
         built = os.path.getmtime(folder / "shard.json")
@@ -342,9 +369,8 @@ def check_sources(source, hashes, built, what):
     except UserError:
         return  # the sources are elsewhere
     for name, expected in hashes.items():
-        path = here.get(name)
-        touched = path and os.path.isfile(path) and os.path.getmtime(path) > built
-        if touched and file_sha256(path) != expected:
+        path = here.get(name, "")
+        if has_changed(path, built, expected):
             raise UserError(f"{path} has changed since {what} was built from it: delete {what}, "
                             "and the same command builds it anew")
 
@@ -396,9 +422,7 @@ def join_split(split, parts, dedup, work):
         hashes[f"{split}-{i:05}.bin"] = found["sha256"][f"{split}.bin"]
         hashes[f"{split}-{i:05}.idx"] = file_sha256(work / f"{split}-{i:05}.idx")
     lengths = np.concatenate(lengths)
-    quantiles = np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()
-    counts = {"examples": len(lengths), "tokens": int(lengths.sum()), "bytes": n_bytes,
-              "length_quantiles": quantiles,
+    counts = {"examples": len(lengths), **describe_lengths(lengths), "bytes": n_bytes,
               "shards": [found["splits"][split]["tokens"] for _, found in parts]}
     return counts, n_repeated, hashes
 

@@ -21,6 +21,8 @@ from configurator import (
     UserError,
     configure,
     file_sha256,
+    has_changed,
+    has_sha256,
     run,
     scratch_folder,
     write_json,
@@ -60,9 +62,7 @@ from values import texts_of
 
 TASK_OF_TARGET = {"class": "classification", "labels": "multilabel", "number": "regression",
                   "none": "none"}  # as meta.json names it
-
-
-LEFT_OUT = "template", "shards", "max_tokens"  # of a data set's settings where they are None
+IF_GIVEN = "template", "shards", "max_tokens"  # settings that meta.json has only if they are given
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def build_settings(cfg):
         del settings[name]
     if cfg.target != "labels":
         del settings["label_separator"]
-    for name in LEFT_OUT:
-        if settings[name] is None:  # as data sets from before there was such a setting
+    for name in IF_GIVEN:
+        if settings[name] is None:
             del settings[name]
     if cfg.shards is not None:
         _, settings["shards"] = corpus.parse_shards(cfg.shards)
@@ -113,21 +113,20 @@ def open_meta(cfg):
     if not cfg.train_file:  # the command must say what it was built from
         files = {f"{split}_file": meta["build"].get(f"{split}_file") for split in SPLITS}
         rebuild = rebuild_command(replace(data_settings(vars(cfg)), **files))
-    none = dict.fromkeys(LEFT_OUT)
-    built = none | build_settings(DataConfig()) | meta["build"]  # newer settings: the default
-    for key, value in json.loads(json.dumps(none | build_settings(cfg))).items():
+    not_given = dict.fromkeys(IF_GIVEN)
+    built = not_given | build_settings(DataConfig()) | meta["build"]  # newer settings: the default
+    for key, value in json.loads(json.dumps(not_given | build_settings(cfg))).items():
         as_built = key == "val_fraction" and value is None
         if value != built.get(key, value) and not as_built:
             raise UserError(f"{folder} was built with {key}={built[key]!r}, not {value!r}; "
                             f"name another data set with --dataset=NAME, or rebuild it with: "
                             f"{rebuild}")
     built = os.path.getmtime(folder / "meta.json")
-    if "shards" in meta["build"] or "max_tokens" in meta["build"]:
+    if corpus.is_in_shards(meta["build"]):
         corpus.check_sources(resolve(cfg), meta["source_sha256"], built, folder)
         return meta
     for split, file in meta["source"].items():
-        touched = os.path.isfile(file) and os.path.getmtime(file) > built
-        if touched and file_sha256(file) != meta["source_sha256"].get(split):
+        if has_changed(file, built, meta["source_sha256"].get(split)):
             raise UserError(f"{file} has changed since {folder} was built from it; "
                             f"rebuild it with: {rebuild}")
     return meta
@@ -136,7 +135,7 @@ def open_meta(cfg):
 def check_files(folder, meta, rebuild):
     """Raise UserError for a file that is not as it was built."""
     for name, expected in tqdm(meta["sha256"].items(), desc="checking", unit=" files"):
-        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+        if not has_sha256(folder / name, expected):
             raise damaged(folder / name, rebuild)
 
 
@@ -188,11 +187,12 @@ def open_mix(cfg, meta):
 
 
 def same_splits(build, other):
-    """Is no text that falls to val in a data set in train in the other one? (Settings of two that
-    are in shards, where the text decides.)"""
-    in_shards = all({"shards", "max_tokens"} & settings.keys() for settings in (build, other))
-    return in_shards and build["split_seed"] == other["split_seed"] and (
-        build["val_fraction"] <= other["val_fraction"])
+    """Is no text of a data set's val in the other's train? So it is where both are in shards, as
+    then the text decides. build, other: the settings that they were built with."""
+    if not corpus.is_in_shards(build) or not corpus.is_in_shards(other):
+        return False
+    same_draw = build["split_seed"] == other["split_seed"]
+    return same_draw and build["val_fraction"] <= other["val_fraction"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,44 +203,51 @@ def build(cfg):
     """Build the data set's folder from its source and return its meta. What fails leaves nothing
     behind. An older folder goes only when the new one stands, and only if we made all of it."""
     folder = folder_of(cfg)
-    aside = folder.with_name(f".{folder.name}.old")
-    if aside.exists() and not folder.exists():
-        os.rename(aside, folder)  # a kill came between the two renames below
+    if aside(folder).exists() and not folder.exists():
+        os.rename(aside(folder), folder)  # a kill came between the two renames of put_in_place
     check_replaceable(folder, resolve(cfg))
     if not is_sharded(cfg):
-        replace_by(folder, cfg, lambda work: build_into(work, cfg))
-    else:
-        with corpus.only_one(shards_folder(cfg)):
-            if cfg.overwrite:
-                corpus.remove_shards(shards_folder(cfg))
-            plan = build_shards(cfg)
-            replace_by(folder, cfg, lambda work: corpus.join(plan, work, build_settings(cfg)))
-            corpus.remove_shards(plan.folder)
-            with contextlib.suppress(OSError):  # something else is in it
-                plan.folder.rmdir()
-    return read_meta(folder, rebuild_command(cfg))
+        return put_in_place(folder, cfg, lambda work: build_into(work, cfg))
+    with corpus.only_one(shards_folder(cfg)):
+        if cfg.overwrite:
+            corpus.remove_shards(shards_folder(cfg))
+        plan = build_shards(cfg)
+        meta = put_in_place(
+            folder, cfg, lambda work: corpus.join(plan, work, build_settings(cfg)))
+        corpus.remove_shards(plan.folder)
+        with contextlib.suppress(OSError):  # something else is in it
+            plan.folder.rmdir()
+    return meta
 
 
-def replace_by(folder, cfg, build_into):
-    """Put what build_into(work) makes in a scratch folder in place of `folder`."""
-    aside = folder.with_name(f".{folder.name}.old")
+def aside(folder):
+    """Where an older data set is while a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def put_in_place(folder, cfg, build_into):
+    """Let build_into(work) make a data set in a scratch folder, put it in place of `folder`, and
+    return what it returned."""
     with scratch_folder(folder) as scratch:
         work = scratch / "new"
         work.mkdir()
-        build_into(work)
+        result = build_into(work)
         check_replaceable(folder, resolve(cfg))  # again: building may take long
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside(folder), ignore_errors=True)
         if folder.exists():
-            os.rename(folder, aside)
+            os.rename(folder, aside(folder))
         os.rename(work, folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside(folder), ignore_errors=True)
+    return result
 
 
 def is_sharded(cfg):
+    """Does a config's data set become shards? Raises UserError for one that cannot."""
     return corpus.is_sharded(with_built_in(data_settings(vars(cfg))))
 
 
 def shards_folder(cfg):
+    """Where the shards of a config's data set are until they are joined."""
     folder = folder_of(cfg)
     return folder.with_name(f"{folder.name}.shards")
 

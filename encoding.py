@@ -143,6 +143,7 @@ class Tokens:
     blanks, most often a word, is encoded once and then looked up: three times as fast on English as
     the library alone (NOTES.md), with the same ids.
     """
+
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
@@ -247,6 +248,12 @@ def moments(examples, source):
     return scaling
 
 
+def describe_lengths(lengths):
+    """What meta.json holds of the lengths of a split's documents, (N,)."""
+    quantiles = np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()
+    return {"tokens": int(lengths.sum()), "length_quantiles": quantiles}
+
+
 class Writer:
     """Writes {split}.bin .idx .lbl, about a million characters or values at a time."""
 
@@ -260,15 +267,19 @@ class Writer:
         self.n_written = 0  # values: of text, tokens
 
     def add(self, value, target):
+        """Returns a text's bytes, or an example's values."""
         self.waiting.append(value)
         self.labels.extend(target if isinstance(target, bytes) else [target])
         if isinstance(value, (str, tuple)):
             self.size += sum(map(len, texts_of(value)))
-            self.n_bytes += sum(len(text.encode()) for text in texts_of(value))
+            size = sum(len(text.encode()) for text in texts_of(value))
+            self.n_bytes += size
         else:
-            self.size += value.size
+            size = value.size
+            self.size += size
         if self.size > 1_000_000:
             self.flush()
+        return size
 
     def flush(self):
         for x in self.encode(self.waiting):
@@ -291,9 +302,7 @@ class Writer:
         if isinstance(self.encode, Tokens):
             starts = np.concatenate([[0], np.cumsum(lengths)])
             starts.astype(np.int64).tofile(f"{self.path}.idx")
-            quantiles = np.quantile(lengths, [0, .25, .5, .75, .95, 1]).astype(int).tolist()
-            counts |= {"tokens": int(lengths.sum()), "bytes": self.n_bytes,
-                       "length_quantiles": quantiles}
+            counts |= {**describe_lengths(lengths), "bytes": self.n_bytes}
         if self.target == "number":
             standard = (labels - self.scaling["target_mean"]) / self.scaling["target_std"]
             standard.astype(np.float32).tofile(f"{self.path}.lbl")

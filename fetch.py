@@ -20,7 +20,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from configurator import UserError, file_sha256, scratch_folder
+from configurator import UserError, file_sha256, has_sha256, scratch_folder
 
 
 def web_members(spec, sha256, data_dir):
@@ -113,7 +113,7 @@ def wheel_folder(spec, data_dir):
 
 def cached(path, sha256, fetch):
     """Fetch `path` unless it is there; only a file with that SHA-256 ever has its name."""
-    if path.is_file() and file_sha256(path) == sha256:
+    if has_sha256(path, sha256):
         return
     with scratch_folder(path) as folder:
         print(f"downloading {path.name} ...", flush=True)
