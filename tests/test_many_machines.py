@@ -21,27 +21,26 @@ import train
 from weights import load_checkpoint
 
 
-def launch(n, code, *, env=None, cwd=ROOT, torchrun=()):
-    """Starts n processes that run Python code, under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
-    if not torchrun:
-        command.append("--standalone")
+def launch(n, toy, cwd, before="", torchrun=("--standalone",)):
+    """Starts n processes under torchrun that train, after running the code `before`."""
     path = Path(cwd) / "started.py"
-    path.write_text(code)
-    return subprocess.Popen(
-        [*command, f"--nproc-per-node={n}", str(path)],
-        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {}),
-    )  # fmt: skip
-
-
-def code_of(toy, before=""):
-    return (
+    path.write_text(
         "import os, configurator, train\n"
-        "rank, restart = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "rank = int(os.environ['RANK'])\n"
+        "restart = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         f"{before}\n"
         f"configurator.run(lambda: train.train(train.Config(**{toy!r})))"
     )
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={n}"]
+    return subprocess.Popen(
+        [*command, str(path)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def ended(running):
+    """(standard output, standard error, exit status) of processes that were launched."""
+    return *running.communicate(timeout=200), running.returncode
 
 
 CRASH = (  # of process 1, in step 11, once
@@ -58,10 +57,9 @@ def test_a_restart_after_a_crash_goes_on_bit_for_bit(toy, tmp_path, parallel="fs
     toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=4, dropout=0.1)
     whole = run(toy, 2, "whole", parallel=parallel)
     settings = toy | dict(out_dir=f"{toy['out_dir']}-crashed", parallel=parallel)
-    running = launch(2, code_of(settings, CRASH), cwd=tmp_path,
-                     torchrun=["--standalone", "--max-restarts=3"])  # fmt: skip
-    out, err = running.communicate(timeout=120)
-    assert running.returncode == 0, err[-3000:]
+    restarting = "--standalone", "--max-restarts=3"
+    out, err, status = ended(launch(2, settings, tmp_path, CRASH, restarting))
+    assert status == 0, err[-3000:]
     assert "continuing at step 4" in out or "continuing at step 8" in out
     last, best = (load_checkpoint(f"{settings['out_dir']}/{n}.pt") for n in ("last", "best"))
     assert_same((whole[0], *whole[1:]), (whole[0], last, best), 0.0)
@@ -70,9 +68,8 @@ def test_a_restart_after_a_crash_goes_on_bit_for_bit(toy, tmp_path, parallel="fs
 def test_a_process_that_dies_ends_the_others_with_one_line(toy, tmp_path, parallel="ddp"):
     toy |= dict(n_layer=2, epochs=300.0, eval_interval=9999, parallel=parallel)
     began = time.monotonic()
-    running = launch(2, code_of(toy, CRASH), cwd=tmp_path)
-    _, err = running.communicate(timeout=100)
-    assert running.returncode != 0 and time.monotonic() - began < 60
+    _, err, status = ended(launch(2, toy, tmp_path, CRASH))
+    assert status != 0 and time.monotonic() - began < 60
     ours = [line for line in err.splitlines() if line.startswith("started.py: error")]
     assert len(ours) <= 1 and "train.py" not in err.partition("Traceback")[0]
     assert all("another process of this run has ended" in line for line in ours)
@@ -89,10 +86,9 @@ def test_a_process_that_dies_ends_the_others_with_one_line(toy, tmp_path, parall
                  "train.data.open_or_build = other"),
 ])  # fmt: skip
 def test_processes_that_disagree_are_told_so(toy, tmp_path, what, before):
-    running = launch(2, code_of(toy, before), cwd=tmp_path)
-    _, err = running.communicate(timeout=100)
+    _, err, status = ended(launch(2, toy, tmp_path, before))
     lines = [line for line in err.splitlines() if "error: " in line and "started.py" in line]
-    assert running.returncode != 0 and len(lines) == 1
+    assert status != 0 and len(lines) == 1
     assert f"process 1 has another {what} than process 0" in lines[0]
     assert not (Path(toy["out_dir"]) / "last.pt").exists()
 
@@ -118,9 +114,8 @@ def on_two_machines(toy, tmp_path, crash=""):
     for name in "ab":
         (tmp_path / name).mkdir(exist_ok=True)
         settings = toy | dict(data_dir="data", out_dir="out")
-        machines.append(launch(1, code_of(settings, crash), cwd=tmp_path / name,
-                               torchrun=rendezvous))  # fmt: skip
-    return [(*machine.communicate(timeout=200), machine.returncode) for machine in machines]
+        machines.append(launch(1, settings, tmp_path / name, crash, rendezvous))
+    return [ended(machine) for machine in machines]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -166,7 +161,7 @@ def test_a_step_is_saved_once(toy, tmp_path):
         "    return real(path, **more)\n"
         "dcp.HuggingFaceStorageWriter = writer"
     )
-    out, err = launch(2, code_of(toy, note), cwd=tmp_path).communicate(timeout=100)
+    out, err, _ = ended(launch(2, toy, tmp_path, note))
     wrote = [line for line in out.splitlines() if line.startswith("wrote")]
     assert wrote == ["wrote last-4", "wrote last-8", "wrote last-12"], err[-2000:]
 
@@ -200,9 +195,8 @@ def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
         "    if before and not self.future: print('written after', len(steps), flush=True)\n"
         "train.ShardedSaver.poll = note"
     )  # fmt: skip
-    running = launch(2, code_of(toy | dict(save_interval=4), slow), cwd=tmp_path)
-    out, err = running.communicate(timeout=100)
-    assert running.returncode == 0, err[-3000:]
+    out, err, status = ended(launch(2, toy | dict(save_interval=4), tmp_path, slow))
+    assert status == 0, err[-3000:]
     found = load_checkpoint(f"{toy['out_dir']}/last.pt")
     assert found["step"] == 4
     assert int(out.partition("written after ")[2].split()[0]) > 4  # steps went on meanwhile
@@ -214,7 +208,7 @@ def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
         "    if checkpoint['step'] == 4: os._exit(0)\n"
         "train.ShardedSaver.save = once"
     )
-    launch(2, code_of(whole, stop), cwd=tmp_path).communicate(timeout=100)
+    ended(launch(2, whole, tmp_path, stop))
     then = load_checkpoint(f"{whole['out_dir']}/last.pt")
     assert then["step"] == 4
     for key in ("model", "optimizers"):
@@ -234,10 +228,9 @@ def test_a_full_disk_during_a_save_leaves_the_last_checkpoint(toy, tmp_path):
         "    save(self, checkpoint)\n"
         "train.ShardedSaver.save = fill"
     )
-    running = launch(2, code_of(toy, full), cwd=tmp_path)
-    _, err = running.communicate(timeout=100)
+    _, err, status = ended(launch(2, toy, tmp_path, full))
     lines = [line for line in err.splitlines() if line.startswith("started.py: error")]
-    assert running.returncode != 0 and "last-8 cannot be written (" in lines[0], err[-3000:]
+    assert status != 0 and "last-8 cannot be written (" in lines[0], err[-3000:]
     assert "File too large" in lines[0]
     assert load_checkpoint(f"{toy['out_dir']}/last.pt")["step"] == 4
     done = script("train.py", torchrun=2, **toy)

@@ -89,6 +89,7 @@ def test_cards_are_told_apart():
     assert peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA GH200 480GB") == 989e12 and peak_flops("NVIDIA H200 NVL") == 836e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA A10G") == 125e12 and peak_flops("NVIDIA A40") == 150e12
     assert peak_flops("Tesla V100-SXM2-16GB") is None
