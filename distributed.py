@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 import warnings
+from dataclasses import dataclass
 
 from configurator import UserError
 
@@ -116,19 +117,22 @@ class Machine:
     def one_first(self, work):
         """Run work() on rank 0 first, then on one process of each other machine, then on the rest,
         which find what it wrote."""
-        turn = min(self.rank, 1) + (self.rank > 0 and self.local_rank > 0)
-        for now in range(3 if self.world > 1 else 1):
-            if now == turn:
-                result = work()
-            if self.world > 1:
-                dist.barrier(group=self.cpu_group)
-        return result
+        if self.world == 1:
+            return work()
+        if self.rank == 0:
+            own_turn = 0
+        else:
+            own_turn = 1 if self.local_rank == 0 else 2
+        return self.take_turns(work, own_turn, 3)
 
     def in_turn(self, work):
         """Run work() on one process of each machine at a time, for what takes much memory."""
         n_turns = -self.smallest(-int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        return self.take_turns(work, self.local_rank, n_turns)
+
+    def take_turns(self, work, own_turn, n_turns):
         for turn in range(n_turns):
-            if turn == self.local_rank:
+            if turn == own_turn:
                 result = work()
             dist.barrier(group=self.cpu_group)
         return result
@@ -169,13 +173,13 @@ class Machine:
         return tree_map(put, sent[1])
 
     def check_agreement(self, facts):
-        """Raise UserError unless all processes pass the same facts, a dict of plain values."""
+        """Raise UserError unless facts() is the same on all processes, a dict of plain values."""
         if self.world == 1:
             return
         found = [None] * self.world
-        dist.all_gather_object(found, facts, group=self.cpu_group)
+        dist.all_gather_object(found, facts(), group=self.cpu_group)
         for rank, other in enumerate(found):
-            for name in facts:
+            for name in found[0]:
                 if other[name] != found[0][name]:
                     if self.rank > 0:
                         sys.exit(2)
@@ -210,11 +214,12 @@ def fresh_store():
     return dist.PrefixStore(own, store)
 
 
+@dataclass
 class Sent:
     """A tensor's place in what on_rank0 sends."""
-
-    def __init__(self, number, shape, dtype):
-        self.number, self.shape, self.dtype = number, shape, dtype
+    number: int
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def average_gradients(module):

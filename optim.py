@@ -247,14 +247,6 @@ def step_all(optimizers):
         optimizer.zero_grad(set_to_none=True)
 
 
-def states_like(optimizer, saved):
-    """For each tensor of a saved state dict that is as its parameter, that parameter: how it is to
-    be spread."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {"state": {i: dict.fromkeys(state, parameters[i])
-                      for i, state in saved["state"].items()}}
-
-
 def make_lbfgs(model):
     return torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe",
                              tolerance_grad=1e-9)

@@ -54,9 +54,21 @@ def shard_like(x, p):
                              src_data_rank=None)
 
 
+def all_parameters(optimizer):
+    """In the order in which its state dict numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameters_of_states(optimizer, saved):
+    """An optimizer's saved state dict with, in place of each value, the parameter that it is of."""
+    parameters = all_parameters(optimizer)
+    return {"state": {i: dict.fromkeys(values, parameters[i])
+                      for i, values in saved["state"].items()}}
+
+
 def shard_state(optimizer, state):
     """An optimizer's state dict of whole tensors, as its parameters are spread."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = all_parameters(optimizer)
     spread = {}
     for i, values in state["state"].items():
         p = parameters[i]

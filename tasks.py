@@ -72,9 +72,9 @@ class Task:
             return {"augmentation": augmentation if any(augmentation.values()) else None}
         return {}
 
-    def outputs(self, model, inputs):
-        """What the loss is computed of in training."""
-        return model(*inputs)
+    def batch_loss(self, model, inputs, targets):
+        """loss_sum of a model's outputs."""
+        return self.loss_sum(model(*inputs), targets)
 
     def loss_sum(self, logits, targets):
         """The loss, summed over the targets that count; float32 scalar."""
@@ -107,16 +107,16 @@ class ClassTask(Task):
         self.label_smoothing, self.mixup = cfg.label_smoothing, cfg.mixup
         self.focal_gamma = 0.0 if cfg.mixup else cfg.focal_gamma
         self.class_weights = class_weights(cfg, meta["splits"]["train"]["per_class"])
-        self.weights_there = self.class_weights  # the same on the model's device
+        self.weights_on_device = self.class_weights
 
     def to(self, device):
         if self.class_weights is not None:
-            self.weights_there = self.class_weights.to(device)
+            self.weights_on_device = self.class_weights.to(device)
 
     def loss_sum(self, logits, targets):
         """logits (B, C); targets (B,) int64, or with mixup (B, C) shares of the classes."""
         logits = at_least_float32(logits)
-        losses = F.cross_entropy(logits, targets, self.weights_there, reduction="none",
+        losses = F.cross_entropy(logits, targets, self.weights_on_device, reduction="none",
                                  label_smoothing=self.label_smoothing)
         if self.focal_gamma:
             p = logits.softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
@@ -185,8 +185,8 @@ class ContrastiveTask(ClassTask):
         if cfg.model != "transformer":
             raise UserError("--objective=contrastive is for --model=transformer")
 
-    def outputs(self, model, inputs):
-        return model.vectors(*inputs)
+    def batch_loss(self, model, inputs, targets):
+        return self.loss_sum(model.vectors(*inputs), targets)
 
     def loss_sum(self, vectors, targets):
         """vectors (B, D); targets (B,) int64, IGNORE where there is none. Pairs of one class weigh
@@ -340,23 +340,19 @@ class LanguageTask(Task):
         return {"objective": self.objective, "mask_prob": cfg.mask_prob}
 
     def loss_sum(self, logits, targets):
-        """logits (M, vocab_size), or what they are made of, (x (M, D), weight (vocab_size, D));
-        targets (M,) int64."""
-        if isinstance(logits, tuple):
-            return self.loss_in_chunks(*logits, targets)
+        """logits (M, vocab_size); targets (M,) int64."""
         logits = at_least_float32(logits)
         return F.cross_entropy(logits, targets, reduction="none",
                                label_smoothing=self.label_smoothing).sum()
 
-    def outputs(self, model, inputs):
-        n_logits = model.config.vocab_size * len(inputs[0])
-        if n_logits <= MOST_LOGITS or is_sharded(model.output_weight()):
-            return model(*inputs)
-        return model(*inputs, with_head=False)
-
-    def loss_in_chunks(self, x, weight, targets):
+    def batch_loss(self, model, inputs, targets):
         """Logits of many tokens and a large vocabulary would take most of the memory, so a part of
         them is made at a time, and again for its gradient."""
+        n_logits = model.config.vocab_size * len(inputs[0])
+        if n_logits <= MOST_LOGITS or is_sharded(model.output_weight()):
+            return super().batch_loss(model, inputs, targets)
+        x, weight = model(*inputs, with_head=False)
+
         def loss(x, targets):
             return self.loss_sum(F.linear(x, weight), targets)
         n_rows = max(1, MOST_LOGITS // 4 // len(weight))

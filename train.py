@@ -50,6 +50,7 @@ from runs import (
 from sharding import (
     ShardedSaver,
     is_finite,
+    parameters_of_states,
     read_parts,
     shard,
     shard_like,
@@ -249,7 +250,7 @@ class ModelWithLoss(torch.nn.Module):
         self.model, self.task = model, task
 
     def forward(self, inputs, targets):
-        return self.task.loss_sum(self.task.outputs(self.model, inputs), targets)
+        return self.task.batch_loss(self.model, inputs, targets)
 
 
 def compute_gradient(model_with_loss, micro_batches, task, machine):
@@ -400,7 +401,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     machine = Machine(cfg)
     if machine.rank == 0 and not cfg.lr_find and not cfg.dry_run:
         lock.acquire()
-    machine.check_agreement(facts_of(cfg))
+    machine.check_agreement(lambda: facts_of(cfg))
     checkpoint = None
     if not cfg.dry_run:
         checkpoint = machine.on_rank0(lambda: open_run(cfg, parts=not machine.sharded))
@@ -413,7 +414,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
     # data
     folder, meta = machine.one_first(lambda: data.open_or_build(cfg))
-    machine.check_agreement({"data set": hash_of(meta["sha256"])})
+    machine.check_agreement(lambda: {"data set": hash_of(meta["sha256"])})
     if checkpoint and checkpoint["data_sha256"] != meta["sha256"]:
         raise UserError(f"{cfg.out_dir} holds a run on another data set than {folder} holds now; "
                         "choose another --out_dir=…, or replace it with --overwrite=True")
@@ -436,7 +437,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if cfg.mix is not None:
         parts = data.open_mix(cfg, meta)
         hashes = [other["sha256"] for (_, other), _ in parts]
-        machine.check_agreement({"data set of --mix": hash_of(hashes)})
+        machine.check_agreement(lambda: {"data set of --mix": hash_of(hashes)})
         train_set = Mixture([open_examples("train", cfg.seed, True, *part) for part, _ in parts],
                             [share for _, share in parts])
     else:
@@ -519,7 +520,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     step, best, bad_evals, elapsed = 0, None, 0, 0.0
     run_id = f"{Path(cfg.out_dir).name}-{int(time.time())}"  # of the run in W&B
     if in_parts:
-        states = [optim.states_like(*pair) for pair in zip(optimizers, checkpoint["optimizers"])]
+        states = [parameters_of_states(*pair)
+                  for pair in zip(optimizers, checkpoint["optimizers"])]
         checkpoint = read_parts(checkpoint, cfg.out_dir, {
             "model": model.state_dict(), "ema": average.weights, "optimizers": states})
         model.load_state_dict(checkpoint["model"])
@@ -570,28 +572,31 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
               lambda rate: flops * rate * tokens_per_unit,
               "tok" if meta["kind"] == "text" else "ex", wandb_run)
 
-    def save(name, checkpoint, finished=False):
-        checkpoint |= {
+    def common(finished=False):
+        """What both checkpoints hold, besides tensors."""
+        return {
             "format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(given),
             "model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer,
             "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
             "max_len": max_len, "kind": meta["kind"], "scaling": meta["scaling"],
             "data_sha256": meta["sha256"], "data_folder": folder.name, "step": step,
             "epoch": step / steps_per_epoch, "best": best, "finished": finished}
-        if name == "last.pt" and saver:
-            saver.save(checkpoint)
-            return
+
+    def save(name, checkpoint):
         checkpoint = whole(checkpoint, machine)
         if machine.rank == 0:
             save_checkpoint(Path(cfg.out_dir) / name, checkpoint)
 
     def save_last(finished=False):
         gradients.check()
-        save("last.pt", {
+        checkpoint = common(finished) | {
             "model": model.state_dict(), "ema": average.values, "bad_evals": bad_evals,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "elapsed": log.elapsed, "run_id": run_id,
-            "micro_batch_tokens": cfg.micro_batch_tokens}, finished)
+            "elapsed": log.elapsed, "run_id": run_id, "micro_batch_tokens": cfg.micro_batch_tokens}
+        if saver:
+            saver.save(checkpoint)
+        else:
+            save("last.pt", checkpoint)
 
     profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
 
@@ -645,7 +650,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                 bad_evals = 0 if improved else bad_evals + 1
                 if improved:
                     best = figures
-                    save("best.pt", {"model": state_for_best(model)})
+                    save("best.pt", common() | {"model": state_for_best(model)})
                 remark = "  (best so far)" if improved and not keeps_last else ""
                 if val_set:
                     machine.print(f"      {describe(figures)}{remark}")
