@@ -32,25 +32,26 @@ WAITS = "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"
 
 @dataclasses.dataclass
 class Case:
-    """A comparison. sizes: of the model; length: the tokens of a text, at most."""
+    """A comparison. sizes: of the model; length: the tokens of a text, at most if ragged."""
     name: str
     peer: str
     sizes: dict
+    vocab_size: int
     length: int
     batch_size: int
-    ragged: bool = True
+    ragged: bool = False
 
 
 def cases(tiny):
     if tiny:
         sizes = {"n_layer": 2, "d_model": 64, "n_head": 2}
-        return [Case("BERT", "trainer", sizes, 16, 8),
-                Case("GPT-2", "nanogpt", sizes, 32, 4, False)]
-    return [
-        Case("MiniLM", "trainer", {"n_layer": 6, "d_model": 384, "n_head": 12}, 24, 32),
-        Case("BERT-base", "trainer", {"n_layer": 12, "d_model": 768, "n_head": 12}, 128, 64, False),
-        Case("GPT-2 124M", "nanogpt", {"n_layer": 12, "d_model": 768, "n_head": 12}, 1024, 64,
-             False)]
+        return [Case("BERT", "trainer", sizes, 2000, 16, 8, ragged=True),
+                Case("GPT-2", "nanogpt", sizes, 2000, 32, 4)]
+    minilm = {"n_layer": 6, "d_model": 384, "n_head": 12}
+    base = {"n_layer": 12, "d_model": 768, "n_head": 12}
+    return [Case("MiniLM", "trainer", minilm, 30522, 24, 32, ragged=True),
+            Case("BERT-base", "trainer", base, 30522, 128, 64),
+            Case("GPT-2 124M", "nanogpt", base, 50257, 1024, 64)]
 
 
 def main(options, run_alone):
@@ -82,8 +83,9 @@ def prepare(case, n_steps):
     folder = OUT / case.name.replace(" ", "-")
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    words = [f"w{i}" for i in range(2000)]
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [f"w{i}" for i in range(case.vocab_size - len(special))]
+    vocabulary = {token: i for i, token in enumerate(special + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[MASK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -107,18 +109,18 @@ def prepare(case, n_steps):
                   "lowercase": False, "test_fraction": 0.0, "val_fraction": 2 / (n_steps + 2)}
         given |= case.sizes
     else:
-        save_bert(case, folder, len(vocabulary))
+        save_bert(case, folder)
         del given["tokenizer"]
         given |= {"init_from": folder, "crop": None}
     return [f"--{key}={value}" for key, value in given.items()]
 
 
-def save_bert(case, folder, vocab_size):
+def save_bert(case, folder):
     import transformers as hf
     torch.manual_seed(0)
     width = case.sizes["d_model"]
     hf.BertModel(hf.BertConfig(
-        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=case.sizes["n_layer"],
+        vocab_size=case.vocab_size, hidden_size=width, num_hidden_layers=case.sizes["n_layer"],
         num_attention_heads=case.sizes["n_head"], intermediate_size=4 * width,
         max_position_embeddings=max(512, case.length))).save_pretrained(folder)
 
