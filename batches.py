@@ -231,28 +231,3 @@ def split_by_tokens(indices, lengths, limit):
         parts[-1].append(i)
         total += lengths[i]
     return [np.array(part) for part in parts]
-
-
-def stratified_subset(labels, fraction, seed):
-    """Sorted indices of round(fraction · N) of N examples, with the same share of each class, give
-    or take one example. A smaller fraction's examples are among a larger one's. (Numbers and sets
-    of labels are drawn at random.)"""
-    classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))
-    rank = np.empty(len(labels))
-    rng = np.random.default_rng(seed)
-    for c in np.unique(classes):
-        members = rng.permutation(np.flatnonzero(classes == c))
-        rank[members] = (np.arange(len(members)) + 0.5) / len(members)  # spread evenly over 0..1
-    n = max(1, round(fraction * len(labels)))
-    return np.sort(np.argsort(rank, kind="stable")[:n])
-
-
-def assign_folds(labels, k, seed):
-    """Which of k folds each of N examples is in, (N,): each fold has the same share of each class,
-    give or take one example."""
-    classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(classes[order], kind="stable")]
-    fold = np.empty(len(labels), int)
-    fold[order] = np.arange(len(labels)) % k
-    return fold

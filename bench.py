@@ -56,6 +56,7 @@ from eval import basic_report
 from examples import ceil_div
 from huggingface import save_hf
 from predict import Classifier, open_data
+from run_data import tokens_per_example
 from runs import read_records
 from sources import rebuild_command, resolve, rows
 from tasks import bf16_is_native, open_device
@@ -83,7 +84,7 @@ def ours(main):
 def splits(cfg):
     """(meta, train, test) of a config's data set."""
     folder, meta = data.open_or_build(cfg)
-    max_len = train.tokens_per_example(cfg, meta)
+    max_len = tokens_per_example(cfg, meta)
     return meta, *(open_split(folder, meta, split, max_len, rebuild_command(cfg))
                    for split in ("train", "test"))
 

@@ -6,16 +6,14 @@ builds the data set of a config and prints what is in it. train.py does so by it
 set is not there yet. The source is read three times (clean and hash; train the tokenizer; encode)
 and never held: memory stays flat, but for one long .txt with --target=none, which is one document.
 """
-import ast
 import contextlib
 import json
 import math
 import os
 import shutil
 import sys
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
 
 from configurator import (
     UserError,
@@ -46,6 +44,7 @@ from encoding import (
     tokenizer_hash,
 )
 from format import FORMAT, SPLITS, damaged, read_meta
+from settings import FinetuneConfig
 from sources import (
     DataConfig,
     data_settings,
@@ -431,24 +430,10 @@ def print_cut(split, starts, max_len):
               f"{max_len}: what stands behind, {lost:.1%} of all tokens, is not read", flush=True)
 
 
-def whole_config():
-    """DataConfig with the settings of train.py and finetune.py behind it, so that a config file is
-    checked whole. They are read from the scripts' source, which imports nothing."""
-    settings = {}
-    for script in ("train.py", "finetune.py"):
-        tree = ast.parse((Path(__file__).parent / script).read_text(encoding="utf-8"))
-        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-        for node in classes["Config"].body:
-            if isinstance(node, ast.AnnAssign):
-                annotation = compile(ast.Expression(node.annotation), script, "eval")
-                settings[node.target.id] = eval(annotation, {"Literal": Literal})
-    others = [(name, annotation, None) for name, annotation in settings.items()]
-    return make_dataclass("Config", others, bases=(DataConfig,))
-
-
 def main():
     asks_for_help = {"--help", "-h"} & set(sys.argv)
-    cfg = configure(DataConfig if asks_for_help else whole_config())
+    cfg = configure(DataConfig if asks_for_help else FinetuneConfig)  # a config file's other ones
+    #   are checked, too
     if is_sharded(cfg) and corpus.is_partial(cfg.shards):
         plan = build_shards(cfg)
         print(f"{plan.folder}: shards {plan.numbers[0]} to {plan.numbers[-1]} of {plan.n} are "

@@ -84,7 +84,9 @@ class Machine:
         if self.rank == 0:
             print(*args, flush=True)
 
-    def seed(self, seed):
+    def seed_step(self, seed, step):
+        """Seed the generators: dropout is a function of (seed, step, rank)."""
+        seed = seed * 1_000_003 + step * self.world + self.rank
         if self.device.type == "cpu":  # torch.manual_seed looks at other devices too: 0.5 ms
             torch.default_generator.manual_seed(seed)
         else:
@@ -172,20 +174,31 @@ class Machine:
             return value
         return tree_map(put, sent[1])
 
+    def gather(self, value):
+        """The value, of plain types, of each process: a list."""
+        if self.world == 1:
+            return [value]
+        found = [None] * self.world
+        dist.all_gather_object(found, value, group=self.cpu_group)
+        return found
+
+    def refuse(self, message):
+        """End all processes by a UserError that process 0 raises; all have to call it."""
+        if self.rank > 0:
+            sys.exit(2)
+        raise UserError(message)
+
     def check_agreement(self, facts):
         """Raise UserError unless facts() is the same on all processes, a dict of plain values."""
         if self.world == 1:
             return
-        found = [None] * self.world
-        dist.all_gather_object(found, facts(), group=self.cpu_group)
+        found = self.gather(facts())
         for rank, other in enumerate(found):
             for name in found[0]:
                 if other[name] != found[0][name]:
-                    if self.rank > 0:
-                        sys.exit(2)
-                    raise UserError(f"process {rank} has another {name} than process 0 "
-                                    f"({other[name]!r}, not {found[0][name]!r}): give all machines "
-                                    "the same code, command and data")
+                    self.refuse(f"process {rank} has another {name} than process 0 "
+                                f"({other[name]!r}, not {found[0][name]!r}): give all machines "
+                                "the same code, command and data")
 
     def sees(self, path):
         """Do all processes see a file that rank 0 has written?"""

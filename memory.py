@@ -165,3 +165,16 @@ def free_memory(device):
             lines = dict(line.split(":", 1) for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
     return None
+
+
+def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
+    """cfg.micro_batch_tokens as a number: of an interrupted run the one that it began with."""
+    if cfg.micro_batch_tokens != "auto":
+        return cfg.micro_batch_tokens
+    if checkpoint and type(checkpoint.get("micro_batch_tokens")) is int:
+        return checkpoint["micro_batch_tokens"]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
+    found = fitting_tokens(measure, machine.device, max_len, cfg.batch_size, 0.85 / here)
+    found = machine.smallest(found)
+    machine.print(f"--micro_batch_tokens=auto: {found}")
+    return found

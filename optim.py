@@ -1,7 +1,7 @@
 """Optimizers, parameter groups, clipping, schedules, weight averaging.
 
 A new optimizer is an entry in `make`, a new schedule one in `learning_rate_at`; each also gets its
-name in train.Config.
+name in settings.Config.
 """
 import math
 
@@ -23,6 +23,9 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
     lr_scale(name, model, cfg): what a parameter's learning rate is multiplied by; None: 1. dtype:
     of Muon's products. Weight decay is for matrices, text embeddings aside.
     """
+    if cfg.optimizer == "lbfgs":  # the rate and the decay are step_lbfgs's
+        return [torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-9)]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     embedding = getattr(model, "embedding", None)
     if not isinstance(embedding, torch.nn.Embedding) or not embedding.weight.requires_grad:
@@ -247,11 +250,6 @@ def step_all(optimizers):
         optimizer.zero_grad(set_to_none=True)
 
 
-def make_lbfgs(model):
-    return torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe",
-                             tolerance_grad=1e-9)
-
-
 def step_lbfgs(optimizer, compute_gradient, weight_decay):
     """One step of L-BFGS on a loss plus weight_decay / 2 · |W|², in up to 20 evaluations.
 
@@ -316,36 +314,3 @@ class EMA:
             kept = p.clone()
             p.copy_(value)
             value.copy_(kept)
-
-
-# --------------------------------------------------------------------------------------------------
-# The learning-rate range test (Smith 2017)
-
-RANGE_TEST_STEPS = 160
-
-
-def range_test_rate(step):
-    """1e-6 to 100, exponentially."""
-    return 1e-6 * 1e8 ** (step / RANGE_TEST_STEPS)
-
-
-def read_range_test(losses):
-    """(losses smoothed, index of the rate to suggest or None, whether the losses diverge).
-
-    The suggestion is the rate at which the loss has made a quarter of its fall. The usual rules
-    (the steepest slope, a tenth of the rate at the minimum) vary up to 30-fold between seeds, this
-    one 2-fold (NOTES.md).
-    """
-    smooth, mean = [], 0.0
-    for i, loss in enumerate(losses):
-        mean = 0.9 * mean + 0.1 * loss
-        smooth.append(mean / (1 - 0.9 ** (i + 1)))
-    n_before = 20  # steps at rates that change nothing yet
-    start = sum(smooth[:n_before]) / n_before
-    low = min(smooth[n_before:], default=start)
-    diverges = len(smooth) > n_before and smooth[-1] > 1.5 * min(low, start)
-    if low >= 0.98 * start:
-        return smooth, None, diverges
-    quarter = start - (start - low) / 4
-    found = next(i for i, s in enumerate(smooth) if i >= n_before and s <= quarter)
-    return smooth, found, diverges

@@ -1,6 +1,6 @@
-"""A run's folder and page: who may write there, what is continued, metrics.jsonl, W&B, signals."""
+"""A run's folder and page: who may write there, what is continued, checkpoints, metrics.jsonl, W&B,
+signals."""
 import contextlib
-import dataclasses
 import hashlib
 import json
 import netrc
@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -24,9 +25,17 @@ from configurator import (
 
 import torch
 
-from sharding import remove_parts
+from sharding import (
+    ShardedSaver,
+    parameters_of_states,
+    read_parts,
+    remove_parts,
+    shard_like,
+    shard_state,
+    whole,
+)
 from speed import peak_flops
-from weights import load_checkpoint
+from weights import load_checkpoint, save_checkpoint
 
 # settings that may differ between a run and its continuation
 FREE = {"overwrite", "save_interval", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name",
@@ -41,8 +50,7 @@ def open_run(cfg, parts=True):
     """Check out_dir. Returns the checkpoint to resume from (parts: see load_checkpoint), or None to
     begin; writes nothing."""
     out = Path(cfg.out_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: goes on
-    if cfg.overwrite and not restarted or cfg.lr_find:
+    if begins_anew(cfg):
         return None
     if not (out / "config.json").exists():
         for name in ("best.pt", "last.pt"):
@@ -55,8 +63,8 @@ def open_run(cfg, parts=True):
         saved = read_json(out / "config.json")
     except ValueError:
         raise UserError(f"{out}/config.json is damaged; start anew with --overwrite=True") from None
-    saved = dataclasses.asdict(type(cfg)()) | saved  # a setting that is newer than the run
-    for key, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
+    saved = asdict(type(cfg)()) | saved  # a setting that is newer than the run
+    for key, value in json.loads(json.dumps(asdict(cfg))).items():
         if key not in FREE and value != saved[key]:
             raise UserError(f"{out} holds a run with other settings ({key}={saved[key]!r} there, "
                             f"{value!r} here); choose another --out_dir=…, or replace it with "
@@ -64,10 +72,35 @@ def open_run(cfg, parts=True):
     return load_checkpoint(out / "last.pt", parts=parts) if (out / "last.pt").exists() else None
 
 
+def begins_anew(cfg):
+    """Does a run pay no heed to what is in its out_dir?"""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: goes on
+    return cfg.overwrite and not restarted or cfg.lr_find
+
+
+def check_nothing_later(cfg, machine, checkpoint):
+    """Raise UserError where the out_dir of another machine holds a later last.pt than that of rank
+    0, which is continued: torchrun may number the machines anew when it restarts."""
+    steps = machine.gather(saved_step(Path(cfg.out_dir) / "last.pt"))
+    own, latest = checkpoint["step"] if checkpoint else 0, max(steps)
+    if latest > own and not begins_anew(cfg):
+        machine.refuse(f"the machine of process {steps.index(latest)} holds a later {cfg.out_dir} "
+                       f"(step {latest}) than that of process 0 (step {own}): copy it there, or "
+                       "begin anew with --overwrite=True")
+
+
+def saved_step(path):
+    """The step of a last.pt; 0 where there is none, or none that can be read."""
+    try:
+        return torch.load(path, "meta", mmap=True, weights_only=True)["step"]
+    except Exception:  # damaged bytes can make the unpickler raise anything
+        return 0
+
+
 def facts_of(cfg):
     """What all processes of a run have to have in common."""
     code = {file.name: file_sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
-    settings = dataclasses.asdict(cfg)
+    settings = asdict(cfg)
     for name in ("data_dir", "out_dir", "train_file", "val_file", "test_file", "tokenizer"):
         del settings[name]  # each machine may have its own; what is built is compared, too
     settings = {f"--{name}": value for name, value in settings.items()}
@@ -93,7 +126,7 @@ def begin_run(cfg, checkpoint, lock):
         if checkpoint is None:
             for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
                 (out / name).unlink(missing_ok=True)
-            write_json(out / "config.json", dataclasses.asdict(cfg))
+            write_json(out / "config.json", asdict(cfg))
             metrics.touch()
             return
         kept = [r for r in read_records(out) if r["step"] <= checkpoint["step"]]
@@ -162,6 +195,87 @@ class StopSignal:
 
 
 # --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+    run_id: str  # in W&B
+    step: int = 0  # how many are done
+    epoch: float = 0.0
+    best: dict | None = None  # the figures of best.pt
+    bad_evals: int = 0  # evaluations since, none of them better
+    elapsed: float = 0.0  # seconds of training
+    finished: bool = False
+
+
+def restore(checkpoint, out_dir, machine, model, optimizers, average):
+    """Load what last.pt holds besides the model's weights, and these, too, where they lie in parts.
+    Returns the Progress."""
+    if "shards" in checkpoint:
+        states = [parameters_of_states(*pair)
+                  for pair in zip(optimizers, checkpoint["optimizers"])]
+        checkpoint = read_parts(checkpoint, out_dir, {
+            "model": model.state_dict(), "ema": average.weights, "optimizers": states})
+        model.load_state_dict(checkpoint["model"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        optimizer.load_state_dict(shard_state(optimizer, state))
+    average.values = [shard_like(value.to(machine.device), p)
+                      for value, p in zip(checkpoint["ema"], average.weights)]
+    return Progress(**{field.name: checkpoint[field.name] for field in fields(Progress)})
+
+
+class Checkpoints:
+    """Writes a run's best.pt, and last.pt, which it can be continued from. All processes have to
+    call each method.
+
+    facts: what both hold besides tensors and progress. state_for_best(model) → the state dict that
+    best.pt gets.
+    """
+
+    def __init__(self, out_dir, machine, facts, model, optimizers, average, state_for_best):
+        self.out, self.machine, self.facts = Path(out_dir), machine, facts
+        self.model, self.optimizers, self.average = model, optimizers, average
+        self.state_for_best = state_for_best
+        self.in_parts = None
+        if machine.sharded and machine.sees(self.out / "config.json"):  # a common disk
+            self.in_parts = ShardedSaver(self.out, machine, lambda found: self.write("last", found))
+
+    def save_best(self, progress):
+        stands = {name: getattr(progress, name) for name in ("step", "epoch", "best", "finished")}
+        model = self.state_for_best(self.model)
+        self.gather_and_write("best", self.facts | stands | {"model": model})
+
+    def save_last(self, progress):
+        checkpoint = self.facts | asdict(progress) | {
+            "model": self.model.state_dict(), "ema": self.average.values,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        if self.in_parts:
+            self.in_parts.save(checkpoint)
+        else:
+            self.gather_and_write("last", checkpoint)
+
+    def gather_and_write(self, name, checkpoint):
+        checkpoint = whole(checkpoint, self.machine)
+        if self.machine.rank == 0:
+            self.write(name, checkpoint)
+
+    def write(self, name, checkpoint):
+        save_checkpoint(self.out / f"{name}.pt", checkpoint)
+
+    def poll(self):
+        """Finish what was begun to write in parts, if it is written by now."""
+        if self.in_parts:
+            self.in_parts.poll()
+
+    def wait(self):
+        """Until all is written."""
+        if self.in_parts:
+            self.in_parts.wait()
+
+
+# --------------------------------------------------------------------------------------------------
 # What is logged
 
 
@@ -184,17 +298,20 @@ def read_records(folder):
 
 
 class Log:
-    """Writes metrics.jsonl and W&B, and prints a line. Its clock does not run while `paused`."""
+    """Writes metrics.jsonl and W&B, and prints a line. Its clock, which adds to progress.elapsed,
+    does not run while `paused`.
 
-    def __init__(self, cfg, machine, step, total_steps, elapsed, flops_per_second, unit, wandb_run):
-        self.cfg, self.machine, self.wandb_run = cfg, machine, wandb_run
-        self.total_steps, self.elapsed, self.unit = total_steps, elapsed, unit
+    flops_per_second(rate) → what a rate of tokens takes; unit: what these are.
+    """
+
+    def __init__(self, cfg, machine, progress, total_steps, flops_per_second, unit, wandb_run):
+        self.cfg, self.machine, self.progress, self.wandb_run = cfg, machine, progress, wandb_run
+        self.total_steps, self.unit, self.flops_per_second = total_steps, unit, flops_per_second
         self.peak = None
         if machine.device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name())
-        self.flops_per_second = flops_per_second
-        self.step = step
-        self.n_tokens = 0
+        self.step = progress.step  # of the last line
+        self.n_tokens = 0  # since
         self.clock = time.monotonic()
 
     def write(self, record):
@@ -208,16 +325,17 @@ class Log:
         if self.wandb_run:
             self.wandb_run.log(record, step=record["step"])
 
-    def progress(self, step, epoch, loss, lr, grad_norm):
+    def line(self, loss, lr, grad_norm):
         """Log the steps since the last call."""
         now = time.monotonic()
         seconds = max(now - self.clock, 1e-9)
+        step, epoch = self.progress.step, self.progress.epoch
         n_steps = step - self.step
-        self.elapsed += seconds
+        self.progress.elapsed += seconds
         rate = self.n_tokens / seconds
         record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm,
                   "tokens_per_s": rate, "examples_per_s": n_steps * self.cfg.batch_size / seconds,
-                  "elapsed_s": self.elapsed}
+                  "elapsed_s": self.progress.elapsed}
         mfu = ""
         if self.peak:
             record["mfu"] = self.flops_per_second(rate) / self.peak / self.machine.world

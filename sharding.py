@@ -28,10 +28,12 @@ from torch.utils._pytree import (
 
 def shard(model, machine):
     """Spread a Transformer's weights over all processes, in place: each block is gathered by
-    itself, embedding and head together."""
-    from torch.distributed.fsdp import fully_shard
+    itself, in the dtype that it is computed in; embedding and head together. Gradients are added up
+    in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=machine.mesh)
+        fully_shard(block, mesh=machine.mesh, mp_policy=policy)
     fully_shard(model, mesh=machine.mesh)
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import batches
 import data
 import finetune
 import metrics
 import optim
+import run_data
 import tasks
 import train
 from huggingface import save_hf
@@ -174,7 +174,7 @@ def test_what_does_not_go_with_it_is_refused(few, changes, says):
 
 def test_folds_test_each_label_once_and_in_equal_shares():
     labels = np.array([0] * 10 + [1] * 21 + [2] * 2)
-    fold = batches.assign_folds(labels, 5, seed=0)
+    fold = run_data.assign_folds(labels, 5, seed=0)
     assert set(fold) == set(range(5))
     for c in range(3):
         counts = np.bincount(fold[labels == c], minlength=5)
@@ -192,7 +192,7 @@ def test_cross_validation_says_what_it_is(few, capsys):
     cfg = train.Config(**settings)
     folder, meta = data.open_or_build(cfg)
     examples = open_split(cfg, meta, "train", cfg.max_len)
-    fold = batches.assign_folds(examples.labels, 4, cfg.split_seed)
+    fold = run_data.assign_folds(examples.labels, 4, cfg.split_seed)
     correct = 0
     for i, checkpoint in enumerate(found):
         clf = Classifier(f"{settings['out_dir']}-folds/{i}/last.pt")

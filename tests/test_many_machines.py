@@ -17,15 +17,16 @@ from test_resume_is_bitwise import started
 from test_sharded_training_equals_plain import assert_same, run
 from torch.utils._pytree import tree_leaves
 
+import runs
 import train
-from weights import load_checkpoint
+from weights import load_checkpoint, save_checkpoint
 
 
 def launch(n, toy, cwd, before="", torchrun=("--standalone",)):
     """Starts n processes under torchrun that train, after running the code `before`."""
     path = Path(cwd) / "started.py"
     path.write_text(
-        "import os, configurator, train\n"
+        "import os, configurator, runs, train\n"
         "rank = int(os.environ['RANK'])\n"
         "restart = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         f"{before}\n"
@@ -94,7 +95,7 @@ def test_processes_that_disagree_are_told_so(toy, tmp_path, what, before):
 
 
 def test_the_code_and_the_version_of_torch_are_among_what_is_compared():
-    facts = train.facts_of(train.Config())
+    facts = runs.facts_of(train.Config())
     assert {"code", "version of torch", "--learning_rate"} <= facts.keys()
 
 
@@ -125,6 +126,12 @@ def test_machines_without_a_common_disk_train_and_go_on(toy, tmp_path, parallel)
     toy |= dict(parallel=parallel)
     whole = run(toy, 2, "whole", parallel=parallel)
     assert any(code for _, _, code in on_two_machines(toy, tmp_path, CRASH))
+    a, b = tmp_path / "a/out", tmp_path / "b/out"
+    home, other = (a, b) if (a / "last.pt").exists() else (b, a)
+    home.rename(other)  # as if torchrun had numbered the machines anew
+    said = [err for _, err, _ in on_two_machines(toy, tmp_path)]
+    assert sum("the machine of process 1 holds a later out" in err for err in said) == 1
+    other.rename(home)
     for _, err, code in on_two_machines(toy, tmp_path):
         assert code == 0, err[-3000:]
     folders = [name for name in "ab" if (tmp_path / name / "out/last.pt").exists()]
@@ -133,6 +140,62 @@ def test_machines_without_a_common_disk_train_and_go_on(toy, tmp_path, parallel)
     out = tmp_path / folders[0] / "out"
     last, best = (load_checkpoint(out / f"{name}.pt") for name in ("last", "best"))
     assert_same((whole[0], *whole[1:]), (whole[0], last, best), 0.0)
+
+
+def test_machines_may_join_and_leave(toy, tmp_path, monkeypatch):
+    """One begins, another joins it after step 4, and dies in step 8: the first goes on alone."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see SCALING.md
+    toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=2)
+    whole = run(toy, 0, "whole", parallel="ddp")
+    starts = tmp_path / "starts"
+    change = (
+        "import signal, time; from pathlib import Path\n"
+        f"starts = Path({str(starts)!r})\n"
+        "if rank == 0: starts.open('a').write(os.environ['WORLD_SIZE'])\n"
+        "real, calls = train.compute_gradient, []\n"
+        "def compute_gradient(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 4 and starts.read_text() == '1':\n"
+        "        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL: time.sleep(0.05)\n"
+        "    if len(calls) == 4 and os.getcwd().endswith('b'):\n"
+        "        os.kill(os.getppid(), signal.SIGKILL); os._exit(1)\n"
+        "    return real(*args)\n"
+        "train.compute_gradient = compute_gradient"
+    )
+    rendezvous = ["--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d",
+                  f"--rdzv-endpoint=localhost:{port()}",
+                  "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1"]  # fmt: skip
+    machines = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        machines.append(launch(1, toy, tmp_path / name, change, rendezvous))
+        while not starts.exists():
+            time.sleep(0.1)
+    out, err, status = ended(machines[0])
+    ended(machines[1])
+    assert status == 0, err[-3000:]
+    assert starts.read_text() == "121"
+    assert "continuing at step 4" in out and "continuing at step 6" in out
+    last, best = (load_checkpoint(f"{toy['out_dir']}/{name}.pt") for name in ("last", "best"))
+    assert_same((whole[0], *whole[1:]), (whole[0], last, best), 3e-4)
+
+
+def test_sharded_weights_are_gathered_as_they_are_computed(toy, tmp_path):
+    """Half as many bytes in bfloat16; test_sharded_training_equals_plain.py compares the losses."""
+    toy |= dict(n_layer=2, max_steps=2, parallel="fsdp", dtype="bfloat16")
+    look = (
+        "real = train.shard\n"
+        "def shard(model, machine):\n"
+        "    real(model, machine)\n"
+        "    look = lambda block, _: print('gathered', block.mlp.up.weight.dtype, flush=True)\n"
+        "    model.blocks[1].register_forward_pre_hook(look)\n"
+        "train.shard = shard"
+    )
+    out, err, status = ended(launch(2, toy, tmp_path, look))
+    assert status == 0, err[-3000:]
+    assert "gathered torch.bfloat16" in out and "gathered torch.float32" not in out
+    saved = load_checkpoint(f"{toy['out_dir']}/last.pt")["model"]
+    assert {w.dtype for w in saved.values()} == {torch.float32}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,22 +241,22 @@ def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
         "    time.sleep(1.5)\n"
         "    return write(*args)\n"
         "f.FileSystemWriter._write_data = late\n"
-        "wait, steps = train.ShardedSaver.wait, []\n"
+        "wait, steps = runs.ShardedSaver.wait, []\n"
         "real = train.compute_gradient\n"
         "def compute(*args):\n"
         "    steps.append(1)\n"
         "    return real(*args)\n"
         "train.compute_gradient = compute\n"
-        "save = train.ShardedSaver.save\n"
+        "save = runs.ShardedSaver.save\n"
         "def once(self, checkpoint):\n"
         "    if checkpoint['step'] == 4: save(self, checkpoint)\n"
-        "train.ShardedSaver.save = once\n"
-        "poll = train.ShardedSaver.poll\n"
+        "runs.ShardedSaver.save = once\n"
+        "poll = runs.ShardedSaver.poll\n"
         "def note(self):\n"
         "    before = self.future\n"
         "    poll(self)\n"
         "    if before and not self.future: print('written after', len(steps), flush=True)\n"
-        "train.ShardedSaver.poll = note"
+        "runs.ShardedSaver.poll = note"
     )  # fmt: skip
     out, err, status = ended(launch(2, toy | dict(save_interval=4), tmp_path, slow))
     assert status == 0, err[-3000:]
@@ -202,11 +265,11 @@ def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
     assert int(out.partition("written after ")[2].split()[0]) > 4  # steps went on meanwhile
     whole = toy | dict(out_dir=f"{toy['out_dir']}-stopped", save_interval=4)
     stop = (
-        "save = train.ShardedSaver.save\n"
+        "save = runs.ShardedSaver.save\n"
         "def once(self, checkpoint):\n"
         "    save(self, checkpoint); self.wait()\n"
         "    if checkpoint['step'] == 4: os._exit(0)\n"
-        "train.ShardedSaver.save = once"
+        "runs.ShardedSaver.save = once"
     )
     ended(launch(2, whole, tmp_path, stop))
     then = load_checkpoint(f"{whole['out_dir']}/last.pt")
@@ -221,12 +284,12 @@ def test_a_full_disk_during_a_save_leaves_the_last_checkpoint(toy, tmp_path):
     full = (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "save = train.ShardedSaver.save\n"
+        "save = runs.ShardedSaver.save\n"
         "def fill(self, checkpoint):\n"
         "    if checkpoint['step'] == 8:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "    save(self, checkpoint)\n"
-        "train.ShardedSaver.save = fill"
+        "runs.ShardedSaver.save = fill"
     )
     _, err, status = ended(launch(2, toy, tmp_path, full))
     lines = [line for line in err.splitlines() if line.startswith("started.py: error")]
@@ -278,6 +341,6 @@ def test_another_data_set_under_a_run_is_refused(toy):
     json.dump(meta, open(path, "w"))
     last = load_checkpoint(f"{toy['out_dir']}/last.pt")
     last["finished"] = False
-    train.save_checkpoint(Path(toy["out_dir"]) / "last.pt", last)
+    save_checkpoint(Path(toy["out_dir"]) / "last.pt", last)
     with pytest.raises(UserError, match="holds a run on another data set than"):
         train.train(train.Config(**toy | dict(max_steps=3)))

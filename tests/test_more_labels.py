@@ -6,9 +6,9 @@ from configurator import UserError
 import numpy as np
 import pytest
 
-import batches
 import data
 import examples
+import run_data
 import train
 from tests.conftest import open_split, script
 
@@ -16,7 +16,7 @@ from tests.conftest import open_split, script
 @pytest.mark.parametrize("seed", [0, 1])
 def test_shares_are_nested_stratified_and_repeatable(seed):
     labels = np.random.default_rng(seed).choice(4, 1003, p=[0.6, 0.3, 0.09, 0.01])
-    shares = [batches.stratified_subset(labels, f, seed) for f in (0.01, 0.1, 0.3, 0.5, 1.0)]
+    shares = [run_data.stratified_subset(labels, f, seed) for f in (0.01, 0.1, 0.3, 0.5, 1.0)]
     assert [len(s) for s in shares] == [10, 100, 301, 502, 1003] and all(
         np.unique(s).tolist() == s.tolist() for s in shares
     )
@@ -30,12 +30,12 @@ def test_shares_are_nested_stratified_and_repeatable(seed):
             <= 1
         )
     assert (
-        batches.stratified_subset(labels, 0.3, seed).tolist()
+        run_data.stratified_subset(labels, 0.3, seed).tolist()
         == shares[2].tolist()
-        != batches.stratified_subset(labels, 0.3, seed + 1).tolist()
+        != run_data.stratified_subset(labels, 0.3, seed + 1).tolist()
     )
     for other in (labels.astype(np.float32), np.zeros((1003, 3), np.uint8)):
-        few, many = (batches.stratified_subset(other, f, seed) for f in (0.1, 0.3))
+        few, many = (run_data.stratified_subset(other, f, seed) for f in (0.1, 0.3))
         assert len(few) == 100 and set(few) < set(many)
 
 
@@ -53,7 +53,7 @@ def test_a_run_reads_its_share_and_no_more(toy, monkeypatch):
     cfg = train.Config(**toy | dict(train_fraction=0.3))
     train.train(cfg)
     labels = open_split(cfg, data.open_meta(cfg), "train", 32).labels
-    assert seen == set(batches.stratified_subset(labels, 0.3, cfg.split_seed)) and len(seen) == 29
+    assert seen == set(run_data.stratified_subset(labels, 0.3, cfg.split_seed)) and len(seen) == 29
     for wrong in (
         dict(train_fraction=0.0),
         dict(train_fraction=1.5),

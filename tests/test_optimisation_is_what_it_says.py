@@ -15,6 +15,7 @@ import torch
 import optim
 import tasks
 import train
+import trials
 from baselines import build_model
 from model import ModelConfig
 from tests.conftest import class_task, packed
@@ -327,12 +328,12 @@ def test_the_range_test_finds_a_rate_that_trains_and_leaves_no_run(toy):
 
 def test_what_the_range_test_suggests():
     flat, fall = [2.0] * 60, [2.0 - 0.02 * i for i in range(50)]  # 1.0 is the lowest
-    smooth, found, diverged = optim.read_range_test(flat + fall)
+    smooth, found, diverged = trials.read_range_test(flat + fall)
     assert smooth[found] <= 2 - (2 - min(smooth)) / 4 < smooth[found - 1] and not diverged
-    smooth, found, diverged = optim.read_range_test(flat)
+    smooth, found, diverged = trials.read_range_test(flat)
     assert smooth == pytest.approx(flat) and found is None and not diverged
     rises = [
-        next(n for n in range(1, 40) if optim.read_range_test(losses + [9.0] * n)[2])
+        next(n for n in range(1, 40) if trials.read_range_test(losses + [9.0] * n)[2])
         for losses in (flat, flat + fall)
     ]
     assert rises == [2, 1]  # a tenth of 9 at a time: above 3.0, above 1.5 times the lowest

