@@ -25,17 +25,9 @@ from configurator import UserError, has_sha256
 import numpy as np
 import torch
 
-from examples import (
-    Arrays,
-    LanguageBlocks,
-    PackedPairs,
-    PackedText,
-    PaddedShape,
-    Request,
-    ShardedTokens,
-    ceil_div,
-)
+from examples import Arrays, PackedPairs, PackedText, PaddedShape, Request, ceil_div
 from format import check_labels, check_pairs, check_text, damaged
+from language import LanguageBlocks, ShardedTokens
 
 TARGET_DTYPES = {"classification": np.int64, "multilabel": np.uint8, "regression": np.float32}
 

@@ -9,8 +9,9 @@ import torch
 
 import data
 from batches import open_split
-from examples import Mixture, Subset
+from examples import Subset
 from format import read_tokenizer
+from language import Mixture
 from runs import hash_of
 from sources import rebuild_command
 from teacher import teach
@@ -18,7 +19,8 @@ from teacher import teach
 
 @dataclass
 class RunData:
-    """Splits are PackedText, LanguageBlocks and so on, see examples.py."""
+    """Splits are PackedText, LanguageBlocks or Arrays, see examples.py and
+    language.py."""
     folder: Path
     meta: dict  # of the data set, see format.py
     tokenizer: str | None  # as JSON: the file may change while the run goes on

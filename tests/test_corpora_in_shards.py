@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 import corpus
 import data
 import encoding
-import examples
+import language
 import train
 from batches import GlobalBatches, open_split
 from sources import DataConfig
@@ -316,18 +316,18 @@ def mixture(web, tmp_path, shares="web:0.75,books:0.25"):
 def test_a_mixture_has_the_shares_that_were_asked_for(web, tmp_path):
     cfg, other = mixture(web, tmp_path)
     seen = []
-    blocks = examples.Mixture.block
+    blocks = language.Mixture.block
 
     def spy(self, i, epoch=None):
         ids, targets = blocks(self, i, epoch)
         seen.append((i >= self.ends[0], len(ids), i, epoch))
         return ids, targets
 
-    examples.Mixture.block, epochs = spy, 6
+    language.Mixture.block, epochs = spy, 6
     try:
         trained(replace(cfg, epochs=float(epochs)))
     finally:
-        examples.Mixture.block = blocks
+        language.Mixture.block = blocks
     n_tokens = [sum(n for b, n, *_ in seen if b == books) for books in (False, True)]
     assert n_tokens[1] / sum(n_tokens) == pytest.approx(0.25, abs=0.01)
     times = {}
@@ -350,7 +350,7 @@ def test_a_batch_of_a_mixture_is_a_function_of_seed_and_step(web, tmp_path):
     settings = dict(objective="clm", max_len=16, rebuild="")
     parts = [open_split(*part, "train", seed=1, **settings) for part, _ in data.open_mix(
         cfg, data.open_meta(cfg))]  # fmt: skip
-    mixed = examples.Mixture(parts, [0.75, 0.25])
+    mixed = language.Mixture(parts, [0.75, 0.25])
 
     def batches(start, stop, world):
         """Of each step, the (block, epoch) of all processes."""

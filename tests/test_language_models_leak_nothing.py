@@ -17,6 +17,7 @@ import data
 import eval as eval_script
 import examples
 import finetune
+import language
 import report as report_script
 import tasks
 import train
@@ -291,10 +292,10 @@ def test_overfits_eight_examples_to_zero_loss(toy, tmp_path, objective, monkeypa
         )
     )
     block = (
-        examples.LanguageBlocks.block
+        language.LanguageBlocks.block
     )  # with masks that stay, or there would be new ones to fill in for ever
     monkeypatch.setattr(
-        examples.LanguageBlocks, "block", lambda self, i, epoch: block(self, i, None)
+        language.LanguageBlocks, "block", lambda self, i, epoch: block(self, i, None)
     )
     train.train(cfg)
     known = 0.0
