@@ -109,8 +109,8 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
 
 
 def open_shards(folder, meta, split, n_tokens, rebuild):
-    """(ShardedTokens, spans (N, 2)) of a split in shards of n_tokens tokens each. Of these files
-    only the sizes are compared, and the hashes of the smaller ones: all would take minutes at each
+    """(ShardedTokens, spans (N, 2)) of a split in shards of n_tokens tokens each. Of .bin
+    files only the sizes are compared, of .idx files the hashes: all would take minutes at each
     start. `python data.py` with the same settings compares all. Raises UserError."""
     paths = [folder / f"{split}-{i:05}.bin" for i in range(len(n_tokens))]
     spans, before = [], 0
@@ -134,17 +134,15 @@ class GlobalBatches(torch.utils.data.Sampler):
     """Yields, per optimizer step, this process's Requests; it may have none.
 
     The documents of a global batch are sorted by length (attention then pads least) and dealt to
-    the processes like cards. subset: indices of the examples to draw from (None: all).
-    fixed_shapes: fill micro-batches up to few shapes, for torch.compile.
+    the processes like cards. fixed_shapes: fill micro-batches up to few shapes, for torch.compile.
     """
 
     def __init__(self, examples, batch_size, micro_batch_tokens, seed, start, stop, rank=0, world=1,
-                 fixed_shapes=False, subset=None):
+                 fixed_shapes=False):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
         self.micro_batch_tokens, self.fixed_shapes = micro_batch_tokens, fixed_shapes
-        self.subset = np.arange(len(examples)) if subset is None else subset
-        self.steps_per_epoch = ceil_div(len(self.subset), batch_size)
+        self.steps_per_epoch = ceil_div(len(examples), batch_size)
         self.limit = micro_batch_tokens  # of tokens in a micro-batch
         if examples.same_length:  # micro-batches of one size
             share = ceil_div(batch_size, world)
@@ -161,7 +159,7 @@ class GlobalBatches(torch.utils.data.Sampler):
         for step in range(self.start, self.stop):
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
-                order, epochs = self.examples.order(self.subset, self.seed, epoch)
+                order, epochs = self.examples.order(self.seed, epoch)
             first = step % self.steps_per_epoch * self.batch_size
             batch = order[first : first + self.batch_size]
             lengths = self.examples.lengths[batch]
@@ -186,7 +184,7 @@ class GlobalBatches(torch.utils.data.Sampler):
     def choose_sizes(self):
         """The sizes that micro-batches are filled up to, for torch.compile: three with which the
         first epoch needs least filling, and larger ones for what a later epoch may bring."""
-        order, _ = self.examples.order(self.subset, self.seed, 0)
+        order, _ = self.examples.order(self.seed, 0)
         found = []
         for step in range(min(self.steps_per_epoch, 2000)):
             batch = order[step * self.batch_size :][: self.batch_size]

@@ -232,7 +232,8 @@ def describe(annotation):
 
 
 def help_text(cls, positional=None):
-    """Every field with its default, its type and the comment beside it in the source."""
+    """Every field with its default, its type and the comment beside it in the source, which goes on
+    in lines that begin with "#   "; a line "# …" before a field is a heading."""
     comments, titles = {}, {}
     for base in reversed(cls.__mro__[:-1]):
         name = title = None
@@ -245,8 +246,8 @@ def help_text(cls, positional=None):
                 name = None
             elif ":" in code and code.split(":")[0].strip().isidentifier():
                 name = code.split(":")[0].strip()
-                comments[name] = comment.strip()
-                titles[name] = title
+                comments[name] = comment.strip() or comments.get(name, "")
+                titles.setdefault(name, title)  # not where a class changes another's default
                 title = None
     script = Path(sys.argv[0]).name
     lines = [f"usage: {script} [{positional or 'config/NAME.py'} ...] [--key=value ...]", ""]
@@ -276,7 +277,7 @@ def has_sha256(path, expected):
 
 
 def has_changed(path, since, expected):
-    """Was a file that is there written to after a time, and is its SHA-256 no longer this one?"""
+    """Is there a file that was written to after a time, and has another SHA-256 than expected?"""
     touched = os.path.isfile(path) and os.path.getmtime(path) > since
     return touched and file_sha256(path) != expected
 

@@ -236,7 +236,7 @@ def dropout(x, p, training):
         return x
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    threshold = round(p * 2**16)
+    threshold = min(round(p * 2**16), 2**16 - 1)
     kept = (bits >= threshold - 2**15).to(x.dtype)
     return x * (kept * (2**16 / (2**16 - threshold)))
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 import cpu
 from tasks import bf16_is_native, open_device
 
-PATIENCE = datetime.timedelta(hours=2)  # with a process that builds a data set
+PATIENCE = datetime.timedelta(hours=2)  # how long others wait for one that builds a data set
 
 
 def computing_dtype(cfg, device):
@@ -58,7 +58,7 @@ class Machine:
                                 "compute in it: leave --dtype out")
             torch.set_float32_matmul_precision("high")  # TF32, of what stays in float32
         self.compile = cfg.compile
-        if cfg.compile == "auto":  # packed texts have one shape only for the bfloat16 kernel
+        if cfg.compile == "auto":  # only for the bfloat16 kernel have packed texts one shape
             self.compile = (on_cuda and cfg.model == "transformer"
                             and self.dtype == torch.bfloat16)
         if self.compile and not on_cuda:
@@ -100,12 +100,12 @@ class Machine:
         dist.all_reduce(total, group=self.cpu_group)
         return total.tolist()
 
-    def smallest(self, value):
-        """The smallest of a whole number over all processes."""
+    def largest(self, value):
+        """The largest of a whole number over all processes."""
         if self.world == 1:
             return value
         found = torch.tensor(value)
-        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.cpu_group)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.cpu_group)
         return found.item()
 
     def evened(self, batches, empty_batch):
@@ -113,7 +113,7 @@ class Machine:
         with sharded weights all have to compute together."""
         if not self.sharded:
             return batches
-        most = -self.smallest(-len(batches))
+        most = self.largest(len(batches))
         return [*batches, *(empty_batch() for _ in range(most - len(batches)))]
 
     def one_first(self, work):
@@ -129,7 +129,7 @@ class Machine:
 
     def in_turn(self, work):
         """Run work() on one process of each machine at a time, for what takes much memory."""
-        n_turns = -self.smallest(-int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        n_turns = self.largest(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         return self.take_turns(work, self.local_rank, n_turns)
 
     def take_turns(self, work, own_turn, n_turns):
@@ -203,7 +203,7 @@ class Machine:
     def sees(self, path):
         """Do all processes see a file that rank 0 has written?"""
         dist.barrier(group=self.cpu_group)
-        return self.smallest(int(os.path.exists(path))) == 1
+        return all(self.gather(os.path.exists(path)))
 
 
 def fresh_store():
@@ -244,8 +244,8 @@ def average_gradients(module):
 
 
 def gradient_sync(model_with_loss, on):
-    """A context for forward and backward: on: backward averages gradients over processes; off: it
-    adds to this process's own."""
+    """A context for one micro-batch. on (for the last one): backward averages gradients over
+    processes; off: it only adds to this process's own."""
     if hasattr(model_with_loss, "no_sync"):
         return contextlib.nullcontext() if on else model_with_loss.no_sync()
     if hasattr(model_with_loss.model, "set_requires_gradient_sync"):

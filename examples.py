@@ -44,9 +44,9 @@ class PaddedShape(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A micro-batch to be made. epoch None: for evaluation, without windows, masks and
-    augmentation."""
-    epoch: int | None
+    """A micro-batch to be made."""
+    epoch: int | np.ndarray | None  # of a mixture one for each index; None: for evaluation, without
+    #   windows, masks and augmentation
     indices: np.ndarray
     shape: PaddedShape | None = None
 
@@ -59,14 +59,14 @@ class Examples(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.lengths)
 
-    def order(self, subset, seed, epoch):
-        """(the examples of an epoch in its order, the epoch of each in a corpus of its own or
-        None)."""
-        return np.random.default_rng((seed, epoch)).permutation(subset), None
+    def order(self, seed, epoch):
+        """(the indices of an epoch's examples in its order, of a mixture also the epoch of each in
+        its own corpus, else None)."""
+        return np.random.default_rng((seed, epoch)).permutation(len(self)), None
 
     def __getitems__(self, requests):
-        """A list of Requests → a list of Batches. A process without examples gets one without
-        targets, as it takes part in every step."""
+        """A list of Requests → a list of Batches. A process that gets no examples in a step gets an
+        empty batch, as all take part in each step."""
         return [self.batch(*request) for request in requests] or [self.empty_batch()]
 
 
@@ -74,11 +74,15 @@ class Subset(Examples):
     """Some of other Examples, by their indices."""
 
     def __init__(self, examples, indices):
-        self.examples, self.indices, self.max_len = examples, indices, examples.max_len
+        self.examples, self.indices = examples, indices
+        self.max_len, self.same_length = examples.max_len, examples.same_length
         self.lengths, self.labels = examples.lengths[indices], examples.labels[indices]
 
     def batch(self, epoch, indices, shape=None):
         return self.examples.batch(epoch, self.indices[indices], shape)
+
+    def empty_batch(self):
+        return self.examples.empty_batch()
 
 
 class Taught(Examples):
@@ -151,8 +155,9 @@ class PackedText(Examples):
 
     def mask(self, ids, rng):
         """Hide a share of mask_prob of a document's tokens, the first ones aside, in place."""
-        body = ids[self.n_prefix :]
-        body[rng.random(len(body)) < self.mask_prob] = self.mask_id or 0
+        if self.mask_prob:
+            body = ids[self.n_prefix :]
+            body[rng.random(len(body)) < self.mask_prob] = self.mask_id
         return ids
 
     def batch(self, epoch, indices, shape=None):
@@ -305,14 +310,14 @@ class Arrays(Examples):
         if epoch is None or not self.augmentation:
             return Batch((x,), targets, n, n)
         draws = [np.random.default_rng((self.seed, epoch, i)).random(24) for i in indices]
-        draws = np.stack(draws).astype(np.float32)
+        draws = torch.from_numpy(np.stack(draws).astype(np.float32))
         if self.mixup:
-            other = (draws[:, 10] * len(self)).astype(int) % len(self)
+            other = (draws[:, PARTNER] * len(self)).numpy().astype(int) % len(self)
             x = torch.cat((x, torch.from_numpy(self.values[other])))
             both = torch.stack((targets, torch.from_numpy(self.labels[other])))
-            share = torch.from_numpy(draws[:, 11:12] * self.mixup / 2)
+            share = draws[:, SHARE, None] * self.mixup / 2
             targets = torch.lerp(*F.one_hot(both, self.n_classes).float(), share)
-        x = augment(x, torch.from_numpy(draws), **self.augmentation)
+        x = augment(x, draws, **self.augmentation)
         return Batch((x,), targets, n, n)
 
     def empty_batch(self):
@@ -325,6 +330,11 @@ class Arrays(Examples):
         return self.values[i].tobytes()
 
 
+# which of an image's 24 random numbers is for what; one that is blended in has the last 12
+RIGHT, DOWN, TURN, ZOOM, MIRROR, HOLE_Y, HOLE_X, HOLE_SIDE = range(8)
+PARTNER, SHARE = 10, 11  # 8 and 9 are free
+
+
 def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0, mixup=0.0):
     """Images (B, C, H, W) uint8 → (B, C, H, W) float32; draws (B, 24) are uniform in 0..1.
 
@@ -335,28 +345,30 @@ def augment(x, draws, shift=0.0, rotate=0.0, scale=0.0, flip=False, cutout=0.0, 
     """
     if mixup:
         x, others = x.chunk(2)
-        settings = shift, rotate, scale, flip, cutout
-        blend = draws[:, 11, None, None, None] * mixup / 2
-        others = augment(others, draws[:, 12:], *settings)
-        return torch.lerp(augment(x, draws, *settings), others, blend)
+        settings = dict(shift=shift, rotate=rotate, scale=scale, flip=flip, cutout=cutout)
+        share = draws[:, SHARE, None, None, None] * mixup / 2
+        others = augment(others, draws[:, 12:], **settings)
+        return torch.lerp(augment(x, draws, **settings), others, share)
     _, _, H, W = x.shape
-    u = draws * 2 - 1
-    angle = u[:, 2] * rotate * math.pi / 180
-    zoom = (1 + scale) ** u[:, 3]
-    mirror = torch.where(u[:, 4] < 0, -1.0, 1.0) if flip else torch.ones_like(angle)
+    either_way = draws * 2 - 1  # −1..1
+    angle = either_way[:, TURN] * rotate * math.pi / 180
+    zoom = (1 + scale) ** either_way[:, ZOOM]
+    mirror = torch.ones_like(angle)
+    if flip:
+        mirror = torch.where(either_way[:, MIRROR] < 0, -1.0, 1.0)
     cos = torch.cos(angle) * zoom
     sin = torch.sin(angle) * zoom
-    theta = torch.stack((cos * mirror, -sin, u[:, 0] * 2 * shift,
-                         sin * mirror, cos, u[:, 1] * 2 * shift), 1).view(-1, 2, 3)
+    right, down = either_way[:, RIGHT] * 2 * shift, either_way[:, DOWN] * 2 * shift
+    # from the new image's coordinates to the old one's, both −1..1 whatever the sides
+    theta = torch.stack((cos * mirror, -sin * (H / W), right,
+                         sin * (W / H) * mirror, cos, down), 1).view(-1, 2, 3)
     with torch.autocast(x.device.type, enabled=False):  # in bfloat16 pixels would be misplaced
         grid = F.affine_grid(theta, x.shape, align_corners=False)
         x = F.grid_sample(x.float(), grid, align_corners=False)
     if cutout:
-        half_side = cutout / 2 * (u[:, 7:8] + 1) / 2
-        center_y = (u[:, 5:6] + 1) / 2 * H
-        center_x = (u[:, 6:7] + 1) / 2 * W
-        in_rows = (torch.arange(H) + 0.5 - center_y).abs() < half_side * H
-        in_columns = (torch.arange(W) + 0.5 - center_x).abs() < half_side * W
+        half_side = cutout / 2 * draws[:, HOLE_SIDE, None]
+        in_rows = (torch.arange(H) + 0.5 - draws[:, HOLE_Y, None] * H).abs() < half_side * H
+        in_columns = (torch.arange(W) + 0.5 - draws[:, HOLE_X, None] * W).abs() < half_side * W
         x = x.masked_fill((in_rows[:, :, None] & in_columns[:, None])[:, None], 0)
     return x
 

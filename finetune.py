@@ -59,13 +59,14 @@ def with_weights_settings(cfg, path):
         own = read_settings(path / "sentence_bert_config.json").get("max_seq_length") or 256
         own = check(type(cfg), "max_len", own, path / "sentence_bert_config.json")
         cfg = dataclasses.replace(cfg, max_len=min(own, 256))
-    if (path / "tokenizer.json").exists():
-        return dataclasses.replace(cfg, tokenizer=str(path / "tokenizer.json"))
     if resolve(cfg).kind == "image":
         config = path / "config.json"  # Hugging Face's, or that of a run of ours
         saved = read_settings(config)
+        saved = saved.get("vision_config", saved)  # SigLIP's has two parts
         patch = saved.get("patch_size") or saved.get("patch", cfg.patch)
         return dataclasses.replace(cfg, patch=check(type(cfg), "patch", patch, config))
+    if (path / "tokenizer.json").exists():
+        return dataclasses.replace(cfg, tokenizer=str(path / "tokenizer.json"))
     if (path / "model.safetensors").exists():
         raise UserError(f"{path}: there is no tokenizer.json; save it with transformers' "
                         "AutoTokenizer.from_pretrained(…).save_pretrained(…)")
@@ -140,7 +141,7 @@ def make_model(cfg, meta, task, path):
     freeze(model, cfg)
     if cfg.lora_rank:
         add_lora(model, cfg)
-    for p in model.parameters():  # else those are in dtype_of_base
+    for p in model.parameters():  # what learns is in float32; frozen matrices stay as they are
         if p.requires_grad or p.ndim < 2:
             p.data = p.data.float()
     return model.train()
@@ -168,8 +169,11 @@ def freeze(model, cfg):
                         "leave one of them out")
     if not cfg.freeze and not cfg.lora_rank:
         return
+    if cfg.lora_rank:
+        n_frozen = n_blocks
     for name, p in model.named_parameters():
-        p.requires_grad = layer_of(name, model) > (n_blocks if cfg.lora_rank else n_frozen)
+        last_norm = n_frozen == n_blocks and name.startswith("norm.")
+        p.requires_grad = layer_of(name, model) > n_frozen and not last_norm
     if not cfg.lora_rank and not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"--freeze={cfg.freeze} leaves nothing to train: the head is tied to the "
                         "embedding")
@@ -186,7 +190,8 @@ def add_lora(model, cfg):
 
 
 def layer_of(name, model):
-    """0 for the embeddings, 1 … n_layer for the blocks, n_layer + 1 for what comes after."""
+    """0 for the embeddings, 1 … n_layer for the blocks, n_layer + 1 for what comes after: the last
+    norm and the head."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     stem = "embedding", "position", "segment", "projection", "cls", "distilled"
@@ -202,8 +207,8 @@ def lr_scale(name, model, cfg):
 RECIPES = {  # objective → what None stands for
     "contrastive": {"epochs": 25.0, "min_steps": 25, "learning_rate": 1e-4},
     "classify": {"epochs": 4.0, "min_steps": 100, "learning_rate": 2e-4}}
-OF_THE_WEIGHTS = {"model", "n_layer", "n_head", "d_model", "d_ff", "mlp", "norm", "qk_norm",
-                  "position"}
+ADJUSTABLE = {"pooling", "dropout", "max_len", "patch", "checkpoint_activations"}
+OF_THE_WEIGHTS = train.MODEL_SETTINGS - ADJUSTABLE | {"d_ff"}
 
 
 def with_recipe(cfg):

@@ -138,8 +138,9 @@ class LanguageBlocks(Examples):
 class Mixture(LanguageBlocks):
     """Several LanguageBlocks, each with a share of the tokens that are trained on.
 
-    An epoch has as many blocks as all of them. Each corpus goes through epochs of its own, of which
-    a larger share needs more; what is in a batch is a function of (seed, step) all the same.
+    An epoch has as many blocks as all of them. Each corpus is shuffled and read through by itself,
+    one with a larger share more often; what is in a batch is a function of (seed, step) all the
+    same.
     """
 
     def __init__(self, parts, shares):
@@ -158,13 +159,14 @@ class Mixture(LanguageBlocks):
         part = bisect.bisect_right(self.ends, i)
         return self.parts[part].block(i - self.ends[part] + len(self.parts[part]), epoch)
 
-    def order(self, subset, seed, epoch):
+    def order(self, seed, epoch):
         indices, epochs = [], []
         for number, (part, end, count) in enumerate(zip(self.parts, self.ends, self.counts)):
-            draw = np.arange(epoch * count, (epoch + 1) * count)
-            epochs.append(draw // len(part))
-            for own in np.unique(epochs[-1]):
-                order = np.random.default_rng((seed, number, own)).permutation(len(part))
-                indices.append(end - len(part) + order[draw[epochs[-1] == own] % len(part)])
+            read = np.arange(epoch * count, (epoch + 1) * count)  # since the run began
+            own_epoch, place = np.divmod(read, len(part))
+            epochs.append(own_epoch)
+            for e in np.unique(own_epoch):
+                order = np.random.default_rng((seed, number, e)).permutation(len(part))
+                indices.append(end - len(part) + order[place[own_epoch == e]])
         shuffled = np.random.default_rng((seed, epoch)).permutation(len(self))
         return np.concatenate(indices)[shuffled], np.concatenate(epochs)[shuffled]

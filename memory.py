@@ -175,6 +175,6 @@ def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
         return checkpoint["micro_batch_tokens"]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
     found = fitting_tokens(measure, machine.device, max_len, cfg.batch_size, 0.85 / here)
-    found = machine.smallest(found)
+    found = min(machine.gather(found))
     machine.print(f"--micro_batch_tokens=auto: {found}")
     return found

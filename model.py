@@ -213,14 +213,16 @@ def attend(qkv, layout, causal=False, window=0, first_only=False):
 
     window: how many tokens it reaches to either side; 0: all. first_only: only the first token of
     each document asks: → (B, H, d), undefined for empty documents.
+
+    To change it, change the plain path, the last one, and keep the two before from being taken.
     """
     if cpu.attends(qkv, layout):  # optional: what follows computes the same
         return cpu.attend(qkv, layout, causal, window, first_only)
     if takes_varlen(qkv, layout):
         from torch.nn.attention.varlen import varlen_attn
-        reach = (window or -1, 0 if causal else window or -1)  # to the left, to the right
-        y = varlen_attn(*qkv.unbind(1), layout.cu_seqlens, layout.cu_seqlens,
-                        layout.max_len, layout.max_len, window_size=reach)
+        reach = window or -1  # −1: without end
+        y = varlen_attn(*qkv.unbind(1), layout.cu_seqlens, layout.cu_seqlens, layout.max_len,
+                        layout.max_len, window_size=(reach, 0 if causal else reach))
     else:
         q, k, v, valid = layout.pad(qkv)
         mask = attention_mask(valid, q.shape[2], k.shape[2], causal, window, q.device)
@@ -487,19 +489,21 @@ class Transformer(nn.Module):
         self.initialise()
 
     def make_tables(self):
-        """What is computed from the config alone, and no weight."""
+        """Buffers, which are computed from the config alone. All are made here: a model is loaded
+        by one that is built without memory, then given its weights and these."""
         c = self.config
         if c.position == "rope":
             table = rope_table(c, c.rope_theta, c.rope_scaling)
             self.register_buffer("rope", table, persistent=False)
             if c.window_rope_theta:
                 table = rope_table(c, c.window_rope_theta, {})
-            self.register_buffer("window_rope", table, persistent=False)
+                self.register_buffer("window_rope", table, persistent=False)
 
     def initialise(self, names=None):
-        """Weights at the start (names: only these), by kind; norms begin at one.
+        """Weights at the start (names: only these), by kind.
 
-            biases                                zero
+            norms                                 one
+            biases, an image's first tokens       zero
             ours: head, output projections        zero
             ours: other matrices of blocks, and   normal, std 1/√(inputs)
                   the embedding of patches
@@ -593,7 +597,8 @@ class Transformer(nn.Module):
         return F.linear(x, self.output_weight())
 
     def vectors(self, inputs, cu_seqlens=None, length=None, query_index=None, segments=None):
-        """(B, d_model) float32: one vector for each example, as the head gets it."""
+        """(B, d_model) float32: one vector for each example, as the head gets it. (query_index is
+        here for the arguments to be forward's.)"""
         return self.pool(*self.embed(inputs, cu_seqlens, length, segments))
 
     def pool(self, x, layout):
@@ -603,8 +608,10 @@ class Transformer(nn.Module):
             x = self.trunk(x, layout, layout.first, first_only=True)
         elif pooling == "last":
             x = self.trunk(x, layout, layout.last)
-        else:
+        elif pooling in ("mean", "max", "cls+mean"):
             x = self.trunk(x, layout)
+        else:
+            raise ValueError(f"there is no pooling {pooling!r}")
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
             if pooling in ("mean", "max"):

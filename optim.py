@@ -10,7 +10,7 @@ from configurator import UserError
 import torch
 
 from model import qkv_rows
-from sharding import is_sharded, shard_like
+from sharding import all_parameters, is_sharded, shard_like
 
 # Weights above which an embedding has sparse gradients on CPUs: a dense one would take longer to
 # make than the rows that a batch reads.
@@ -21,9 +21,9 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
     """The optimizers of cfg.optimizer. Each trainable parameter is in exactly one of their groups.
 
     lr_scale(name, model, cfg): what a parameter's learning rate is multiplied by; None: 1. dtype:
-    of Muon's products. Weight decay is for matrices, text embeddings aside.
+    of Muon's products. Weight decay is for matrices; with adamw and muon not for text embeddings.
     """
-    if cfg.optimizer == "lbfgs":  # the rate and the decay are step_lbfgs's
+    if cfg.optimizer == "lbfgs":  # searches for its rate; step_lbfgs adds the decay to the loss
         return [torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe",
                                   tolerance_grad=1e-9)]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -48,7 +48,7 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
             rows = qkv_rows(model.config)
         scale = lr_scale(name, model, cfg) if lr_scale else 1.0
         grouped.setdefault(optimizer, {}).setdefault((scale, decay, rows), []).append(p)
-    lr = cfg.learning_rate or 1.0  # each step sets it
+    lr = cfg.learning_rate or 1.0  # each step sets it; SparseAdam refuses 0
     betas = (cfg.beta1, cfg.beta2)
     fused = embedding is None or not embedding.sparse
     make = {
@@ -69,7 +69,7 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
             if name == "muon":
                 groups[-1]["rows"] = rows
         optimizers.append(make[name](groups))
-    in_groups = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    in_groups = [id(p) for optimizer in optimizers for p in all_parameters(optimizer)]
     assert sorted(in_groups) == sorted(map(id, parameters.values()))
     return optimizers
 
@@ -83,8 +83,8 @@ def uses_sparse_gradients(model, weight, cfg, device):
     """Are only the rows of a text embedding updated that a batch reads?
 
     Updating AdamW's moments of all rows would take a sixth of a fine-tuning step. SparseAdam
-    updates the rows that are read, without momentum: they move at once as far as AdamW moves them
-    in the steps that follow (NOTES.md).
+    updates the rows that are read, without momentum: a row moves its whole way in the step that
+    reads it, where AdamW would spread that over later steps (NOTES.md).
     """
     large = weight.numel() > LARGE_EMBEDDING and model.config.lm_head != "tied"
     if device.type != "cpu" or not large or is_sharded(weight):
@@ -116,7 +116,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             same_shape = {}  # → the directions of the steps of matrices, to be made orthogonal
             directions = []  # of each parameter
-            for p in group["params"]:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"]
@@ -131,7 +132,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonal(torch.stack(matrices).to(self.dtype))
                 for matrix, update in zip(matrices, updates):
                     matrix.copy_(update).mul_(0.2 * max(shape) ** 0.5)
-            for p, direction in zip(group["params"], directions):
+            for p, direction in zip(parameters, directions):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(shard_like(direction, p), alpha=group["lr"])
 
@@ -161,6 +162,8 @@ class Adagrad(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if p not in self.state:
                     self.state[p]["sum"] = torch.zeros_like(p)
                 update = self.update_rows if p.grad.is_sparse else self.update
@@ -189,7 +192,8 @@ def set_learning_rate(optimizers, lr):
 
 @torch.no_grad()
 def clip_gradients(optimizers, limit):
-    """Return the norm of the whole gradient; above `limit` (0: never) scale it down to that."""
+    """Return the norm of the whole gradient; above `limit` (0: never) scale it down to that. (For a
+    fused optimizer p.grad stays as it is: its step divides by the scale.)"""
     parameters = [p for optimizer in optimizers for p in parameters_of(optimizer)]
     for p in parameters:
         if p.grad.is_sparse:
@@ -230,14 +234,17 @@ class FiniteGradients:
         if finite is None or finite:
             return
         where = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
-        raise UserError(f"the gradient of {where} is not finite: lower --learning_rate="
-                        f"{self.cfg.learning_rate}, raise --warmup_steps, or try --dtype=float32; "
-                        f"{self.cfg.out_dir} is as its last checkpoint left it")
+        advice = (f"lower --learning_rate={self.cfg.learning_rate}, raise --warmup_steps, or try "
+                  "--dtype=float32")
+        if steps == [0]:  # the rate has not mattered yet
+            advice = "try --dtype=float32; are the data, and weights of --init_from, in order?"
+        raise UserError(f"the gradient of {where} is not finite: {advice}; {self.cfg.out_dir} is "
+                        "as its last checkpoint left it")
 
 
 def parameters_of(optimizer):
-    groups = optimizer.param_groups
-    return [p for group in groups for p in group["params"] if p.grad is not None]
+    """Those that have a gradient."""
+    return [p for p in all_parameters(optimizer) if p.grad is not None]
 
 
 def dense_part(grad):

@@ -1,15 +1,13 @@
 """What a run reads: a data set, or several in shares, all of train or a part of it, and val."""
 from dataclasses import dataclass
-from pathlib import Path
 
 from configurator import UserError
 
 import numpy as np
-import torch
 
 import data
 from batches import open_split
-from examples import Subset
+from examples import Examples, Subset
 from format import read_tokenizer
 from language import Mixture
 from runs import hash_of
@@ -19,21 +17,12 @@ from teacher import teach
 
 @dataclass
 class RunData:
-    """Splits are PackedText, LanguageBlocks or Arrays, see examples.py and
-    language.py."""
-    folder: Path
-    meta: dict  # of the data set, see format.py
+    """Splits are PackedText, Arrays and so on (examples.py), or LanguageBlocks (language.py)."""
     tokenizer: str | None  # as JSON: the file may change while the run goes on
     max_len: int  # tokens of the longest example: what micro_batch_tokens is measured in
-    train_set: torch.utils.data.Dataset
-    subset: np.ndarray | None  # the examples of train_set that are learnt; None: all
-    val_set: torch.utils.data.Dataset | None
-    head_set: torch.utils.data.Dataset | None  # what the head is fitted to, where gradient steps do
-    #   not learn it
-
-    @property
-    def n_train(self):
-        return len(self.train_set) if self.subset is None else len(self.subset)
+    train_set: Examples
+    val_set: Examples | None
+    head_set: Examples | None  # what Task.fit_head is given; None: there is none
 
 
 def open_run_data(cfg, folder, meta, task, machine, fold=None):
@@ -63,28 +52,30 @@ def open_run_data(cfg, folder, meta, task, machine, fold=None):
         data.print_cut("train", train_set.starts, max_len)
 
     # the part of it that is learnt, and val
-    subset = val_set = None
+    learnt, val_set = None, None
     if fold is not None:
         in_fold = assign_folds(train_set.labels, cfg.folds, cfg.split_seed) == fold
         if not in_fold.any():
             raise UserError(f"--folds={cfg.folds}: train has only {len(in_fold)} examples")
-        subset = np.flatnonzero(~in_fold)
+        learnt = np.flatnonzero(~in_fold)
         val_set = Subset(open_examples("train", 0, training=False), np.flatnonzero(in_fold))
     elif "val" in meta["splits"] and not cfg.lr_find:
         val_set = open_examples("val", 0, training=False)
     if cfg.train_fraction < 1:
-        subset = stratified_subset(train_set.labels, cfg.train_fraction, cfg.split_seed)
+        learnt = stratified_subset(train_set.labels, cfg.train_fraction, cfg.split_seed)
+    if learnt is not None:
+        train_set = Subset(train_set, learnt)
 
     head_set = None
     if task.compares_examples:
         check_one_micro_batch(cfg, machine, train_set)
         head_set = open_examples("train", 0, training=False)
-        if subset is not None:
-            head_set = Subset(head_set, subset)
+        if learnt is not None:
+            head_set = Subset(head_set, learnt)
     if cfg.teacher:
         labelled_set = train_set
         train_set = machine.one_first(lambda: teach(labelled_set, cfg, folder, meta, tokenizer))
-    return RunData(folder, meta, tokenizer, max_len, train_set, subset, val_set, head_set)
+    return RunData(tokenizer, max_len, train_set, val_set, head_set)
 
 
 def tokens_per_example(cfg, meta):
@@ -112,11 +103,16 @@ def check_one_micro_batch(cfg, machine, train_set):
                         "or a smaller --batch_size")
 
 
+def classes_of(labels):
+    """(N,): numbers and sets of labels are one class."""
+    return labels if labels.dtype == np.int64 else np.zeros(len(labels))
+
+
 def stratified_subset(labels, fraction, seed):
     """Sorted indices of round(fraction · N) of N examples, with the same share of each class, give
     or take one example. A smaller fraction's examples are among a larger one's. (Numbers and sets
     of labels are drawn at random.)"""
-    classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))
+    classes = classes_of(labels)
     rank = np.empty(len(labels))
     rng = np.random.default_rng(seed)
     for c in np.unique(classes):
@@ -129,7 +125,7 @@ def stratified_subset(labels, fraction, seed):
 def assign_folds(labels, k, seed):
     """Which of k folds each of N examples is in, (N,): each fold has the same share of each class,
     give or take one example."""
-    classes = labels if labels.dtype == np.int64 else np.zeros(len(labels))
+    classes = classes_of(labels)
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(classes[order], kind="stable")]
     fold = np.empty(len(labels), int)

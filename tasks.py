@@ -37,15 +37,15 @@ def task_class(cfg, source):
 
 
 MOST_LOGITS = 2**27  # of a micro-batch that are made at once: 0.5 GiB in float32
-LOWER_IS_BETTER = "val_loss", "val_bits_per_byte"
+LOWER_IS_BETTER = "val_loss",
 
 
 class Task:
-    """What the tasks on labelled examples share.
+    """What all tasks share.
 
     head: the settings of ModelConfig that say what the model's outputs are. n_totals: how many
-    numbers `totals` returns. figure_names: what `figures` returns; by the last one the best
-    checkpoint is chosen, unless --best_by names another.
+    numbers `totals` returns. figure_names: of what `figures` returns, by what checkpoints can be
+    compared (--best_by): by the last one, unless told otherwise.
     """
     n_totals = 3
     figure_names = ("val_loss",)
@@ -60,7 +60,7 @@ class Task:
         """Raise UserError for settings that do not apply to this task."""
 
     def to(self, device):
-        """Put what the loss needs where the model is: once, as a step would wait for it."""
+        """Move what the loss needs to the device: once, as doing so in each step would stall it."""
 
     def example_settings(self, cfg, modality, training):
         """Settings of batches.open_split: what is read, and in training, how it is varied."""
@@ -105,7 +105,7 @@ class ClassTask(Task):
     def __init__(self, cfg, meta):
         super().__init__(cfg, meta)
         self.label_smoothing, self.mixup = cfg.label_smoothing, cfg.mixup
-        self.focal_gamma = 0.0 if cfg.mixup else cfg.focal_gamma
+        self.focal_gamma = cfg.focal_gamma
         self.class_weights = class_weights(cfg, meta["splits"]["train"]["per_class"])
         self.weights_on_device = self.class_weights
 
@@ -154,7 +154,7 @@ class TaughtTask(ClassTask):
                             "go with --teacher")
 
     def loss_sum(self, logits, targets):
-        """logits (B, C); targets (B, 1 + C) as batches.Taught makes them."""
+        """logits (B, C); targets (B, 1 + C) as examples.Taught makes them."""
         logits = at_least_float32(logits)
         T = self.temperature
         teacher = targets[:, 1:]
@@ -243,6 +243,9 @@ def class_weights(cfg, per_class):
     if not isinstance(cfg.class_weights, list) or len(cfg.class_weights) != len(count):
         raise UserError(f"--class_weights={cfg.class_weights!r} is neither 'balanced' nor a list "
                         f"of {len(count)} numbers")
+    if min(cfg.class_weights) <= 0:
+        raise UserError(f"--class_weights={cfg.class_weights}: each must be above 0; "
+                        "--skip_labels leaves a class out")
     return torch.tensor(cfg.class_weights)
 
 

@@ -91,7 +91,7 @@ def evaluate(model, task, examples, cfg, machine, mirror=False):
         if batch.n_targets:
             totals.append(task.totals(logits, batch.targets))
     model.train()
-    sums = [sum(column) for column in zip(*totals)] or [0.0] * task.n_totals
+    sums = [sum(column) for column in zip([0.0] * task.n_totals, *totals)]
     return task.figures(machine.sum(sums), examples)
 
 
@@ -117,10 +117,9 @@ def eval_batches(examples, cfg, machine):
 # --------------------------------------------------------------------------------------------------
 # The run
 
-
-MODEL_SETTINGS = (  # that are ModelConfig's, too
-    "model", "n_layer", "n_head", "d_model", "mlp", "norm", "qk_norm", "pooling", "position",
-    "dropout", "max_len", "ngrams", "char_ngrams", "buckets", "patch", "checkpoint_activations")
+MODEL_SETTINGS = ({field.name for field in dataclasses.fields(Config)}  # of both
+                  & {field.name for field in dataclasses.fields(ModelConfig)}
+                  - {"vocab_size", "image_size", "d_ff"})  # which make_model decides
 
 
 def make_model(cfg, meta, task):
@@ -148,7 +147,7 @@ def make_model(cfg, meta, task):
 
 def train(cfg, **hooks):
     """Run the training that `cfg` describes. hooks: what finetune.py replaces, see train_locked."""
-    check_settings(cfg)
+    check_settings(cfg, resolve(cfg))
     if cfg.folds and not cfg.dry_run:
         cross_validate(cfg, functools.partial(run_training, **hooks))
     run_training(cfg, **hooks)
@@ -211,7 +210,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             machine.print(memory.describe(measure(cfg.micro_batch_tokens)))
             machine.leave()
             return
-    steps_per_epoch, eval_interval, total_steps = count_steps(cfg, run_data.n_train, machine)
+    steps_per_epoch, eval_interval, total_steps = count_steps(cfg, len(run_data.train_set), machine)
 
     # model, optimizers, where the run stands
     def begin():
@@ -227,10 +226,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         return model.to(machine.device)
     model = machine.in_turn(begin) if machine.sharded else begin()
     optimizers = optim.make_optimizers(model, cfg, machine.device, lr_scale, machine.dtype)
-    average = optim.EMA(model, cfg.ema_decay)
+    ema = optim.EMA(model, cfg.ema_decay)
     progress = Progress(run_id=f"{Path(cfg.out_dir).name}-{int(time.time())}")
     if checkpoint:
-        progress = restore(checkpoint, cfg.out_dir, machine, model, optimizers, average)
+        progress = restore(checkpoint, cfg.out_dir, machine, model, optimizers, ema)
         machine.print(f"{cfg.out_dir}: continuing at step {progress.step}")
     wandb_run = None
     if machine.rank == 0:
@@ -247,17 +246,18 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         model_with_loss = average_gradients(model_with_loss)
     sampler = GlobalBatches(run_data.train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed,
                             progress.step, total_steps, machine.rank, machine.world,
-                            machine.compile, run_data.subset)
+                            machine.compile)
     loader = torch.utils.data.DataLoader(
         run_data.train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
         # packing texts takes less time than sending them from another process
         num_workers=2 if on_cuda and meta["kind"] == "image" else 0, pin_memory=on_cuda)
     n_parameters = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(model, run_data.train_set.lengths, cfg.mask_prob or 1.0)
+    n_train = len(run_data.train_set)
     machine.print(
         f"{cfg.model}: {n_parameters:,} parameters, {flops / 1e6:.2g} MFLOP/token; "
-        f"{machine.device}, {machine.dtype}, {machine.world} process(es); {run_data.n_train:,} "
-        f"examples / {cfg.batch_size} = {steps_per_epoch} steps per epoch, {total_steps} in all; "
+        f"{machine.device}, {machine.dtype}, {machine.world} process(es); {n_train:,} examples / "
+        f"{cfg.batch_size} = {steps_per_epoch} steps per epoch, {total_steps} in all; "
         f"ready after {time.monotonic() - started:.1f} s")
 
     def gradient_of(micro_batches):
@@ -272,13 +272,13 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
         "max_len": run_data.max_len, "kind": meta["kind"], "scaling": meta["scaling"],
         "data_sha256": meta["sha256"], "data_folder": folder.name,
-        "micro_batch_tokens": cfg.micro_batch_tokens}, model, optimizers, average, state_for_best)
+        "micro_batch_tokens": cfg.micro_batch_tokens}, model, optimizers, ema, state_for_best)
     tokens_per_unit = run_data.max_len if meta["kind"] == "image" else 1  # rates count images
     log = Log(cfg, machine, progress, total_steps, lambda rate: flops * rate * tokens_per_unit,
               "tok" if meta["kind"] == "text" else "ex", wandb_run)
     profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
     mirror = cfg.flip and meta["kind"] == "image"
-    gradients = optim.FiniteGradients(cfg)
+    finite_check = optim.FiniteGradients(cfg)
 
     # the loop
     stop.listen()
@@ -286,17 +286,17 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         micro_batches = machine.evened(micro_batches, run_data.train_set.empty_batch)
         machine.seed_step(cfg.seed, progress.step)
         lr = optim.learning_rate_at(cfg, progress.step, total_steps)
-        if cfg.optimizer == "lbfgs":
+        if cfg.optimizer == "lbfgs":  # moves, and computes gradients on the way
             loss, n_tokens = optim.step_lbfgs(
                 optimizers[0], functools.partial(gradient_of, micro_batches), cfg.weight_decay)
         else:
             optim.set_learning_rate(optimizers, lr)
             loss, n_tokens = gradient_of(micro_batches)
         grad_norm = optim.clip_gradients(optimizers, cfg.grad_clip)
-        gradients.add(grad_norm, progress.step, waits=not on_cuda)
+        finite_check.add(grad_norm, progress.step, waits=not on_cuda)
         if cfg.optimizer != "lbfgs":  # which has moved already
             optim.step_all(optimizers)
-        average.update(progress.step)
+        ema.update(progress.step)
         progress.step += 1
         progress.epoch = progress.step / steps_per_epoch
         log.n_tokens += n_tokens
@@ -305,14 +305,14 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
         at_end = progress.step == total_steps
         if progress.step % cfg.log_interval == 0 or at_end:
-            gradients.check()
+            finite_check.check()
             (loss,) = machine.sum([float(loss)])
             log.line(loss, lr, grad_norm.item())
 
         if progress.step % eval_interval == 0 or at_end:
-            gradients.check()
+            finite_check.check()
             with log.paused():
-                average.swap()
+                ema.swap()
                 if run_data.head_set:
                     task.fit_head(model, *vectors_of(model, run_data.head_set, cfg, machine))
                 figures = {"step": progress.step}
@@ -332,7 +332,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                 if run_data.val_set:
                     remark = "  (best so far)" if improved and not keeps_last else ""
                     machine.print(f"      {describe(figures)}{remark}")
-                average.swap()
+                ema.swap()
                 out_of_patience = cfg.patience is not None and progress.bad_evals >= cfg.patience
                 progress.finished = at_end or out_of_patience
                 checkpoints.save_last(progress)
@@ -341,7 +341,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         checkpoints.poll()
         (stopped,) = machine.sum([stop.is_set()])  # on any process
         if stopped or cfg.save_interval and progress.step % cfg.save_interval == 0:
-            gradients.check()
+            finite_check.check()
             checkpoints.save_last(progress)
         if stopped:
             machine.print(f"told to stop: {cfg.out_dir} is saved at step {progress.step}; the same "

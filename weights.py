@@ -275,7 +275,7 @@ def fit_image_size(config, weights, image_size, max_len, path):
     if H % p or W % p:
         raise UserError(f"{path}: its patches of {p}×{p} do not divide images of {H}×{W}")
     config.image_size = (C, H, W)
-    if config.position == "rope":
+    if config.position != "learned":
         return weights
     n_patches = h // p * (w // p)
     n_first = weights["position.weight"].shape[0] - n_patches  # learned tokens before the patches

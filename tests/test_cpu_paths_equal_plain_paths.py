@@ -128,6 +128,7 @@ def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
     assert torch.equal(x.grad, y.detach())
     torch.manual_seed(3)
     assert torch.equal(dropout(x, 0.3, training=True), y)
+    assert dropout(x, 0.999999, training=True).isfinite().all()
     assert dropout(x, 0.3, training=False) is x and dropout(x, 0.0, training=True) is x
 
 

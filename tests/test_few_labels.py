@@ -146,6 +146,15 @@ def test_a_contrastive_run_learns_and_is_resumed(few, tmp_path):
     assert all(torch.equal(w, resumed["model"][name]) for name, w in whole["model"].items())
 
 
+@pytest.mark.parametrize("optimizer", ["adagrad", "muon", "sgd"])
+def test_any_optimizer_goes_with_it(few, optimizer):
+    """The head has no gradient: it is fitted."""
+    train.train(train.Config(**few | dict(
+        objective="contrastive", optimizer=optimizer, max_steps=3, eval_interval=3,
+    )))  # fmt: skip
+    assert load_checkpoint(f"{few['out_dir']}/best.pt")["model"]["head.weight"].any()
+
+
 def texts_of(path):
     return [line.split('"')[1] for line in open(path) if '"' in line]
 

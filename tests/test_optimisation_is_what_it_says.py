@@ -274,6 +274,9 @@ def test_class_weights_and_focal_loss():
     assert task.loss_sum(logits, targets).item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(UserError, match="neither 'balanced' nor a list of 3"):
         tasks.class_weights(train.Config(class_weights=[1.0]), [4, 1, 1])
+    for wrong in ([0.0, 1.0, 1.0], [-1.0, 1.0, 1.0]):
+        with pytest.raises(UserError, match="each must be above 0"):
+            tasks.class_weights(train.Config(class_weights=wrong), [4, 1, 1])
 
 
 def test_the_average_is_the_formulas_and_leaves_training_alone(toy):

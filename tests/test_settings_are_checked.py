@@ -12,6 +12,7 @@ from configurator import UserError, configure
 import pytest
 
 import eval as eval_script
+import finetune
 import train
 from tests.conftest import ROOT, script
 
@@ -117,6 +118,19 @@ def test_help_shows_every_field_with_its_comment(capsys, cls, comment):
     assert all(f"--{name}=" in shown for name in cls.__dataclass_fields__)
 
 
+def test_help_of_settings_that_fine_tuning_changes(capsys):
+    with pytest.raises(SystemExit):
+        configure(finetune.Config, ["--help"])
+    shown = capsys.readouterr().out
+    for setting, says in (
+        ("weight_decay=0.01", "on matrices"),
+        ("beta2=0.999", "for large batches"),
+        ("schedule='linear'", "trapezoid: flat"),
+    ):
+        assert says in shown.partition(f"--{setting}")[2].partition("--")[0]
+    assert "the recipe" not in shown.partition("--mlp")[2].partition("--seed")[0]
+
+
 def test_a_sweep_runs_as_wandbs_agent_calls_it(toy, tmp_path):
     agent = pytest.importorskip("wandb.sdk.launch.sweeps.utils")  # what fills in the command
     sweep = pytest.importorskip("yaml").safe_load(open(ROOT / "config/sweep.yaml"))
@@ -189,9 +203,15 @@ def test_eval_says_where_labelling_went(option):
         (dict(cooldown=3.0), "--cooldown=3.0 must be from 0 to 1"),
         (dict(dataset="mnist5k", train_file=None, objective="clm"), "needs text, not --kind=image"),
         (
-            dict(kind="features", target="number", mixup=0.5),
+            dict(kind="features", target="number", label_smoothing=0.5),
             "are for classes, not for --target=number",
         ),
+        (dict(mixup=0.5), "--mixup is for --kind=image, and these are text"),
+        (dict(flip=True), "--flip is for --kind=image, and these are text"),
+        (dict(huber_delta=1.0), "--huber_delta is for --target=number"),
+        (dict(teacher_spans=5), "texts that a --teacher labels: there is none"),
+        (dict(unlabelled_file="more.txt"), "texts that a --teacher labels: there is none"),
+        (dict(folds=2, lr_find=True), "--folds and --lr_find are two things to do"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_built(toy, change, says):
