@@ -210,19 +210,19 @@ class Progress:
     finished: bool = False
 
 
-def restore(checkpoint, out_dir, machine, model, optimizers, average):
+def restore(checkpoint, out_dir, machine, model, optimizers, ema):
     """Load what last.pt holds besides the model's weights, and these, too, where they lie in parts.
     Returns the Progress."""
     if "shards" in checkpoint:
         states = [parameters_of_states(*pair)
                   for pair in zip(optimizers, checkpoint["optimizers"])]
         checkpoint = read_parts(checkpoint, out_dir, {
-            "model": model.state_dict(), "ema": average.weights, "optimizers": states})
+            "model": model.state_dict(), "ema": ema.weights, "optimizers": states})
         model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(shard_state(optimizer, state))
-    average.values = [shard_like(value.to(machine.device), p)
-                      for value, p in zip(checkpoint["ema"], average.weights)]
+    ema.values = [shard_like(value.to(machine.device), p)
+                      for value, p in zip(checkpoint["ema"], ema.weights)]
     return Progress(**{field.name: checkpoint[field.name] for field in fields(Progress)})
 
 
@@ -234,9 +234,9 @@ class Checkpoints:
     best.pt gets.
     """
 
-    def __init__(self, out_dir, machine, facts, model, optimizers, average, state_for_best):
+    def __init__(self, out_dir, machine, facts, model, optimizers, ema, state_for_best):
         self.out, self.machine, self.facts = Path(out_dir), machine, facts
-        self.model, self.optimizers, self.average = model, optimizers, average
+        self.model, self.optimizers, self.ema = model, optimizers, ema
         self.state_for_best = state_for_best
         self.in_parts = None
         if machine.sharded and machine.sees(self.out / "config.json"):  # a common disk
@@ -249,7 +249,7 @@ class Checkpoints:
 
     def save_last(self, progress):
         checkpoint = self.facts | asdict(progress) | {
-            "model": self.model.state_dict(), "ema": self.average.values,
+            "model": self.model.state_dict(), "ema": self.ema.values,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         if self.in_parts:
             self.in_parts.save(checkpoint)

@@ -195,9 +195,16 @@ RANGES = {
 IMAGES_ONLY = "shift", "rotate", "scale", "flip", "cutout", "mixup"
 
 
+def without_effect(cfg, source):
+    """Settings for images where there are none, as in a config that was made for them."""
+    if source.kind == "image":
+        return []
+    return [f"--{name}" for name in IMAGES_ONLY if getattr(cfg, name)]
+
+
 def check_settings(cfg, source):
-    """Raise UserError for settings that cannot work on any data, or would do nothing. source: those
-    of the data set (sources.resolve)."""
+    """Raise UserError for settings that cannot work on any data. source: those of the data set
+    (sources.resolve)."""
     for (low, high, allowed), names in RANGES.items():
         for name in names:
             value = getattr(cfg, name, None)  # None: not set, or no setting of this script
@@ -213,9 +220,6 @@ def check_settings(cfg, source):
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
-    for name in IMAGES_ONLY:
-        if getattr(cfg, name) and source.kind != "image":
-            raise UserError(f"--{name} is for --kind=image, and these are {source.kind}")
     if cfg.folds and (cfg.folds < 2 or "WORLD_SIZE" in os.environ):
         raise UserError(f"--folds={cfg.folds}: cross-validation takes 2 folds or more, and runs in "
                         "one process: python instead of torchrun")

@@ -40,7 +40,7 @@ from runs import (
     restore,
     start_wandb,
 )
-from settings import Config, check_settings
+from settings import Config, check_settings, without_effect
 from sharding import is_finite, shard
 from sources import resolve
 from speed import Profile, flops_per_token
@@ -171,8 +171,11 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets; fold:
     the part of train that is val, see trials.py."""
     started = time.monotonic()
-    make_task = task_class(cfg, resolve(cfg))  # checked before a data set is built
+    source = resolve(cfg)
+    make_task = task_class(cfg, source)  # checked before a data set is built
     machine = Machine(cfg)
+    if idle := without_effect(cfg, source):
+        machine.print(f"{', '.join(idle)}: for --kind=image, without effect on {source.kind}")
     if machine.rank == 0 and not cfg.lr_find and not cfg.dry_run:
         lock.acquire()
     machine.check_agreement(lambda: facts_of(cfg))

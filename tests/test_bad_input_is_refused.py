@@ -396,10 +396,11 @@ def test_a_data_set_that_was_split_anew_is_not_evaluated_on(toy):
         open_data(Classifier(toy["out_dir"]), "test")
 
 
-def test_settings_for_images_do_no_harm_to_text(toy):
+def test_settings_for_images_do_no_harm_to_text(toy, capsys):
     train.train(
         train.Config(**toy | dict(flip=True, crop=64, max_len=16, epochs=0.5))
     )  # flip is for images; crop > max_len
+    assert "--flip: for --kind=image, without effect on text" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(toy, monkeypatch):

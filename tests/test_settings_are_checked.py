@@ -203,11 +203,9 @@ def test_eval_says_where_labelling_went(option):
         (dict(cooldown=3.0), "--cooldown=3.0 must be from 0 to 1"),
         (dict(dataset="mnist5k", train_file=None, objective="clm"), "needs text, not --kind=image"),
         (
-            dict(kind="features", target="number", label_smoothing=0.5),
+            dict(kind="features", target="number", mixup=0.5),
             "are for classes, not for --target=number",
         ),
-        (dict(mixup=0.5), "--mixup is for --kind=image, and these are text"),
-        (dict(flip=True), "--flip is for --kind=image, and these are text"),
         (dict(huber_delta=1.0), "--huber_delta is for --target=number"),
         (dict(teacher_spans=5), "texts that a --teacher labels: there is none"),
         (dict(unlabelled_file="more.txt"), "texts that a --teacher labels: there is none"),
