@@ -135,7 +135,8 @@ def as_list(value):
 def read_file(path):
     """The settings that a config file assigns: its public names, without modules and functions."""
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
+        files = [str(file) for file in Path(path).parent.glob("*.py") if file.is_file()]
+        near = difflib.get_close_matches(path, files, 1)
         hint = f"did you mean '{near[0]}'?" if near else "settings are written --key=value"
         raise UserError(f"config file '{path}' does not exist; {hint}")
     folder = str(Path(path).resolve().parent)
@@ -284,10 +285,10 @@ def has_changed(path, since, expected):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary name to write to, then renames it: `path` is whole, or as it was before.
-    Raises UserError where it cannot be written."""
+    """Yields a temporary name to write to, hidden beside `path`, then renames it: `path` is whole,
+    or as it was before. Raises UserError where it cannot be written."""
     path = Path(path)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -226,11 +226,15 @@ def aside(folder):
 
 def put_in_place(folder, cfg, build_into):
     """Let build_into(work) make a data set in a scratch folder, put it in place of `folder`, and
-    return what it returned."""
+    return what it returned, its meta. If another process has put one there meanwhile, that is
+    taken. Raises UserError where it was built otherwise."""
+    was_there = (folder / "meta.json").exists()
     with scratch_folder(folder) as scratch:
         work = scratch / "new"
         work.mkdir()
         result = build_into(work)
+        if not was_there and (meta := open_meta(cfg)):
+            return meta
         check_replaceable(folder, resolve(cfg))  # again: building may take long
         shutil.rmtree(aside(folder), ignore_errors=True)
         if folder.exists():
@@ -370,7 +374,8 @@ def why_empty(removed):
     n_bad, n_twice, n_elsewhere = (removed[key] for key in (
         "bad_rows", "duplicates_in_train", "train_rows_also_in_val_or_test"))
     if not n_bad + n_twice + n_elsewhere:
-        return "too few examples; give a --val_file, or a larger --val_fraction"
+        return ("too few examples; give it a file (--val_file, --test_file), a larger share, as "
+                "--val_fraction=0.3 or --test_fraction=0.3, or none (0)")
     if n_elsewhere >= max(n_bad, n_twice):
         return "train's rows stand in val or test, too: give other files, or --dedup=False"
     if n_twice >= n_bad:

@@ -306,8 +306,8 @@ class Writer:
         if self.target == "number":
             standard = (labels - self.scaling["target_mean"]) / self.scaling["target_std"]
             standard.astype(np.float32).tofile(f"{self.path}.lbl")
-            quantiles = np.quantile(labels, [0, .25, .5, .75, 1]).round(4).tolist()
-            counts["target_quantiles"] = quantiles
+            quantiles = np.quantile(labels, [0, .25, .5, .75, 1])
+            counts["target_quantiles"] = [float(f"{q:.6g}") for q in quantiles]
         elif self.target == "labels":
             labels.tofile(f"{self.path}.lbl")
             counts["per_class"] = labels.reshape(-1, n_classes).sum(0, dtype=int).tolist()

@@ -10,6 +10,7 @@ test split; what is fitted (temperature, thresholds) is fitted on val.
 """
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from report import (
 from runs import finish_wandb, read_records, start_wandb
 from speed import flops_per_token
 from tasks import run_model, token_losses
-from weights import load_checkpoint
+from weights import checkpoint_file, load_checkpoint
 
 
 @dataclass
@@ -70,6 +71,13 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: float32
 
 
+def open_examples(clf, cfg):
+    """What a checkpoint is evaluated on: cfg.test_file, or a split."""
+    if cfg.test_file:
+        return labelled_examples(clf, cfg.test_file, cfg)
+    return open_data(clf, cfg.split, cfg.data_dir)
+
+
 # --------------------------------------------------------------------------------------------------
 # One checkpoint on a split
 
@@ -80,10 +88,7 @@ def full_report(clf, cfg):
     if cfg.test_file and clf.is_language_model:
         raise UserError(f"{clf.path} is a language model; --test_file is for labelled files")
     split = cfg.test_file or cfg.split
-    if cfg.test_file:
-        examples = labelled_examples(clf, cfg.test_file, cfg)
-    else:
-        examples = open_data(clf, cfg.split, cfg.data_dir)
+    examples = open_examples(clf, cfg)
     report = {"checkpoint": str(clf.path), "dataset": clf.config["dataset"], "split": split,
               "step": clf.step, "label_names": clf.label_names}
     size = len(examples) * max(1, len(clf.label_names))
@@ -197,7 +202,9 @@ def report_checkpoint(path, cfg):
     report, examples, z = full_report(clf, cfg)
     print_report(report)
     folder = clf.path.parent
-    suffix = f"-{Path(cfg.test_file).stem}" if cfg.test_file else ""
+    suffix = ""
+    if cfg.test_file:  # which may be a pattern
+        suffix = "-" + re.sub(r"[^\w.-]+", "-", Path(cfg.test_file).stem).strip("-")
     write_json(folder / f"eval{suffix}.json", report)
     plots = plot_report(clf, report, examples, z, read_records(folder), folder, suffix)
     write_page(report, folder, plots, suffix)
@@ -228,12 +235,12 @@ def compare(paths, cfg):
         clf = open_classifier(path, cfg, torch.float32)
         if not clf.label_names:
             raise UserError(f"{path}: is no classifier; only classifiers can be compared")
-        examples = open_data(clf, cfg.split, cfg.data_dir)
+        examples = open_examples(clf, cfg)
         truth = [clf.truth(y) for y in examples.labels]
         if expected is not None and truth != expected:
             raise UserError(f"{path}: its {cfg.split} split has other examples or labels than that "
                             f"of {paths[0]}: only runs on the same split of the same data can be "
-                            "compared")
+                            "compared, or all on one --test_file")
         expected = truth
         settings = {key: value for key, value in clf.config.items()
                     if key not in ("seed", "out_dir", "overwrite")}
@@ -305,7 +312,7 @@ def print_comparison(groups, resamples):
     for runs in groups:
         first = runs[0]
         correct = mean_correct(runs)
-        low, high = metrics.mean_interval(correct, resamples)
+        low, high = metrics.share_interval(correct, resamples)
         p, mcnemar = metrics.paired_tests(best, correct, resamples)
         mean = {key: float(np.mean([run[key] for run in runs]))
                 for key in ("macro_f1", "train_s", "per_s", "p50", "p95")}
@@ -380,18 +387,18 @@ def compare_cheaper(path, cfg):
     ways = [("float32", torch.float32, None), ("bfloat16", torch.bfloat16, None),
             ("int8", torch.int8, None), ("torch.compile", torch.float32, None)]
     if clf.modality == "text":
-        longest = int(open_data(clf, cfg.split, cfg.data_dir).lengths.max())
+        longest = int(open_examples(clf, cfg).lengths.max())
         for length in (longest // 2, longest // 4):
             if length > 2:
                 ways.append((f"first {length} of {longest} tokens", torch.float32, length))
-    print(f"{path} on {clf.config['dataset']} {cfg.split}")
+    print(f"{path} on {clf.config['dataset']} {cfg.test_file or cfg.split}")
     print(f"{'':26}accuracy  other labels      ex/s  speed-up")
     exact = exact_rate = None
     for name, dtype, max_len in ways:
         try:
             clf = Classifier(path, cfg.device, dtype, cfg.micro_batch_tokens)
             clf.max_len = max_len or clf.max_len
-            examples = open_data(clf, cfg.split, cfg.data_dir)
+            examples = open_examples(clf, cfg)
             if name == "torch.compile":
                 clf.model.compile(dynamic=True)
             clf.logits(examples)  # warms up, compiles
@@ -417,6 +424,12 @@ def main():
     cfg = configure(Config, positional="checkpoint")
     if not cfg.checkpoint:
         raise UserError("which checkpoint? For instance: python eval.py out/textcls")
+    if cfg.resamples < 1:
+        raise UserError(f"--resamples={cfg.resamples} must be 1 or more")
+    if cfg.export and (cfg.test_file or cfg.cheaper):
+        raise UserError("--export writes a run elsewhere: without --test_file and --cheaper")
+    if len({checkpoint_file(path).resolve() for path in cfg.checkpoint}) < len(cfg.checkpoint):
+        raise UserError("one checkpoint is given twice")
     if len(cfg.checkpoint) > 1 and not cfg.export and not cfg.cheaper:
         compare(cfg.checkpoint, cfg)
         return

@@ -41,7 +41,7 @@ def export(clf, how, data_dir=None):
                             "as a Hugging Face folder")
         folder = clf.path.parent / "hf"
         save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel,
-                clf.scaling)
+                clf.scaling, clf.max_len)
         print(f"written to {folder}")
         return
     if clf.pair:

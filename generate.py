@@ -99,7 +99,8 @@ def sample(logits, temperature, top_k, top_p, generator):
     logits = at_least_float32(logits).double()
     if temperature == 0:
         return int(logits.argmax())
-    p, tokens = (logits / temperature).softmax(0).sort(descending=True, stable=True)
+    logits = (logits - logits.max()) / max(temperature, 1e-9)  # the likeliest stays at 0
+    p, tokens = logits.softmax(0).sort(descending=True, stable=True)
     p = p[:top_k] / p[:top_k].sum()
     if top_p is not None:
         p = p[: int((p.cumsum(0) - p < top_p).sum())]
@@ -112,9 +113,11 @@ def print_samples(path, model, tokenizer, objective, cfg):
                           ("top_k", cfg.top_k is None or cfg.top_k > 0),
                           ("top_p", cfg.top_p is None or 0 < cfg.top_p <= 1),
                           ("max_new_tokens", cfg.max_new_tokens > 0),
-                          ("num_samples", cfg.num_samples > 0)):
+                          ("num_samples", cfg.num_samples > 0),
+                          ("seed", 0 <= cfg.seed <= 2**40)):
         if not allowed:
-            limits = {"temperature": "0 or more", "top_p": "above 0 and at most 1"}
+            limits = {"temperature": "0 or more", "top_p": "above 0 and at most 1",
+                      "seed": "0 or more, up to 2^40"}
             raise UserError(f"--{name}={getattr(cfg, name)} must be {limits.get(name, 'above 0')}")
     if objective != "clm":
         raise UserError(f"{path} fills in what is masked: give --fill=… with its mask token")

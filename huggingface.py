@@ -333,10 +333,12 @@ SPECIAL_TOKENS = {  # role → what such a token is called, in order of preferen
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")}
 
 
-def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scaling=None):
+def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scaling=None,
+            max_len=None):
     """Write a folder that transformers' AutoModelForSequenceClassification and AutoTokenizer load
     (of our own trunk: that weights.from_pretrained loads). scaling: of a regression, the target's;
-    theirs predicts in its unit. Raises UserError where their classes cannot compute what ours does.
+    theirs predicts in its unit. max_len: tokens of a text that are read; None: as many as it can.
+    Raises UserError where their classes cannot compute what ours does.
     """
     c = model.config
     weights = model.state_dict()
@@ -365,7 +367,7 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
         config |= {"problem_type": "regression", "id2label": {0: "LABEL_0"},
                    "label2id": {"LABEL_0": 0}}
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                        "model_max_length": c.max_len} | roles
+                        "model_max_length": max_len or c.max_len} | roles
     if c.n_segments > 1:  # else transformers leaves the types of pairs out
         tokenizer_config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     weights = {name: w.cpu().contiguous() for name, w in weights.items()}

@@ -37,6 +37,12 @@ def file_settings(clf, cfg):
     source = with_built_in(data_settings(clf.config))
     given = {name: value for name, value in vars(cfg).items()
              if name in vars(source) and value is not None}
+    if "text_pair_column" in given and not clf.pair:
+        raise UserError(f"{clf.path} reads single texts: leave --text_pair_column out")
+    if given.get("text_column") == [] or given.get("columns") == []:
+        raise UserError("--text_column and --columns: no column is named")
+    if given.get("max_row_mb", 1) < 1:
+        raise UserError(f"--max_row_mb={cfg.max_row_mb} must be above 0")
     if "header" not in given and "text_column" not in given:
         given["header"] = has_header(source)
     if clf.modality == "features" and "columns" not in given:
@@ -51,8 +57,7 @@ def label_file(clf, cfg):
     order; memory stays flat. Raises UserError."""
     if not cfg.output or Path(cfg.output).suffix not in WRITERS:
         raise UserError(f"--input needs --output=labels.csv (or {', '.join(WRITERS)})")
-    if Path(cfg.output).resolve() == Path(cfg.input).resolve():
-        raise UserError(f"--output={cfg.output} is the input, which it would replace")
+    check_is_other(cfg.input, cfg)
     clf.check_predicts()
     names = output_columns(clf, cfg)
     if len(set(names)) < len(names):
@@ -71,7 +76,8 @@ def label_file(clf, cfg):
                 bar.update(len(chunk))
         if not n:
             raise UserError(f"{cfg.input}: holds no rows")
-    note = f" ({n_empty} of them empty, which get no label)" if n_empty else ""
+    what = "label" if clf.label_names else "value"
+    note = f" ({n_empty} of them empty, which get no {what})" if n_empty else ""
     print(f"{n} rows labelled{note}: {cfg.output}")
     if clf.n_cut:
         print(f"{clf.n_cut} texts are longer than max_len={clf.max_len}: their starts were read "
@@ -96,7 +102,7 @@ def input_rows(clf, cfg):
     if clf.modality == "image":
         if cfg.keep:
             raise UserError("--keep is for tables; of pictures --where=True gives the files")
-        files = input_files(cfg.input, source, IMAGES)
+        files = input_files(cfg, source, IMAGES)
         for where, pixels, _ in picture_examples(files, source):
             if pixels is not None:  # else left out by --drop_bad_rows
                 yield where, pixels, []
@@ -107,7 +113,7 @@ def input_rows(clf, cfg):
     n_values = len(columns)
     setting = "text_column" if clf.modality == "text" else "columns"
     reading = dataclasses.replace(source, text_pair_column=None, **{setting: columns + cfg.keep})
-    for name, opener in input_files(cfg.input, source, (".txt",)):
+    for name, opener in input_files(cfg, source, (".txt",)):
         if cfg.keep and suffix_of(name) == ".txt":
             raise UserError(f"{name}: has no columns to --keep")
         for where, fields, _ in file_rows(name, opener, reading):
@@ -123,22 +129,33 @@ def input_rows(clf, cfg):
                 yield where, value, fields[n_values:] or [""] * len(cfg.keep)
 
 
-def input_files(path, source, suffixes):
-    """The files to read; of a folder all in it, however deep, that have one of the suffixes."""
-    if not Path(path).is_dir():
-        return members(path, source.data_dir)
-    files = [file for file in sorted(Path(path).rglob("*"))
-             if file.suffix.lower() in suffixes and not is_hidden(file.relative_to(path))]
-    if not files:
-        raise UserError(f"{path}: holds no {', '.join(suffixes)} files")
-    return [(str(file), lambda file=file: open(file, "rb")) for file in files]
+def input_files(cfg, source, suffixes):
+    """The files to read; of a folder all in it, however deep, that have one of the suffixes. Raises
+    UserError if cfg.output is one of them."""
+    folder = Path(cfg.input)
+    if not folder.is_dir():
+        found = members(cfg.input, source.data_dir)
+    else:
+        files = [file for file in sorted(folder.rglob("*"))
+                 if file.suffix.lower() in suffixes and not is_hidden(file.relative_to(folder))]
+        if not files:
+            raise UserError(f"{cfg.input}: holds no {', '.join(suffixes)} files")
+        found = [(str(file), lambda file=file: open(file, "rb")) for file in files]
+    for name, _ in found:
+        check_is_other(name, cfg)
+    return found
+
+
+def check_is_other(file, cfg):
+    if Path(file).resolve() == Path(cfg.output).resolve():
+        raise UserError(f"--output={cfg.output} is the input, which it would replace")
 
 
 def row_of(result, where, kept, cfg, is_empty):
     """A row of cfg.output: a list of text and numbers."""
     row = [where, *kept] if cfg.where else list(kept)
     if "value" in result:
-        return [*row, result["value"]]
+        return [*row, None if is_empty else result["value"]]
     label, probability = result["label"], round(result["probability"], 6)
     probabilities = [round(p, 6) for p in result["probabilities"].values()]
     if is_empty:
@@ -149,6 +166,7 @@ def row_of(result, where, kept, cfg, is_empty):
 
 @contextlib.contextmanager
 def csv_writer(path, names, cfg):
+    digits = ".9g" if names[-1] == "value" else ".6f"  # probabilities are rounded
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
 
@@ -157,7 +175,8 @@ def csv_writer(path, names, cfg):
                 if cfg.spreadsheet:
                     row = [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA)
                            else cell for cell in row]
-                table.writerow(f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row)
+                table.writerow(format(cell, digits) if isinstance(cell, float) else cell
+                               for cell in row)
         write([names])
         yield write
 
@@ -177,10 +196,9 @@ def parquet_writer(path, names, cfg):
     except ImportError:
         raise UserError(f"{cfg.output}: needs a package that is not here: pip install "
                         "pyarrow") from None
-    kinds = {"probability": pyarrow.float64(), "value": pyarrow.float64()}
-    schema = pyarrow.schema([
-        (name, pyarrow.float64() if name.startswith("p_") else kinds.get(name, pyarrow.string()))
-        for name in names])
+    n_text = len(cfg.keep) + cfg.where + ("value" != names[-1])  # of classes, the label is text
+    schema = pyarrow.schema([(name, pyarrow.string() if i < n_text else pyarrow.float64())
+                             for i, name in enumerate(names)])
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
         yield lambda rows: file.write_table(
             pyarrow.table([list(column) for column in zip(*rows)], schema=schema))

@@ -43,6 +43,8 @@ def with_intervals(sample, n, resamples):
     figures = {"n": n, **as_floats(sample(np.ones(n, np.int32)))}
     if resamples:
         figures["interval"] = intervals(sample, n, resamples)
+        if figures.get("accuracy") in (0.0, 1.0):  # of which resamples say nothing
+            figures["interval"]["accuracy"] = list(wilson_interval(figures["accuracy"], n))
     return figures
 
 
@@ -302,17 +304,18 @@ def fit_thresholds(z, y, resamples=50):
 
 def number_sample(predicted, true):
     """A function of weights (N,) → the figures of predictions and numbers (N,), in the target's
-    unit; R² is against the mean of `true`; the correlations (None where one side does not vary) are
-    Pearson's, and Spearman's (1904), which is that of the ranks, of equal numbers their mean."""
+    unit; R² is against the mean of `true`; the correlations are Pearson's, and Spearman's (1904),
+    which is that of the ranks, of equal numbers their mean. None where `true` does not vary, or for
+    correlations `predicted`."""
     error = predicted - true
     rank_predicted, rank_true = rank_sample(predicted), rank_sample(true)
 
     def figures(weight):
         share = weight / weight.sum()
         mse = share @ error**2
-        variance = share @ (true - share @ true) ** 2
+        spread = variance(true, share)
         return {"rmse": mse**0.5, "mae": share @ np.abs(error),
-                "r2": 1 - mse / max(variance, 1e-12),
+                "r2": 1 - mse / spread if spread else None,
                 "pearson": correlation(predicted, true, share),
                 "spearman": correlation(rank_predicted(weight), rank_true(weight), share)}
     return figures
@@ -330,10 +333,14 @@ def rank_sample(x):
 
 def correlation(a, b, share):
     """Pearson's of a and b (N,), each example counting by its share."""
-    a = a - share @ a
-    b = b - share @ b
-    spread = ((share @ a**2) * (share @ b**2)) ** 0.5
-    return share @ (a * b) / spread if spread > 1e-12 else None
+    spread = variance(a, share) ** 0.5 * variance(b, share) ** 0.5
+    return share @ ((a - share @ a) * (b - share @ b)) / spread if spread else None
+
+
+def variance(x, share):
+    """Of x (N,), each example counting by its share; 0 where it varies by rounding errors alone."""
+    found = share @ (x - share @ x) ** 2
+    return found if found > 1e-24 * (share @ x**2) else 0.0
 
 
 def number_report(predicted, true, resamples=0):
@@ -383,6 +390,14 @@ def bootstrap_means(x, resamples):
     return drawn @ values / len(x)
 
 
+def share_interval(correct, resamples):
+    """The 95 % interval of the share of correct (N,), 0..1: by resamples, or where all are alike,
+    of which resamples say nothing, Wilson's."""
+    if (correct == 0).all() or (correct == 1).all():
+        return list(wilson_interval(float(correct[0]), len(correct)))
+    return mean_interval(correct, resamples)
+
+
 def mean_interval(x, resamples):
     """The 95 % bootstrap interval of the mean of x (N,): [low, high]."""
     return np.quantile(bootstrap_means(x, resamples), [0.025, 0.975]).tolist()
@@ -393,7 +408,7 @@ def wilson_interval(share, n):
     z = 1.96
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return center - half, center + half
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def affordable_resamples(wanted, size):

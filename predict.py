@@ -352,9 +352,9 @@ def open_data(clf, split, data_dir=None, optional=False):
 # The command line
 
 
-def label_texts(clf, texts, seconds):
+def label_texts(clf, texts, seconds, encoding):
     """Print a line per text: its label's probability, then the others'. `-` stands for the lines of
-    standard input. seconds: of a model of pairs, the second texts."""
+    standard input, in an encoding. seconds: of a model of pairs, the second texts."""
     if clf.pair and (len(seconds) != len(texts) or "-" in texts):
         raise UserError(f"{clf.path} reads pairs: give a --text_pair for each --text, or --input")
     if seconds and not clf.pair:
@@ -366,7 +366,7 @@ def label_texts(clf, texts, seconds):
             print_label(clf, text)
             continue
         n_lines = 0
-        for _, line in decoded_lines(sys.stdin.buffer, "standard input", "utf-8", 16):
+        for _, line in decoded_lines(sys.stdin.buffer, "standard input", encoding, 16):
             if line.strip():
                 print_label(clf, line)
                 n_lines += 1
@@ -380,7 +380,7 @@ def print_label(clf, text):
     (result,) = clf([text])
     start = " | ".join(texts_of(text)).strip()[:60]
     if "value" in result:
-        print(f"{result['value']:.4f}   {start}", flush=True)
+        print(f"{result['value']:.6g}   {start}", flush=True)
         return
     ranked = sorted(result["probabilities"].items(), key=lambda item: -item[1])
     labels = f"{result['label'] or 'none'}: " if clf.multilabel else ""
@@ -392,6 +392,9 @@ def main():
     cfg = configure(Config, positional="checkpoint")
     if len(cfg.checkpoint) != 1:
         raise UserError("which checkpoint? One, for instance: python predict.py out/textcls")
+    asked = [cfg.prompt is not None, cfg.fill is not None, bool(cfg.text), bool(cfg.input)]
+    if sum(asked) > 1:
+        raise UserError("--prompt, --fill, --text and --input are four things to do: one at a time")
     if cfg.prompt is not None or cfg.fill is not None:
         opened = open_language_model(cfg.checkpoint[0], cfg.device)
         if cfg.prompt is not None:
@@ -405,7 +408,7 @@ def main():
     native = bf16_is_native(open_device(cfg.device))
     clf = open_classifier(cfg.checkpoint[0], cfg, torch.bfloat16 if native else torch.float32)
     if cfg.text:
-        label_texts(clf, cfg.text, cfg.text_pair)
+        label_texts(clf, cfg.text, cfg.text_pair, cfg.encoding or "utf-8")
     else:
         label_file(clf, cfg)
 

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import re
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,7 +31,7 @@ BOMS = {  # longest first
 def decoded_lines(raw, name, encoding, max_row_mb):
     """Yield (number, text) of each line of a binary stream, without a byte-order mark. A line ends
     in \\n, \\r\\n, or, as on old Macs, \\r."""
-    limit = max_row_mb * 1_000_000
+    limit = min(max_row_mb * 1_000_000, sys.maxsize)
     number = 0
     try:
         encoding = known_encoding(raw) or encoding
@@ -492,6 +493,10 @@ def parquet_records(name, raw, cfg):
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
         number = 0
         for batch in batches:
+            columns = batch.schema.names
+            if twice := next((c for c in columns if columns.count(c) > 1), None):
+                raise UserError(f"{name}: {columns.count(twice)} columns have the name {twice!r}; "
+                                "give them different names")
             for record in batch.to_pylist():
                 yield f"{name}, row {number}", record
                 number += 1

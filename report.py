@@ -49,9 +49,14 @@ def print_figures(r, names):
             interval = ""
             if name in r["interval"]:
                 low, high = r["interval"][name]
-                interval = f" [{low:.4f}, {high:.4f}]"
-            parts.append(f"{name} {r[name]:.4f}{interval}")
+                interval = f" [{in_digits(low)}, {in_digits(high)}]"
+            parts.append(f"{name} {in_digits(r[name])}{interval}")
     print(f"  {'  '.join(parts)}")
+
+
+def in_digits(x):
+    """A figure in four decimals, or of a small one three digits."""
+    return f"{x:.4f}" if not x or abs(x) >= 0.01 else f"{x:.3g}"
 
 
 def print_classes(r, most=50):
@@ -231,11 +236,12 @@ def plot_mistakes(clf, examples, p, correct):
 
 
 def plot_predicted(report, true, predicted):
+    r2 = "R² undefined" if report["r2"] is None else f"R² {report['r2']:.4f}"
     figure, ax = new_figure(5, 5)
     ax.plot([true.min(), true.max()], [true.min(), true.max()], color="grey", linewidth=1)
     ax.scatter(true, predicted, s=12, alpha=0.6)
     ax.set(xlabel="true", ylabel="predicted",
-           title=f"R² {report['r2']:.4f}, RMSE {report['rmse']:.4g}, n {report['n']}")
+           title=f"{r2}, RMSE {report['rmse']:.4g}, n {report['n']}")
     return figure
 
 

@@ -54,9 +54,9 @@ def open_run_data(cfg, folder, meta, task, machine, fold=None):
     # the part of it that is learnt, and val
     learnt, val_set = None, None
     if fold is not None:
+        if cfg.folds > len(train_set):
+            raise UserError(f"--folds={cfg.folds}: train has only {len(train_set)} examples")
         in_fold = assign_folds(train_set.labels, cfg.folds, cfg.split_seed) == fold
-        if not in_fold.any():
-            raise UserError(f"--folds={cfg.folds}: train has only {len(in_fold)} examples")
         learnt = np.flatnonzero(~in_fold)
         val_set = Subset(open_examples("train", 0, training=False), np.flatnonzero(in_fold))
     elif "val" in meta["splits"] and not cfg.lr_find:

@@ -38,8 +38,9 @@ from speed import peak_flops
 from weights import load_checkpoint, save_checkpoint
 
 # settings that may differ between a run and its continuation
-FREE = {"overwrite", "save_interval", "lr_find", "wandb_mode", "wandb_project", "wandb_run_name",
-        "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel", "profile"}
+FREE = {"overwrite", "save_interval", "lr_find", "folds", "wandb_mode", "wandb_project",
+        "wandb_run_name", "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel",
+        "profile"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def begin_run(cfg, checkpoint, lock):
         if cfg.lr_find:
             return
         lock.acquire()
-        for name in ("config.tmp.json", "last.tmp.pt", "best.tmp.pt", "metrics.tmp.jsonl"):
+        for name in (".config.tmp.json", ".last.tmp.pt", ".best.tmp.pt", ".metrics.tmp.jsonl"):
             (out / name).unlink(missing_ok=True)  # left by a run that was killed
         remove_parts(out, but=checkpoint and checkpoint.get("shards", {}).get("folder"))
         if checkpoint is None:

@@ -178,13 +178,15 @@ class FinetuneConfig(Config):
 # lowest and highest value, and how that is said
 ABOVE_0 = 1e-9, math.inf, "above 0"
 NOT_NEGATIVE = 0, math.inf, "0 or more"
+SEED = 0, 2**40, "0 or more, up to 2^40"
 SHARE = 0, 1, "from 0 to 1"
 BELOW_1 = 0, 1 - 1e-9, "from 0 to below 1"
 RANGES = {
     ABOVE_0: ("batch_size", "micro_batch_tokens", "log_interval", "eval_interval", "save_interval",
               "epochs", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch", "max_len",
               "crop", "ngrams", "char_ngrams", "buckets", "max_row_mb", "teacher_temperature"),
-    NOT_NEGATIVE: ("seed", "split_seed", "n_layer", "learning_rate", "min_lr", "warmup_steps",
+    SEED: ("seed", "split_seed"),
+    NOT_NEGATIVE: ("n_layer", "learning_rate", "min_lr", "warmup_steps",
                    "weight_decay", "grad_clip", "focal_gamma", "huber_delta", "shift", "rotate",
                    "scale", "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds",
                    "teacher_spans"),
@@ -227,8 +229,11 @@ def check_settings(cfg, source):
         raise UserError("--folds tests each label of train once, by runs that have not seen it: "
                         "not with --train_fraction, with a --teacher, who may have seen it, or "
                         "with language models")
-    if cfg.folds and cfg.lr_find:
-        raise UserError("--folds and --lr_find are two things to do: one at a time")
+    if bool(cfg.folds) + cfg.lr_find + cfg.dry_run + cfg.profile > 1:
+        raise UserError("--folds, --lr_find, --dry_run and --profile are four things to do: one at "
+                        "a time")
+    if not cfg.out_dir:
+        raise UserError("--out_dir= is empty: leave it out, or name a folder")
     if cfg.focal_gamma and cfg.mixup:
         raise UserError("--focal_gamma needs the class of each example, --mixup blends two: leave "
                         "one of them out")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, check
+from configurator import UserError, as_list, check
 
 import numpy as np
 
@@ -176,6 +176,11 @@ def resolve(cfg):
     if source.text_pair_column is not None and (source.kind, source.target == "none") != (
             "text", False):
         raise UserError("--text_pair_column is for --kind=text with something to predict")
+    if source.text_pair_column is not None:
+        others = [*as_list(source.label_column), *as_list(source.text_column)]
+        if source.text_pair_column in others:
+            raise UserError(f"--text_pair_column={source.text_pair_column} is another column too: "
+                            "the text's or the label's")
     if source.template is not None:
         if source.kind != "text" or source.target == "none" or source.text_pair_column is not None:
             raise UserError("--template is for single texts with labels or numbers")

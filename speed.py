@@ -91,8 +91,21 @@ class Profile:
         if self.n_steps == self.FIRST:
             self.profiler.start()
         elif self.n_steps == self.FIRST + self.N_STEPS:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.path))
-            table = self.profiler.key_averages().table(sort_by=self.by, row_limit=10)
-            print(f"{table}\n{self.path}: {self.N_STEPS} steps, for chrome://tracing or "
-                  "ui.perfetto.dev", flush=True)
+            self.stop()
+
+    def stop(self):
+        """Write what there is, once; to be called at the end of the run, too."""
+        if self.profiler is None:
+            return
+        profiler, self.profiler = self.profiler, None
+        if self.n_steps >= self.FIRST:
+            profiler.stop()
+        n = self.n_steps - self.FIRST
+        if n < 1:
+            print(f"--profile: the first {self.FIRST} steps are not steady: train longer than "
+                  f"{self.n_steps}", flush=True)
+            return
+        profiler.export_chrome_trace(str(self.path))
+        table = profiler.key_averages().table(sort_by=self.by, row_limit=10)
+        print(f"{table}\n{self.path}: {n} steps, for chrome://tracing or ui.perfetto.dev",
+              flush=True)

@@ -148,7 +148,8 @@ def make_model(cfg, meta, task):
 def train(cfg, **hooks):
     """Run the training that `cfg` describes. hooks: what finetune.py replaces, see train_locked."""
     check_settings(cfg, resolve(cfg))
-    if cfg.folds and not cfg.dry_run:
+    if cfg.folds:
+        open_run(cfg, parts=False)  # refuses another run's folder before it takes long
         cross_validate(cfg, functools.partial(run_training, **hooks))
     run_training(cfg, **hooks)
 
@@ -352,14 +353,17 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             break
 
     checkpoints.wait()
+    if profile:
+        profile.stop()
     if wandb_run:
         best = progress.best or {}
         wandb_run.summary.update({f"best_{key}": value for key, value in best.items()})
         finish_wandb(wandb_run)
     machine.leave()
     if progress.finished:
-        machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(progress.best)}. "
-                      f"{advice(cfg, meta, task)}")
+        next_step = "" if fold is not None else f". {advice(cfg, meta, task)}"
+        machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(progress.best)}"
+                      f"{next_step}")
 
 
 def count_steps(cfg, n_train, machine):
@@ -418,8 +422,8 @@ def advice(cfg, meta, task):
     if "val" in meta["splits"]:
         return f"Now: python eval.py {cfg.out_dir} --split=val"
     if task.head["n_classes"]:
-        return (f"Now: python eval.py {cfg.out_dir} --test_file=…, or, without one, "
-                "--folds=5")
+        return (f"Now: python eval.py {cfg.out_dir} --test_file=…, or, without one, the same "
+                "command with --folds=5")
     return "There is no val, so how good it is was not measured: --val_fraction=0.01"
 
 

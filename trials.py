@@ -19,10 +19,17 @@ def cross_validate(cfg, run):
     for fold in range(cfg.folds):
         print(f"fold {fold + 1} of {cfg.folds}", flush=True)
         out_dir = f"{cfg.out_dir}-folds/{fold}"
-        part = dataclasses.replace(cfg, out_dir=out_dir, best_by="last", wandb_mode="disabled")
+        part = dataclasses.replace(cfg, out_dir=out_dir, best_by="last", wandb_mode="disabled",
+                                   overwrite=cfg.overwrite or is_of_others(out_dir, cfg.folds))
         run(part, fold=fold)
         found.append(load_checkpoint(f"{out_dir}/last.pt")["best"])
     write_json(Path(f"{cfg.out_dir}-folds") / "folds.json", summarise_folds(found))
+
+
+def is_of_others(out_dir, folds):
+    """Does a folder hold a part of a cross-validation with another number of folds?"""
+    config = Path(out_dir) / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("folds") != folds
 
 
 def summarise_folds(found):

@@ -144,7 +144,8 @@ def to_float(text, cfg):
             raise ValueError(f"{text!r} has a point, and --decimal=, is set")
         text = text.replace(".", "").replace(",", ".")
     elif re.fullmatch(r"[-+]?\d+,\d+", text):
-        raise ValueError(f"{text!r} has a comma: give --decimal=, if that is the decimal point")
+        raise ValueError(f"{text!r} has a comma: give --decimal=, if that is the decimal point; if "
+                         "it parts thousands, write the number without it")
     return float(text)
 
 

@@ -122,6 +122,12 @@ def test_bad_standard_input(run, sent, says):
     assert len(out.splitlines()) == 2 * sent.startswith(b"goal")  # what came before it is answered
 
 
+def test_standard_input_in_another_encoding(run):
+    process = start(run, "--text=-", "--encoding=latin1")
+    out, _ = process.communicate("goal caf\xe9 striker\n".encode("latin1"))
+    assert process.returncode == 0 and "caf\xe9" in out.decode()
+
+
 @pytest.mark.parametrize(
     "name, content, says",
     [
@@ -155,4 +161,54 @@ def test_the_input_is_never_replaced_by_the_output(run, tmp_path):
     for output in (tmp_path / "e.csv", tmp_path / "x/../e.csv"):
         with pytest.raises(UserError, match="is the input, which it would replace"):
             label_file(Classifier(run), Config(input=str(tmp_path / "e.csv"), output=str(output)))
+    (tmp_path / "f.csv").write_text("text\nshares\n")
+    several = f"{tmp_path}/e.csv + {tmp_path}/f.csv", f"{tmp_path}/?.csv"
+    for source in several:
+        with pytest.raises(UserError, match="is the input, which it would replace"):
+            label_file(Classifier(run), Config(input=source, output=str(tmp_path / "f.csv")))
     assert (tmp_path / "e.csv").read_text() == "text\ngoal\n"
+    assert (tmp_path / "f.csv").read_text() == "text\nshares\n"
+
+
+def test_a_users_own_temporary_file_is_left_alone(run, tmp_path):
+    for name in ("o.tmp.csv", "e.csv"):
+        (tmp_path / name).write_text("text\ngoal\n")
+    for source in ("e.csv", "o.tmp.csv"):
+        label_file(
+            Classifier(run), Config(input=f"{tmp_path}/{source}", output=f"{tmp_path}/o.csv")
+        )
+        assert len(open(tmp_path / "o.csv").readlines()) == 2
+    assert (tmp_path / "o.tmp.csv").read_text() == "text\ngoal\n"
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(text_pair_column="b"), "reads single texts: leave --text_pair_column out"),
+        (dict(text_column=[]), "no column is named"),
+        (dict(max_row_mb=0), "--max_row_mb=0 must be above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(run, tmp_path, changes, says):
+    (tmp_path / "e.csv").write_text("text,b\ngoal,it\n")
+    settings = dict(input=f"{tmp_path}/e.csv", output=f"{tmp_path}/o.csv")
+    with pytest.raises(UserError, match=says):
+        label_file(Classifier(run), Config(**settings | changes))
+
+
+def test_kept_columns_of_any_name_go_into_parquet(run, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "e.csv").write_text("text,p_id,value\ngoal,a1,b2\n")
+    settings = dict(input=f"{tmp_path}/e.csv", output=f"{tmp_path}/o.parquet")
+    label_file(Classifier(run), Config(**settings, keep=["p_id", "value"], probabilities=True))
+    (row,) = pyarrow.read_table(tmp_path / "o.parquet").to_pylist()
+    assert (row["p_id"], row["value"], row["label"]) == ("a1", "b2", "sport")
+    assert isinstance(row["p_tech"], float)
+
+
+def test_one_thing_at_a_time(run):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "predict.py"), str(run), "--prompt=a", "--text=b"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "are four things to do: one at a time" in done.stderr

@@ -7,12 +7,14 @@ import hashlib
 import http.server
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
 import tracemalloc
 import zipfile
+from dataclasses import replace
 
 from configurator import UserError, file_sha256
 
@@ -25,6 +27,7 @@ import data
 import examples
 import fetch
 import splits
+from sources import DataConfig
 from tests.conftest import SHARED, open_split, write_toy
 from train import Config
 
@@ -314,6 +317,43 @@ def test_a_vocabulary_of_words(tmp_path):
         "[UNK]",
         "[UNK]",
     ]
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    columns = [pa.array([word] * 4) for word in ("good", "bad", "a")]
+    table = pa.Table.from_arrays(columns, names=["text", "text", "label"])
+    pyarrow.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="2 columns have the name 'text'"):
+        data.build(DataConfig(dataset="a", train_file=str(tmp_path / "a.parquet"),
+                              data_dir=str(tmp_path / "data")))  # fmt: skip
+
+
+def test_another_build_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """Of two at once, the second finds the first's data set, and is refused where it differs."""
+    write_toy(tmp_path / "toy.csv")
+    cfg = DataConfig(dataset="toy", train_file=str(tmp_path / "toy.csv"), vocab_size=300,
+                     data_dir=str(tmp_path / "data"))  # fmt: skip
+    real = data.build_into
+
+    def late(work, cfg, other):
+        monkeypatch.setattr(data, "build_into", real)
+        data.build(other)  # by another process
+        return real(work, cfg)
+
+    for other, same in ((replace(cfg, split_seed=5), False), (cfg, True)):
+        monkeypatch.setattr(
+            data, "build_into", lambda work, cfg, other=other: late(work, cfg, other)
+        )
+        if same:
+            assert data.build(cfg)["sha256"] == data.open_meta(cfg)["sha256"]
+        else:
+            with pytest.raises(UserError, match="was built with split_seed=5, not 0"):
+                data.build(cfg)
+            assert data.open_meta(other)
+        shutil.rmtree(tmp_path / "data")
 
 
 def test_building_streams(tmp_path):

@@ -2,6 +2,7 @@
 is honest."""
 
 import json
+import os
 
 from configurator import UserError
 
@@ -229,9 +230,23 @@ def test_folds_that_would_have_seen_their_part_are_refused(few, changes):
         train.train(train.Config(**few | dict(folds=3) | changes))
 
 
+def test_folds_of_a_run_that_is_there(few, capsys):
+    """What a run says to do next: its command with --folds. Another run's folder is refused before
+    the folds are trained, and another number of folds begins anew."""
+    train.train(train.Config(**few | dict(max_steps=2)))
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        train.train(train.Config(**few | dict(max_steps=3, folds=2)))
+    assert not os.path.exists(f"{few['out_dir']}-folds")
+    for folds in (2, 3):
+        train.train(train.Config(**few | dict(max_steps=2, folds=folds)))
+    said = capsys.readouterr().out
+    assert said.count("cross-validated on all 24 examples") == 2 and "-folds/0 --test" not in said
+
+
 def test_more_folds_than_labels_are_refused(few):
     with pytest.raises(UserError, match="--folds=25: train has only 24 examples"):
         train.train(train.Config(**few | dict(folds=25, epochs=1.0)))
+    assert not os.path.exists(f"{few['out_dir']}-folds/0/best.pt")  # before the first is trained
 
 
 def test_wilsons_interval():

@@ -9,7 +9,7 @@ import pytest
 import metrics
 import train
 from predict import Classifier
-from tests.conftest import report_of, script
+from tests.conftest import report_of, script, write_toy
 
 sk = pytest.importorskip("sklearn.metrics")
 
@@ -140,6 +140,30 @@ def test_weights_are_how_often_an_example_counts():
     assert fitted == pytest.approx(of_copies)
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1e-8, 1.0, 1e8, 1e100])
+def test_figures_of_numbers_do_not_depend_on_the_unit(scale):
+    true = np.random.default_rng(0).normal(3, 1, 200)
+    predicted = true + np.random.default_rng(1).normal(0, 0.5, 200)
+    one = metrics.number_report(predicted, true)
+    other = metrics.number_report(predicted * scale, true * scale)
+    for name in ("r2", "pearson", "spearman"):
+        assert other[name] == pytest.approx(one[name], rel=1e-9)
+
+
+def test_what_is_undefined_is_said_to_be_none():
+    for true in (np.full(5, 0.1), np.array([3.0])):
+        report = metrics.number_report(true + np.arange(len(true)), true, 50)
+        assert report["r2"] is report["pearson"] is report["spearman"] is None
+        assert "r2" not in report["interval"]
+
+
+def test_an_interval_of_few_examples_that_are_all_right_has_a_width():
+    logp = np.log([[0.9, 0.1]] * 31)
+    low, high = metrics.class_report(logp, np.zeros(31, int), 100)["interval"]["accuracy"]
+    assert (low, high) == pytest.approx((0.8897, 1.0), abs=1e-3)  # Wilson's
+    assert metrics.share_interval(np.ones(31), 100) == pytest.approx([low, high])
+
+
 def test_paired_tests():
     binomtest = pytest.importorskip("scipy.stats").binomtest
     rng = np.random.default_rng(4)
@@ -259,6 +283,15 @@ def test_comparing_runs(trained, toy, tmp_path):
         **toy | dict(dataset="other", split_seed=5, out_dir=str(tmp_path / "other"))
     )
     train.train(other)
+    later = write_toy(tmp_path / "later.csv", 30, seed=9)
+    done = script("eval.py", trained, str(tmp_path / "other"), f"--test_file={later}")
+    assert done.returncode == 0, done.stderr  # on one file they can be
+    for more in (["--test_file=none.csv"], ["--test_file=none.csv", "--cheaper=True"],
+                 ["--test_file=none.csv", "--export=hf"], ["--resamples=0"]):  # fmt: skip
+        done = script("eval.py", trained, str(tmp_path / "again"), *more)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, more
+    done = script("eval.py", trained, f"{trained}/best.pt")
+    assert done.returncode == 2 and "one checkpoint is given twice" in done.stderr
     done = script("eval.py", trained, str(tmp_path / "other"))
     assert (
         done.returncode == 2

@@ -16,7 +16,9 @@ import finetune
 import metrics
 import train
 from format import pair_template
+from labelling import label_file
 from predict import Classifier, open_data
+from predict import Config as PredictConfig
 from tests.conftest import open_split, script
 from weights import from_pretrained
 
@@ -214,6 +216,8 @@ def test_a_pair_the_other_way_round_is_no_duplicate(tmp_path):
     [
         (dict(text_pair_column="answer"), "no column 'answer'"),
         (dict(kind="features"), "--text_pair_column is for --kind=text"),
+        (dict(text_pair_column="label"), "--text_pair_column=label is another column too"),
+        (dict(text_pair_column="premise"), "--text_pair_column=premise is another column too"),
         (dict(target="none"), "--text_pair_column is for --kind=text"),
         (dict(max_len=2), "a pair has 2 special tokens besides its texts: raise it"),
     ],
@@ -290,6 +294,26 @@ def test_numbers_from_texts(tmp_path):
     assert done.returncode == 0 and float(done.stdout.split()[-3]) > 130
 
 
+def test_small_numbers_keep_their_digits(tmp_path):
+    """As the target's unit may be: nothing is rounded to 0. An empty text gets no value."""
+    settings = number_settings(tmp_path, max_steps=5, n_layer=1, d_model=32, n_head=2)
+    rows = list(csv.reader(open(settings["train_file"])))
+    with open(settings["train_file"], "w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *([text, f"{float(x)}e-9"] for text, x in rows[1:])])
+    train.train(train.Config(**settings))
+    (tmp_path / "new.csv").write_text("sentence\ngoal rain book\n\nfilm film\n")
+    clf = Classifier(settings["out_dir"])
+    output = str(tmp_path / "o.csv")
+    label_file(clf, PredictConfig(input=str(tmp_path / "new.csv"), output=output))
+    first, empty, _ = (row["value"] for row in csv.DictReader(open(output)))
+    assert float(first) == pytest.approx(clf(["goal rain book"])[0]["value"], rel=1e-6)
+    assert 0 < float(first) < 1e-6 and empty == ""
+    one_row = tmp_path / "one.csv"
+    one_row.write_text("sentence,score\ngoal rain,1e-7\n")
+    done = script("eval.py", settings["out_dir"], f"--test_file={one_row}")
+    assert done.returncode == 0 and "rmse 0.0000" not in done.stdout and "r2" not in done.stdout
+
+
 def test_fine_tuned_numbers_go_out_in_their_own_unit(tmp_path):
     torch.manual_seed(0)
     hf.BertModel(CONFIGS["bert"]).save_pretrained(tmp_path / "bert")
@@ -302,6 +326,7 @@ def test_fine_tuned_numbers_go_out_in_their_own_unit(tmp_path):
     model = hf.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert model.config.problem_type == "regression" and model.config.num_labels == 1
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.model_max_length == settings["max_len"]  # what is read, not what could be
     (ours,) = Classifier(settings["out_dir"])(["goal rain book"])
     with torch.no_grad():
         theirs = model(**tokenizer("goal rain book", return_tensors="pt")).logits.item()

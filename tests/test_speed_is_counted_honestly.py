@@ -14,6 +14,7 @@ import finetune
 import train
 from model import ModelConfig, Transformer
 from speed import flops_per_token, peak_flops
+from tests.conftest import script
 
 TEXT = dict(vocab_size=1000, n_layer=3, d_model=64, d_ff=256, n_head=4)
 CLASSES = TEXT | {"n_classes": 5}
@@ -101,3 +102,11 @@ def test_a_profile_holds_a_few_steps(toy, capsys):
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert sum("AdamW" in name and "step" in name for name in names) >= 3
     assert "Self CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_steps, traced", [(5, 0), (10, 0), (11, 1), (12, 2)])
+def test_a_run_that_is_shorter_than_a_profile(toy, n_steps, traced):
+    done = script("train.py", **toy | dict(epochs=3.0, profile=True, max_steps=n_steps))
+    assert done.returncode == 0, done.stderr  # torch crashes at the end if it still records
+    says = f"trace.json: {traced} steps" if traced else "are not steady: train longer"
+    assert says in done.stdout
