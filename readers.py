@@ -354,9 +354,11 @@ def column_indices(row, cfg, name):
     """Where the columns stand, by a table's first row: (the value's, the label's)."""
     values, labels = named_columns(cfg)
     header = has_header(cfg)
-    settings = "--text_column, --label_column"
+    settings = "--text_column" if cfg.kind == "text" else "--columns"
     if cfg.text_pair_column is not None:
-        settings = "--text_column, --text_pair_column, --label_column"
+        settings += ", --text_pair_column"
+    if cfg.target != "none":
+        settings += ", --label_column"
 
     def index_of(column):
         if header and row.count(column) > 1:

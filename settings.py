@@ -229,9 +229,8 @@ def check_settings(cfg, source):
         raise UserError("--folds tests each label of train once, by runs that have not seen it: "
                         "not with --train_fraction, with a --teacher, who may have seen it, or "
                         "with language models")
-    if bool(cfg.folds) + cfg.lr_find + cfg.dry_run + cfg.profile > 1:
-        raise UserError("--folds, --lr_find, --dry_run and --profile are four things to do: one at "
-                        "a time")
+    if bool(cfg.folds) + cfg.lr_find + cfg.profile > 1:
+        raise UserError("--folds, --lr_find and --profile are three things to do: one at a time")
     if not cfg.out_dir:
         raise UserError("--out_dir= is empty: leave it out, or name a folder")
     if cfg.focal_gamma and cfg.mixup:
