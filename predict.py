@@ -395,6 +395,8 @@ def main():
     asked = [cfg.prompt is not None, cfg.fill is not None, bool(cfg.text), bool(cfg.input)]
     if sum(asked) > 1:
         raise UserError("--prompt, --fill, --text and --input are four things to do: one at a time")
+    if not cfg.input and (cfg.output or cfg.keep or cfg.where or cfg.probabilities):
+        raise UserError("--output, --keep, --where and --probabilities are for --input")
     if cfg.prompt is not None or cfg.fill is not None:
         opened = open_language_model(cfg.checkpoint[0], cfg.device)
         if cfg.prompt is not None:

@@ -212,3 +212,8 @@ def test_one_thing_at_a_time(run):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "are four things to do: one at a time" in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "predict.py"), str(run), "--text=b", "--output=o.csv"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "are for --input" in done.stderr
