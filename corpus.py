@@ -342,7 +342,7 @@ def join(plan, work, build):
                         f"{plan.folder}")
     if "val" not in splits and plan.val_fraction:
         print(f"no text fell to val, of which it gets {plan.val_fraction}: for one, build anew "
-              "with --val_fraction=0.05", flush=True)
+              "with --val_fraction=0.05, or --lines=True if each line of a .txt is one", flush=True)
     write_text(work / "tokenizer.json", plan.tokenizer)
     tokenizer = Tokenizer.from_str(plan.tokenizer)
     hashes["tokenizer.json"] = sha256(plan.tokenizer)

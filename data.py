@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import corpus
 from encoding import (
+    CONSTANT,
     OWN_TOKENIZERS,
     Features,
     PairWriter,
@@ -403,6 +404,11 @@ def print_table(meta):
     print(f"{meta['dataset']}: {targets}, {values}; removed: {removed}; "
           f"{meta['conflicting_labels']} examples with conflicting labels; overlaps found: "
           f"{overlaps or 'none (split here)'}")
+    constant = [i for i, std in enumerate(meta["scaling"].get("std", ())) if std == CONSTANT]
+    if constant:
+        columns = meta["scaling"]["columns"]
+        names_of = [columns[i] if columns else f"number {i}" for i in constant]
+        print(f"without effect, as they do not vary in train: {', '.join(map(str, names_of))}")
     heads = {"regression": "target min/25%/median/75%/max", "none": ""}
     lengths_head = f"{'tokens':>12}   length min/25%/median/75%/95%/max " if is_text else ""
     print(f"{'split':6} {'examples':>9} {lengths_head}  "

@@ -222,13 +222,16 @@ class Features:
         return np.nan_to_num((np.stack(values) - self.mean) / self.std, nan=0.0)
 
 
+CONSTANT = 1e300  # as a standard deviation: the feature counts as 0, whatever a new file holds
+
+
 def moments(examples, source):
     """Mean and standard deviation of each feature (NaN aside), and of the target where it is a
-    number, in one pass (Chan, Golub & LeVeque 1979). A feature that does not vary gets standard
-    deviation 1."""
+    number, in one pass (Chan, Golub & LeVeque 1979). A feature that does not vary gets the standard
+    deviation CONSTANT."""
     count = mean = square = 0.0
     for value, target in examples:
-        numbers = value.astype(np.float64) if source.kind == "features" else []
+        numbers = value if source.kind == "features" else []
         x = np.append(numbers, target)
         seen = ~np.isnan(x)
         count = count + seen
@@ -239,7 +242,7 @@ def moments(examples, source):
     if source.target == "number" and std[-1] == 0:
         raise UserError(f"{source.train_file}: every row has the target {mean[-1]:g}: there is "
                         "nothing to predict (is --label_column the right one?)")
-    std[std == 0] = 1
+    std[std == 0] = CONSTANT
     scaling = {}
     if source.kind == "features":
         scaling = {"mean": mean[:-1].tolist(), "std": std[:-1].tolist(), "columns": source.columns}

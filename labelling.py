@@ -45,8 +45,10 @@ def file_settings(clf, cfg):
         raise UserError(f"--max_row_mb={cfg.max_row_mb} must be above 0")
     if "header" not in given and "text_column" not in given:
         given["header"] = has_header(source)
-    if clf.modality == "features" and "columns" not in given:
-        given["columns"] = clf.scaling.get("columns") or source.columns
+    if clf.modality == "features":
+        own = clf.scaling.get("columns") or source.columns
+        if set(given.get("columns", own) or ()) == set(own or ()):  # in the model's order
+            given["columns"] = own
     if clf.modality == "image":
         given["image_size"] = list(clf.model.config.image_size)
     return dataclasses.replace(source, train_file=None, **given)
@@ -64,9 +66,10 @@ def label_file(clf, cfg):
         raise UserError(f"--keep={cfg.keep}: two columns of the output would have one name: "
                         f"{names[:20]}")
     n = n_empty = 0
+    left_out = []
     with replacing(cfg.output) as temporary, tqdm(unit=" rows", delay=1) as bar:
         with WRITERS[temporary.suffix](temporary, names, cfg) as write:
-            for chunk in chunks(input_rows(clf, cfg)):
+            for chunk in chunks(input_rows(clf, cfg, left_out)):
                 is_empty = [is_missing(value) for _, value, _ in chunk]
                 results = clf([value for _, value, _ in chunk])
                 write([row_of(result, where, kept, cfg, empty)
@@ -78,7 +81,13 @@ def label_file(clf, cfg):
             raise UserError(f"{cfg.input}: holds no rows")
     what = "label" if clf.label_names else "value"
     note = f" ({n_empty} of them empty, which get no {what})" if n_empty else ""
+    if left_out:
+        note += f"; {len(left_out)} left out, that could not be read (--drop_bad_rows)"
     print(f"{n} rows labelled{note}: {cfg.output}")
+    if clf.multilabel:
+        how = ("of 0.5; eval.py fits better ones on val" if (clf.thresholds == 0.5).all() else
+               "that eval.py fitted on val")
+        print(f"labels are given from probabilities {how}")
     if clf.n_cut:
         print(f"{clf.n_cut} texts are longer than max_len={clf.max_len}: their starts were read "
               "(--long)")
@@ -96,15 +105,18 @@ def output_columns(clf, cfg):
     return names
 
 
-def input_rows(clf, cfg):
-    """Yield (where, value, the columns to keep) of each row of cfg.input, blank ones too."""
+def input_rows(clf, cfg, left_out):
+    """Yield (where, value, the columns to keep) of each row of cfg.input, blank ones too; where
+    those are that cannot be read goes into left_out."""
     source = file_settings(clf, cfg)
     if clf.modality == "image":
         if cfg.keep:
             raise UserError("--keep is for tables; of pictures --where=True gives the files")
         files = input_files(cfg, source, IMAGES)
         for where, pixels, _ in picture_examples(files, source):
-            if pixels is not None:  # else left out by --drop_bad_rows
+            if pixels is None:
+                left_out.append(where)
+            else:
                 yield where, pixels, []
         return
     # of a folder each .txt is a text, of a .txt each line
@@ -117,7 +129,8 @@ def input_rows(clf, cfg):
         if cfg.keep and suffix_of(name) == ".txt":
             raise UserError(f"{name}: has no columns to --keep")
         for where, fields, _ in file_rows(name, opener, reading):
-            if fields is None:  # left out by --drop_bad_rows
+            if fields is None:
+                left_out.append(where)
                 continue
             if not fields and clf.modality != "text":
                 raise UserError(f"{where}: is blank, where numbers are needed; delete the line")
@@ -125,7 +138,9 @@ def input_rows(clf, cfg):
             if suffix_of(name) == ".txt" and values[0].startswith("__label__"):
                 values = [re.sub(r"^(__label__\S+\s+)+", "", values[0])]  # as fastText trains on
             value = value_of(values, where, source)
-            if value is not None:
+            if value is None:
+                left_out.append(where)
+            else:
                 yield where, value, fields[n_values:] or [""] * len(cfg.keep)
 
 
@@ -226,21 +241,29 @@ def labelled_examples(clf, file, cfg):
     that the checkpoint does not know."""
     source = file_settings(clf, cfg)
     values, targets = [], []
+    n_left_out = 0
     for where, value, label in rows(file, source):
         if is_missing(value) or label == "" and source.target != "labels":
             if cfg.drop_bad_rows:
+                n_left_out += 1
                 continue
             raise UserError(f"{where}: the text or the label is empty; mend the row, or leave such "
                             "rows out with --drop_bad_rows=True")
         unknown = set(split_labels(label, source)) - set(clf.label_names)
         if clf.label_names and unknown:
+            if cfg.drop_bad_rows:
+                n_left_out += 1
+                continue
             raise UserError(f"{where}: label {min(unknown)!r} is none that {clf.path} knows: "
-                            f"{clf.label_names[:20]}")
+                            f"{clf.label_names[:20]}; leave such rows out with "
+                            "--drop_bad_rows=True")
         target = target_of(label, where, clf.label_names, source)
         values.append(value)
         targets.append(list(target) if isinstance(target, bytes) else target)
     if not values:
         raise UserError(f"{file}: holds no examples")
+    if n_left_out:
+        print(f"{file}: {n_left_out} rows are left out (--drop_bad_rows)")
     labels = np.array(targets)
     if not clf.label_names:
         scaling = clf.scaling

@@ -102,4 +102,5 @@ def check_shape(pixels, shape, where):
         raise UserError(f"{where}: (channels, height, width) are {pixels.shape}, not "
                         f"{tuple(shape)} as --image_size or the first image has them; to make all "
                         f"of one size: --image_size=[{C},{H},{W}] --resize=crop (the shorter side, "
-                        "then the middle), or --resize=fit (all of it, on white)")
+                        "then the middle), or --resize=fit (all of it, on white); in predict.py "
+                        "and eval.py --resize alone")

@@ -66,6 +66,7 @@ class Config:
     decimal: Literal[".", ","] | None = None
     max_row_mb: int = 16  # a longer row is taken for a damaged file
     impute: bool | None = None  # of features
+    resize: Literal["no", "crop", "fit"] | None = None  # of pictures of another size
     drop_bad_rows: bool = False  # True: no row in the output for a row that cannot be read, instead
     #   of stopping
     # what to write

@@ -305,6 +305,10 @@ def skipped_files(source):
         counts = {"skipped_files_of_the_archive": n_skipped} if n_skipped else {}
     if folder.is_dir():
         taken = set(class_files(folder))
+        parents = {file.parent for file in taken}
+        if n_empty := sum(f.is_dir() and f not in parents and not is_hidden(f.relative_to(folder))
+                          for f in folder.iterdir()):
+            counts["label_folders_without_examples"] = n_empty
         for file in folder.rglob("*"):
             if file.is_file() and file not in taken and not is_hidden(file.relative_to(folder)):
                 depth = len(file.relative_to(folder).parts)

@@ -259,7 +259,8 @@ class LabelsTask(Task):
         if cfg.class_weights or cfg.focal_gamma or cfg.label_smoothing:
             raise UserError("--class_weights, --focal_gamma and --label_smoothing are for "
                             "--target=class; of several labels, rare ones are helped by the "
-                            "thresholds that eval.py fits on val")
+                            "thresholds that eval.py fits on val. If a config sets one: "
+                            "--class_weights=None --focal_gamma=0 --label_smoothing=0")
 
     def losses(self, logits, targets):
         """(B,) losses of logits (B, C) and multi-hot targets (B, C), IGNORE where there is none."""

@@ -167,27 +167,33 @@ def parse_number(text, where, cfg):
 
 
 def parse_numbers(fields, where, cfg):
-    """The fields of a row as features (F,) or pixels (C, H, W); None where one is missing."""
-    try:
-        values = [to_float(field, cfg) for field in fields]
-    except ValueError as error:
-        if cfg.drop_bad_rows:
-            return None
-        raise UserError(f"{where}: {error}: --columns must name columns of numbers only (names in "
-                        "the first row: --header=True; rows to be left out: "
-                        "--drop_bad_rows=True)") from None
-    x = np.array(values, np.float32)
+    """The fields of a row as features (F,), float64, or pixels (C, H, W), uint8; None where one is
+    missing."""
+    def column_of(i):
+        return f"column {cfg.columns[i]!r} of " if cfg.columns else ""
+    values = []
+    for field in fields:
+        try:
+            values.append(to_float(field, cfg))
+        except ValueError as error:
+            if cfg.drop_bad_rows:
+                return None
+            raise UserError(f"{where}: {error}: --columns must name columns of numbers only; mend "
+                            f"{column_of(len(values))}the row, or leave such rows out with "
+                            "--drop_bad_rows=True; if it holds names: --header=True") from None
+    x = np.array(values)
     if cfg.kind == "image":
         return parse_pixels(x, where, cfg)
     infinite = np.isinf(x)
     empty = np.isnan(x)
     index = int(np.argmin(np.isfinite(x)))
     if infinite.any() and not cfg.drop_bad_rows:
-        raise UserError(f"{where}: feature {index} is infinite; mend the row, or leave such rows "
-                        "out with --drop_bad_rows=True")
+        raise UserError(f"{where}: feature {index} is infinite; mend {column_of(index)}the row, or "
+                        "leave such rows out with --drop_bad_rows=True")
     if empty.any() and not cfg.impute and not cfg.drop_bad_rows:
-        raise UserError(f"{where}: feature {index} is empty or NaN; mend the row, leave such rows "
-                        "out with --drop_bad_rows=True, or take train's mean with --impute=True")
+        raise UserError(f"{where}: feature {index} is empty or NaN; mend {column_of(index)}the "
+                        "row, leave such rows out with --drop_bad_rows=True, or take train's mean "
+                        "with --impute=True")
     if infinite.any() or empty.any() and not cfg.impute:
         return None
     return x

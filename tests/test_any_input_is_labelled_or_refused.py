@@ -170,6 +170,15 @@ def test_the_input_is_never_replaced_by_the_output(run, tmp_path):
     assert (tmp_path / "f.csv").read_text() == "text\nshares\n"
 
 
+def test_rows_that_are_left_out_are_counted(run, tmp_path, capsys):
+    (tmp_path / "e.jsonl").write_text('{"text": "goal"}\n{"body": "x"}\n{"text": "bank"}\n')
+    label_file(
+        Classifier(run),
+        Config(input=f"{tmp_path}/e.jsonl", output=f"{tmp_path}/o.csv", drop_bad_rows=True),
+    )
+    assert "2 rows labelled; 1 left out, that could not be read" in capsys.readouterr().out
+
+
 def test_a_users_own_temporary_file_is_left_alone(run, tmp_path):
     for name in ("o.tmp.csv", "e.csv"):
         (tmp_path / name).write_text("text\ngoal\n")

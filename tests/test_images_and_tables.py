@@ -23,8 +23,10 @@ import batches
 import data
 import examples
 import finetune
+import predict
 import tasks
 import train
+from labelling import file_settings
 from model import ModelConfig, Transformer
 from predict import Classifier
 from tests.conftest import open_split, report_of, script, task_of
@@ -270,6 +272,28 @@ def test_bad_tables_are_named(tmp_path, row, settings, says):
                 | settings
             )
         )
+
+
+def test_large_numbers_that_differ_by_little_are_told_apart(tmp_path, capsys):
+    """As timestamps do; a column that does not vary has no effect, in a new file neither."""
+    rng = np.random.default_rng(0)
+    rows = ["ts,same,label"]
+    for i in range(300):
+        late = rng.random() < 0.5
+        rows.append(f"{1_700_000_000_000 + 5000 * late + i},7,{'late' if late else 'early'}")
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    settings = dict(dataset="t", train_file=str(tmp_path / "t.csv"), kind="features",
+                    model="linear", data_dir=str(tmp_path / "data"), epochs=20.0,
+                    learning_rate=0.1, out_dir=str(tmp_path / "out"), wandb_mode="disabled",
+                    val_fraction=0.1, device="cpu", columns=["ts", "same"])  # fmt: skip
+    train.train(train.Config(**settings))
+    assert "without effect, as they do not vary in train: same" in capsys.readouterr().out
+    clf = Classifier(settings["out_dir"])
+    again = file_settings(clf, predict.Config(columns=["same", "ts"]))
+    assert again.columns == ["ts", "same"]  # by name, not by place
+    assert report_of(clf, "val")["accuracy"] > 0.95
+    one, other = clf([np.array([1.7e12 + 5000, 7.0]), np.array([1.7e12 + 5000, 2000.0])])
+    assert one == other
 
 
 def test_rows_with_infinite_numbers_are_left_out_if_asked(tmp_path):
