@@ -153,12 +153,13 @@ def test_each_augmentation_is_what_it_says():
     draws[0, :4] = torch.tensor([0.5, 0.5, 1, 0.5])
     turned = examples.augment(x, draws, rotate=90.0)
     assert max((turned - torch.rot90(x.float(), k, (2, 3))).abs().max() < 0.1 for k in (1, -1))
-    wide = torch.zeros(1, 1, 64, 192, dtype=torch.uint8)
-    wide[0, 0, 31:33, 76:116] = 255  # a bar of 2 × 40 pixels
-    y, x_ = torch.nonzero(examples.augment(wide, draws, rotate=30.0)[0, 0] > 64).T.double()
-    slope = torch.cov(torch.stack((y, x_)))
-    angle = torch.atan2(2 * slope[0, 1], slope[1, 1] - slope[0, 0]) / 2
-    assert angle.abs().item() == pytest.approx(math.radians(30), abs=0.03)  # whatever the sides
+    for rows, columns in ((slice(31, 33), slice(76, 116)), (slice(12, 52), slice(95, 97))):
+        wide = torch.zeros(1, 1, 64, 192, dtype=torch.uint8)
+        wide[0, 0, rows, columns] = 255  # a bar of 2 × 40 pixels
+        turned = examples.augment(wide, draws, rotate=30.0)[0, 0]
+        spread = [torch.cov(torch.nonzero(x > 64).T.double()) for x in (wide[0, 0], turned)]
+        angles = [torch.atan2(2 * c[0, 1], c[1, 1] - c[0, 0]).item() / 2 for c in spread]
+        assert abs(angles[1] - angles[0]) % math.pi == pytest.approx(math.radians(30), abs=0.03)
     cut = examples.augment(torch.full((1, 1, 10, 10), 255, dtype=torch.uint8), still, cutout=0.8)
     assert (cut == 0).sum() == 16 and (
         cut[0, 0, 3:7, 3:7] == 0
