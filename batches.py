@@ -109,9 +109,9 @@ def open_split(folder, meta, split, max_len, rebuild, objective="classify", seed
 
 
 def open_shards(folder, meta, split, n_tokens, rebuild):
-    """(ShardedTokens, spans (N, 2)) of a split in shards of n_tokens tokens each. Of .bin
-    files only the sizes are compared, of .idx files the hashes: all would take minutes at each
-    start. `python data.py` with the same settings compares all. Raises UserError."""
+    """(ShardedTokens, spans (N, 2)) of a split in shards of n_tokens tokens each. The sizes of .bin
+    files are compared, and the hashes of .idx files: to hash all would take minutes at each start.
+    `python data.py` with the same settings does. Raises UserError."""
     paths = [folder / f"{split}-{i:05}.bin" for i in range(len(n_tokens))]
     spans, before = [], 0
     for path, n in zip(paths, n_tokens):

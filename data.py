@@ -442,9 +442,9 @@ def print_cut(split, starts, max_len):
 
 
 def main():
+    # a config file is checked whole, so with the settings of training; --help shows data.py's own
     asks_for_help = {"--help", "-h"} & set(sys.argv)
-    cfg = configure(DataConfig if asks_for_help else FinetuneConfig)  # a config file's other ones
-    #   are checked, too
+    cfg = configure(DataConfig if asks_for_help else FinetuneConfig)
     if is_sharded(cfg) and corpus.is_partial(cfg.shards):
         plan = build_shards(cfg)
         print(f"{plan.folder}: shards {plan.numbers[0]} to {plan.numbers[-1]} of {plan.n} are "

@@ -53,7 +53,7 @@ class Config:
     #   as the run's own files were, and compared with its train
     drop_bad_rows: bool = False  # of test_file: True: leave out rows that cannot be read
     impute: bool | None = None  # of test_file; None: as the run's own files were read
-    resize: Literal["no", "crop", "fit"] | None = None  # of test_file's pictures, likewise
+    resize: Literal["no", "crop", "fit"] | None = None  # of test_file: pictures of other sizes
     long: Literal["head", "head+tail", "windows"] = "head"  # of texts longer than max_len: the
     #   start; half of it and the end; or all of it, in windows whose logits are averaged
     resamples: int = 1000  # of the bootstrap that makes the intervals

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from configurator import UserError, replacing
@@ -66,7 +67,7 @@ def label_file(clf, cfg):
         raise UserError(f"--keep={cfg.keep}: two columns of the output would have one name: "
                         f"{names[:20]}")
     n = n_empty = 0
-    left_out = []
+    left_out = Counter()
     with replacing(cfg.output) as temporary, tqdm(unit=" rows", delay=1) as bar:
         with WRITERS[temporary.suffix](temporary, names, cfg) as write:
             for chunk in chunks(input_rows(clf, cfg, left_out)):
@@ -82,7 +83,7 @@ def label_file(clf, cfg):
     what = "label" if clf.label_names else "value"
     note = f" ({n_empty} of them empty, which get no {what})" if n_empty else ""
     if left_out:
-        note += f"; {len(left_out)} left out, that could not be read (--drop_bad_rows)"
+        note += f"; {left_out.total()} left out, that could not be read (--drop_bad_rows)"
     print(f"{n} rows labelled{note}: {cfg.output}")
     if clf.multilabel:
         how = ("of 0.5; eval.py fits better ones on val" if (clf.thresholds == 0.5).all() else
@@ -106,8 +107,8 @@ def output_columns(clf, cfg):
 
 
 def input_rows(clf, cfg, left_out):
-    """Yield (where, value, the columns to keep) of each row of cfg.input, blank ones too; where
-    those are that cannot be read goes into left_out."""
+    """Yield (where, value, the columns to keep) of each row of cfg.input, blank ones too; those
+    that cannot be read are counted in left_out, a Counter."""
     source = file_settings(clf, cfg)
     if clf.modality == "image":
         if cfg.keep:
@@ -115,7 +116,7 @@ def input_rows(clf, cfg, left_out):
         files = input_files(cfg, source, IMAGES)
         for where, pixels, _ in picture_examples(files, source):
             if pixels is None:
-                left_out.append(where)
+                left_out["rows"] += 1
             else:
                 yield where, pixels, []
         return
@@ -130,7 +131,7 @@ def input_rows(clf, cfg, left_out):
             raise UserError(f"{name}: has no columns to --keep")
         for where, fields, _ in file_rows(name, opener, reading):
             if fields is None:
-                left_out.append(where)
+                left_out["rows"] += 1
                 continue
             if not fields and clf.modality != "text":
                 raise UserError(f"{where}: is blank, where numbers are needed; delete the line")
@@ -139,7 +140,7 @@ def input_rows(clf, cfg, left_out):
                 values = [re.sub(r"^(__label__\S+\s+)+", "", values[0])]  # as fastText trains on
             value = value_of(values, where, source)
             if value is None:
-                left_out.append(where)
+                left_out["rows"] += 1
             else:
                 yield where, value, fields[n_values:] or [""] * len(cfg.keep)
 

@@ -198,22 +198,20 @@ IMAGES_ONLY = "shift", "rotate", "scale", "flip", "cutout", "mixup"
 
 
 def without_effect(cfg, source):
-    """Settings for images where there are none, as in a config that was made for them."""
+    """The settings for images that are given where there are none, as by a config that was made for
+    images. source: the settings of the data set (sources.resolve)."""
     if source.kind == "image":
         return []
     return [f"--{name}" for name in IMAGES_ONLY if getattr(cfg, name)]
 
 
-def check_settings(cfg, source):
-    """Raise UserError for settings that cannot work on any data. source: those of the data set
-    (sources.resolve)."""
+def check_settings(cfg):
+    """Raise UserError for values that cannot work on any data."""
     for (low, high, allowed), names in RANGES.items():
         for name in names:
             value = getattr(cfg, name, None)  # None: not set, or no setting of this script
             if value not in (None, "auto") and not low <= value <= high:
                 raise UserError(f"--{name}={value} must be {allowed}")
-    if cfg.huber_delta and source.target != "number":
-        raise UserError("--huber_delta is for --target=number")
     if not cfg.teacher and (cfg.teacher_spans or cfg.unlabelled_file):
         raise UserError("--teacher_spans and --unlabelled_file are texts that a --teacher labels: "
                         "there is none")

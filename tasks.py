@@ -32,6 +32,8 @@ def task_class(cfg, source):
         if task is not ClassTask:
             raise UserError("--teacher is for --target=class and --objective=classify")
         task = TaughtTask
+    if cfg.huber_delta and task is not NumberTask:
+        raise UserError("--huber_delta is for --target=number")
     task.check_settings(cfg)
     return task
 

@@ -147,7 +147,7 @@ def make_model(cfg, meta, task):
 
 def train(cfg, **hooks):
     """Run the training that `cfg` describes. hooks: what finetune.py replaces, see train_locked."""
-    check_settings(cfg, resolve(cfg))
+    check_settings(cfg)
     if cfg.folds and not cfg.dry_run:
         open_run(cfg, parts=False)  # refuses another run's folder before it takes long
         cross_validate(cfg, functools.partial(run_training, **hooks))

@@ -3,7 +3,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from configurator import UserError, write_json, write_text
+from configurator import UserError, read_json, write_json, write_text
 
 import metrics
 import optim
@@ -28,8 +28,10 @@ def cross_validate(cfg, run):
 
 def is_of_others(out_dir, folds):
     """Does a folder hold a part of a cross-validation with another number of folds?"""
-    config = Path(out_dir) / "config.json"
-    return config.exists() and json.loads(config.read_text()).get("folds") != folds
+    try:
+        return read_json(Path(out_dir) / "config.json").get("folds") != folds
+    except (OSError, ValueError):  # there is none, or the run will say that it is damaged
+        return False
 
 
 def summarise_folds(found):

@@ -3,6 +3,7 @@ is honest."""
 
 import json
 import os
+from pathlib import Path
 
 from configurator import UserError
 
@@ -241,6 +242,9 @@ def test_folds_of_a_run_that_is_there(few, capsys):
         train.train(train.Config(**few | dict(max_steps=2, folds=folds)))
     said = capsys.readouterr().out
     assert said.count("cross-validated on all 24 examples") == 2 and "-folds/0 --test" not in said
+    (Path(f"{few['out_dir']}-folds") / "0/config.json").write_text('{"folds"')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        train.train(train.Config(**few | dict(max_steps=2, folds=3)))
 
 
 def test_more_folds_than_labels_are_refused(few):
