@@ -48,7 +48,8 @@ def file_settings(clf, cfg):
         given["header"] = has_header(source)
     if clf.modality == "features":
         own = clf.scaling.get("columns") or source.columns
-        if set(given.get("columns", own) or ()) == set(own or ()):  # in the model's order
+        columns = given.get("columns")
+        if columns is None or own and set(columns) == set(own):  # the same ones, in its order
             given["columns"] = own
     if clf.modality == "image":
         given["image_size"] = list(clf.model.config.image_size)

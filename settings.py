@@ -186,14 +186,12 @@ RANGES = {
               "epochs", "max_steps", "patience", "n_head", "d_model", "d_ff", "patch", "max_len",
               "crop", "ngrams", "char_ngrams", "buckets", "max_row_mb", "teacher_temperature"),
     SEED: ("seed", "split_seed"),
-    NOT_NEGATIVE: ("n_layer", "learning_rate", "min_lr", "warmup_steps",
-                   "weight_decay", "grad_clip", "focal_gamma", "huber_delta", "shift", "rotate",
-                   "scale", "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds",
+    NOT_NEGATIVE: ("n_layer", "learning_rate", "min_lr", "warmup_steps", "weight_decay",
+                   "grad_clip", "focal_gamma", "huber_delta", "shift", "rotate", "scale",
+                   "lora_rank", "lora_alpha", "layer_lr_decay", "min_steps", "folds",
                    "teacher_spans"),
     SHARE: ("teacher_weight", "mixup", "cutout", "cooldown", "val_fraction", "test_fraction"),
     BELOW_1: ("dropout", "mask_prob", "ema_decay", "label_smoothing", "beta1", "beta2")}
-
-
 IMAGES_ONLY = "shift", "rotate", "scale", "flip", "cutout", "mixup"
 
 
