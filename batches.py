@@ -172,14 +172,15 @@ class GlobalBatches(torch.utils.data.Sampler):
     def shape(self, n_tokens, n_documents):
         max_len = self.examples.max_len
         if self.examples.same_length:
-            return PaddedShape(self.limit if self.fixed_shapes else n_tokens, n_documents, max_len)
+            n_tokens = self.limit if self.fixed_shapes else n_tokens
+            return PaddedShape(n_tokens, n_documents, max_len, self.fixed_shapes)
         if not self.fixed_shapes:
             # multiples of 16: matrix products of ragged sizes are up to 15 % slower on CPUs, and
             # each new size is new to oneDNN
             return PaddedShape(16 * ceil_div(n_tokens, 16), n_documents + 1, max_len)
         T = next(size for size in self.sizes if n_tokens <= size)
         B = ceil_div(self.batch_size, self.world) + self.micro_batch_tokens // max_len + 1
-        return PaddedShape(T, B, max_len)
+        return PaddedShape(T, B, max_len, True)
 
     def choose_sizes(self):
         """The sizes that micro-batches are filled up to, for torch.compile: three with which the

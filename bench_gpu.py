@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import data
 import train
 from batches import open_split
+from examples import ceil_div
 from sources import rebuild_command
 from tasks import autocast
 
@@ -92,12 +93,13 @@ def prepare(case, n_steps):
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     tokenizer.save(str(folder / "tokenizer.json"))
     n_texts = case.batch_size * n_steps
+    words = np.array(words)
     with open(folder / "train.jsonl", "w") as file:
         for i in range(n_texts + 2 * case.batch_size):
             n_words = case.length - 1 if case.peer == "nanogpt" else case.length - 2
             if case.ragged:
                 n_words = int(rng.integers(n_words // 3, n_words + 1))
-            text = " ".join(rng.choice(words, n_words))
+            text = " ".join(words[rng.integers(len(words), size=n_words)])
             file.write(json.dumps({"text": text, "label": "ab"[i % 2]}) + "\n")
     name = f"gpu-{case.name.replace(' ', '-')}-{n_steps}"
     given = {"dataset": name, "train_file": folder / "train.jsonl", "max_len": case.length,
@@ -142,9 +144,9 @@ def nanogpt(cfg):
     machine = train.Machine(cfg)
     torch.manual_seed(cfg.seed)
     model = hf.GPT2LMHeadModel(hf.GPT2Config(
-        vocab_size=meta["vocab_size"], n_positions=cfg.max_len, n_embd=cfg.d_model,
-        n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        use_cache=False)).to(machine.device)
+        vocab_size=64 * ceil_div(meta["vocab_size"], 64), n_positions=cfg.max_len,
+        n_embd=cfg.d_model, n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(machine.device)
     optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1,
                                   fused=True)
     step = torch.compile(model) if machine.device.type == "cuda" else model

@@ -52,11 +52,13 @@ class Machine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.dtype = computing_dtype(cfg, self.device)
-        if on_cuda and self.dtype == torch.bfloat16:
-            if not bf16_is_native(self.device):
+        if on_cuda:
+            exact = self.dtype == torch.float32
+            if not exact and not bf16_is_native(self.device):
                 raise UserError(f"--dtype=bfloat16: {torch.cuda.get_device_name()} does not "
                                 "compute in it: leave --dtype out")
-            torch.set_float32_matmul_precision("high")  # TF32, of what stays in float32
+            # high: TF32, of what stays in float32 all the same
+            torch.set_float32_matmul_precision("highest" if exact else "high")
         self.compile = cfg.compile
         if cfg.compile == "auto":  # only for the bfloat16 kernel have packed texts one shape
             self.compile = (on_cuda and cfg.model == "transformer"

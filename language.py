@@ -5,6 +5,7 @@ Where documents are cut and what is masked are functions of (seed, epoch, block)
 """
 import bisect
 import functools
+import math
 
 from configurator import UserError
 
@@ -117,9 +118,15 @@ class LanguageBlocks(Examples):
         n_tokens = len(targets)
         if self.objective == "mlm":
             query_index = (targets != IGNORE).nonzero()[:, 0]
+            n_targets = len(query_index)
             targets = targets[query_index]
+            if shape and shape.few_sizes:  # filled up by first tokens whose target does not count
+                unit = math.ceil(shape.n_tokens * self.mask_prob / 7.5)  # nearly always 8 of them
+                fill = -n_targets % unit
+                query_index = F.pad(query_index, (0, fill))
+                targets = F.pad(targets, (0, fill), value=IGNORE)
             inputs = tokens, cu_seqlens, None, query_index
-            return Batch(inputs, targets, len(targets), n_tokens)
+            return Batch(inputs, targets, n_targets, n_tokens)
         targets = F.pad(targets, (0, len(tokens) - n_tokens), value=IGNORE)
         inputs = tokens, cu_seqlens
         if epoch is not None and self.same_length:

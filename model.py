@@ -498,6 +498,10 @@ class Transformer(nn.Module):
             if c.window_rope_theta:
                 table = rope_table(c, c.window_rope_theta, {})
                 self.register_buffer("window_rope", table, persistent=False)
+        if c.image_size:
+            for name in ("pixel_mean", "pixel_std"):
+                value = torch.tensor(getattr(c, name), dtype=torch.float32).reshape(-1, 1, 1)
+                self.register_buffer(name, value, persistent=False)
 
     def initialise(self, names=None):
         """Weights at the start (names: only these), by kind.
@@ -527,9 +531,8 @@ class Transformer(nn.Module):
         """Text, (T,) tokens, or images, (B, C, H, W) pixels of 0..255 → ((T, D), their layout)."""
         c = self.config
         if c.image_size:
-            pixels = at_least_float32(inputs) / 255
-            mean, std = pixels.new_tensor([c.pixel_mean, c.pixel_std]).reshape(2, -1, 1, 1)
-            x = self.embedding(patchify((pixels - mean) / std, c.patch))  # (B, N, D)
+            pixels = (at_least_float32(inputs) / 255 - self.pixel_mean) / self.pixel_std
+            x = self.embedding(patchify(pixels, c.patch))  # (B, N, D)
             for token in (self.distilled, self.cls):
                 if token is not None:
                     x = torch.cat((token.expand(x.shape[0], 1, -1).to(x.dtype), x), 1)

@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
                     matrix.copy_(update).mul_(0.2 * max(shape) ** 0.5)
             for p, direction in zip(parameters, directions):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(shard_like(direction, p), alpha=group["lr"])
+                p.sub_(shard_like(direction.mul_(group["lr"]), p))
 
 
 def orthogonal(x):
@@ -172,7 +172,7 @@ class Adagrad(torch.optim.Optimizer):
     def update(self, p, total, lr, weight_decay):
         grad = p.grad.add(p, alpha=weight_decay)
         total.addcmul_(grad, grad)
-        p.addcdiv_(grad, total.sqrt().add_(1e-10), value=-lr)
+        p.sub_(grad.mul_(lr).div_(total.sqrt().add_(1e-10)))
 
     def update_rows(self, p, total, lr, weight_decay):
         rows = p.grad.indices()[0]
@@ -251,10 +251,24 @@ def dense_part(grad):
     return grad.values() if grad.is_sparse else grad
 
 
-def step_all(optimizers):
+def step_all(optimizers, keep_gradients=False):
+    """keep_gradients: they become zeros, which stay where they are."""
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not keep_gradients)
+
+
+def move(optimizers, limit, keep_gradients, lr):
+    """Clip the gradients and make a step; returns their norm. lr: a number, or, where this is
+    recorded as a CUDA graph, a tensor."""
+    set_learning_rate(optimizers, lr)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = isinstance(lr, torch.Tensor)
+    norm = clip_gradients(optimizers, limit)
+    step_all(optimizers, keep_gradients)
+    return norm
 
 
 def step_lbfgs(optimizer, compute_gradient, weight_decay):

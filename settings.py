@@ -129,6 +129,8 @@ class Config(DataConfig):
     compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster).
     #   True, on CPUs: images train 1.4 times as fast after half a minute, language models 1.2
     #   times; packed texts gain nothing, as their lengths differ
+    cuda_graphs: bool = True  # with compile on one GPU, short steps are recorded and replayed: up
+    #   to 4 times as fast; False where a loss of your own reads values, as .item() does
     profile: bool = False  # True: see what a few steps spend their time on, and write trace.json
     deterministic: bool = False  # True: bitwise repeatable on CUDA too, slower (on CPUs it always
     #   is)

@@ -194,13 +194,13 @@ class ContrastiveTask(ClassTask):
         """vectors (B, D); targets (B,) int64, IGNORE where there is none. Pairs of one class weigh
         as much, together, as pairs of two."""
         counts = targets >= 0
-        vectors, targets = F.normalize(vectors[counts], dim=1), targets[counts]
+        vectors = F.normalize(vectors, dim=1)
         cosine = vectors @ vectors.T
+        is_pair = (counts[:, None] & counts).fill_diagonal_(False)
         same = targets[:, None] == targets
-        other = ~same
-        same = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
-        loss = mean_where((cosine - 1).square(), same) + mean_where(cosine.square(), other)
-        return loss / 2 * len(targets)
+        loss = (mean_where((cosine - 1).square(), is_pair & same)
+                + mean_where(cosine.square(), is_pair & ~same))
+        return loss / 2 * counts.sum()
 
     @torch.no_grad()
     def fit_head(self, model, vectors, labels):
@@ -331,6 +331,12 @@ class LanguageTask(Task):
     def __init__(self, cfg, meta):
         self.head = {"n_classes": 0, "lm_head": "own", "causal": cfg.objective == "clm"}
         self.objective, self.label_smoothing = cfg.objective, cfg.label_smoothing
+        self.most_compiled = MOST_LOGITS
+
+    def to(self, device):
+        if device.type == "cuda":  # logits and their gradients in a sixteenth of its memory
+            memory = torch.cuda.get_device_properties(device).total_memory
+            self.most_compiled = max(MOST_LOGITS, memory // 64)
 
     @staticmethod
     def check_settings(cfg):
@@ -353,15 +359,21 @@ class LanguageTask(Task):
 
     def batch_loss(self, model, inputs, targets):
         """Logits of many tokens and a large vocabulary would take most of the memory, so a part of
-        them is made at a time, and again for its gradient."""
-        n_logits = model.config.vocab_size * len(inputs[0])
-        if n_logits <= MOST_LOGITS or is_sharded(model.output_weight()):
+        them is made at a time, and again for its gradient. torch.compile keeps them in bfloat16:
+        there more are made at once."""
+        if is_sharded(model.output_weight()):
             return super().batch_loss(model, inputs, targets)
         x, weight = model(*inputs, with_head=False)
+        n_words = len(weight)
+        if x.is_cuda:  # whose matrix products are faster by far in sizes that 64 divides
+            weight = F.pad(weight, (0, 0, 0, -n_words % 64))
 
         def loss(x, targets):
-            return self.loss_sum(F.linear(x, weight), targets)
-        n_rows = max(1, MOST_LOGITS // 4 // len(weight))
+            return self.loss_sum(F.linear(x, weight)[:, :n_words], targets)
+        if n_words * len(targets) <= (
+                self.most_compiled if torch.compiler.is_compiling() else MOST_LOGITS):
+            return loss(x, targets)
+        n_rows = max(1, MOST_LOGITS // 4 // n_words)
         return sum(checkpoint(loss, *part, use_reentrant=False)
                    for part in zip(x.split(n_rows), targets.split(n_rows)))
 

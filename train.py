@@ -23,6 +23,7 @@ from baselines import build_model
 from batches import GlobalBatches, eval_requests
 from distributed import Machine, average_gradients, gradient_sync
 from examples import ceil_div
+from graphs import Graphs, are_worth_it
 from model import ModelConfig
 from run_data import open_run_data
 from runs import (
@@ -63,21 +64,28 @@ class ModelWithLoss(torch.nn.Module):
         return self.task.batch_loss(self.model, inputs, targets)
 
 
-def compute_gradient(model_with_loss, micro_batches, task, machine):
+def add_gradient(model_with_loss, machine, weight_sum, targets, *inputs):
+    """Add the gradient of a micro-batch's loss, divided by weight_sum; returns that loss."""
+    with autocast(machine.device, machine.dtype):
+        loss = model_with_loss(inputs, targets) / weight_sum
+    (loss * machine.world).backward()  # gradients are averaged over processes; we want the sum
+    return loss.detach()
+
+
+def compute_gradient(model_with_loss, micro_batches, task, machine, add=None):
     """Accumulate the gradient of a global batch's mean loss over this process's micro-batches.
 
-    Returns (this process's share of that loss, the number of tokens over all processes)."""
+    Returns (this process's share of that loss, the number of tokens over all processes). add: what
+    does add_gradient's work."""
+    add = add or functools.partial(add_gradient, model_with_loss, machine)
     counts = [sum(task.weight_sum(batch) for batch in micro_batches),
               sum(batch.n_tokens for batch in micro_batches)]
     weight_sum, n_tokens = machine.sum(counts)
     total = 0.0
     for i, batch in enumerate(micro_batches):
         batch = batch.to(machine.device)
-        with gradient_sync(model_with_loss, on=i == len(micro_batches) - 1), \
-             autocast(machine.device, machine.dtype):
-            loss = model_with_loss(batch.inputs, batch.targets) / weight_sum
-        (loss * machine.world).backward()  # gradients are averaged over processes; we want the sum
-        total += loss.detach()
+        with gradient_sync(model_with_loss, on=i == len(micro_batches) - 1):
+            total += add(weight_sum, batch.targets, *batch.inputs)
     return total, n_tokens
 
 
@@ -264,12 +272,19 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         f"{cfg.batch_size} = {steps_per_epoch} steps per epoch, {total_steps} in all; "
         f"ready after {time.monotonic() - started:.1f} s")
 
+    add = functools.partial(add_gradient, model_with_loss, machine)
+
     def gradient_of(micro_batches):
-        return compute_gradient(model_with_loss, micro_batches, task, machine)
+        return compute_gradient(model_with_loss, micro_batches, task, machine, add)
     if cfg.lr_find:
         find_learning_rate(cfg, gradient_of, optimizers, loader, machine)
         machine.leave()
         return
+    most_tokens = min(sampler.limit, cfg.batch_size * run_data.max_len)
+    recorded = are_worth_it(cfg, machine, flops * most_tokens)
+    move = functools.partial(optim.move, optimizers, cfg.grad_clip, recorded)
+    if recorded:
+        add, move = Graphs(add), Graphs(move)
     checkpoints = Checkpoints(cfg.out_dir, machine, {
         "format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(given),
         "model_config": dataclasses.asdict(model.config), "tokenizer": run_data.tokenizer,
@@ -293,13 +308,12 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         if cfg.optimizer == "lbfgs":  # moves, and computes gradients on the way
             loss, n_tokens = optim.step_lbfgs(
                 optimizers[0], functools.partial(gradient_of, micro_batches), cfg.weight_decay)
+            grad_norm = optim.clip_gradients(optimizers, cfg.grad_clip)
         else:
-            optim.set_learning_rate(optimizers, lr)
             loss, n_tokens = gradient_of(micro_batches)
-        grad_norm = optim.clip_gradients(optimizers, cfg.grad_clip)
+            grad_norm = move(lr)
+            optim.set_learning_rate(optimizers, lr)  # a number again, where it became a tensor
         finite_check.add(grad_norm, progress.step, waits=not on_cuda)
-        if cfg.optimizer != "lbfgs":  # which has moved already
-            optim.step_all(optimizers)
         ema.update(progress.step)
         progress.step += 1
         progress.epoch = progress.step / steps_per_epoch

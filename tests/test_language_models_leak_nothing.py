@@ -483,3 +483,26 @@ def test_logits_in_parts_have_the_loss_and_gradient_of_all(toy, objective, lm_he
         found.append([loss, *(p.grad for p in module.parameters())])
     for whole, parts in zip(*found):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_tokens_come_in_few_numbers(toy):
+    """For torch.compile: what fills their number up changes no loss."""
+    cfg = train.Config(**toy | dict(objective="mlm", mask_prob=0.3))
+    folder, meta = data.open_or_build(cfg)
+    task = task_of(cfg, meta)
+    blocks = open_split(cfg, meta, "train", 32, 1, **task.example_settings(cfg, "text", True))
+    config = ModelConfig(vocab_size=meta["vocab_size"], lm_head="own", max_len=32, d_model=32)
+    module = train.ModelWithLoss(Transformer(config), task)
+    torch.nn.init.normal_(module.model.output_weight())
+    sizes = set()
+    for epoch in range(20):
+        plain, filled = (
+            blocks.batch(epoch, np.arange(16), examples.PaddedShape(512, 40, 32, few_sizes))
+            for few_sizes in (False, True)
+        )
+        assert len(plain.targets) == plain.n_targets == filled.n_targets
+        assert len(filled.targets) == len(filled.inputs[3])
+        losses = [module(batch.inputs, batch.targets).item() for batch in (plain, filled)]
+        assert losses[0] == pytest.approx(losses[1])
+        sizes.add(len(filled.targets))
+    assert len(sizes) <= 3
