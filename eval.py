@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, run, write_json
+from configurator import UserError, configure, read_json, run, write_json
 
 import numpy as np
 import torch
@@ -203,9 +203,7 @@ def report_checkpoint(path, cfg):
     report, examples, z = full_report(clf, cfg)
     print_report(report)
     folder = clf.path.parent
-    suffix = ""
-    if cfg.test_file:  # which may be a pattern
-        suffix = "-" + re.sub(r"[^\w.-]+", "-", Path(cfg.test_file).stem).strip("-")
+    suffix = suffix_for(cfg.test_file, folder) if cfg.test_file else ""
     write_json(folder / f"eval{suffix}.json", report)
     plots = plot_report(clf, report, examples, z, read_records(folder), folder, suffix)
     write_page(report, folder, plots, suffix)
@@ -220,6 +218,19 @@ def report_checkpoint(path, cfg):
     if wandb_run := start_wandb(settings, run_id):
         log_to_wandb(wandb_run, report, folder, plots, cfg.wandb_texts)
         finish_wandb(wandb_run)
+
+
+def suffix_for(test_file, folder):
+    """What the names of a file's report end in: its stem, or as much more of its path as tells it
+    from another file that the folder has a report on."""
+    path = Path(test_file).resolve()
+    names = [path.stem, *("-".join(path.parts[-n:]) for n in range(1, len(path.parts)))]
+    for name in names:
+        suffix = "-" + re.sub(r"[^\w.-]+", "-", name).strip("-")  # test_file may be a pattern
+        report = folder / f"eval{suffix}.json"
+        if not report.exists() or Path(read_json(report)["split"]).resolve() == path:
+            break
+    return suffix
 
 
 # --------------------------------------------------------------------------------------------------

@@ -370,8 +370,8 @@ class LanguageTask(Task):
 
         def loss(x, targets):
             return self.loss_sum(F.linear(x, weight)[:, :n_words], targets)
-        if n_words * len(targets) <= (
-                self.most_compiled if torch.compiler.is_compiling() else MOST_LOGITS):
+        most = self.most_compiled if torch.compiler.is_compiling() else MOST_LOGITS
+        if n_words * len(targets) <= most:
             return loss(x, targets)
         n_rows = max(1, MOST_LOGITS // 4 // n_words)
         return sum(checkpoint(loss, *part, use_reentrant=False)

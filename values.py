@@ -114,6 +114,7 @@ def clean_label(label):
 
 BLANKS = dict.fromkeys((*range(11, 14), *range(28, 32)), " ")  # \v, \f and separators
 CONTROL = dict.fromkeys([*range(32), 127]) | BLANKS | {9: "\t", 10: "\n"}
+TRUTH_VALUES = {"true": 1.0, "false": 0.0}
 MISSING_NUMBERS = {"", "na", "n/a", "nan", "?", "null", "none", "-", "#n/a"}
 
 
@@ -176,6 +177,10 @@ def parse_numbers(fields, where, cfg):
         try:
             values.append(to_float(field, cfg))
         except ValueError as error:
+            truth = TRUTH_VALUES.get(field.strip().casefold())
+            if truth is not None:
+                values.append(truth)
+                continue
             if cfg.drop_bad_rows:
                 return None
             raise UserError(f"{where}: {error}: --columns must name columns of numbers only; mend "

@@ -335,6 +335,16 @@ def test_an_empty_feature_becomes_trains_mean_if_asked(tmp_path):
     assert (x[:, 0] == 0).sum() == 1 and np.isfinite(x).all()  # 0 is the mean, standardised
 
 
+def test_truth_values_are_features(tmp_path):
+    rows = "".join(f"{i},{('True', 'false')[i % 2]},{'ab'[i % 2]}\n" for i in range(40))
+    (tmp_path / "table.csv").write_text("x,wet,label\n" + rows)
+    cfg = train.Config(dataset="t", train_file=str(tmp_path / "table.csv"), kind="features",
+                       data_dir=str(tmp_path / "data"))  # fmt: skip
+    meta = data.build(cfg)
+    split = open_split(cfg, meta, "train", 1)
+    assert ((split.values[:, 1] > 0) == (split.labels == 0)).all()
+
+
 def test_a_text_and_an_image_model_are_not_for_tables(tmp_path):
     (tmp_path / "table.csv").write_text(GOOD)
     cfg = dict(

@@ -153,6 +153,14 @@ def test_a_labelled_file_gets_a_full_report(titled):
     eval_script.report_checkpoint(str(folder), config)
     assert json.load(open(folder / "eval-later.json"))["n"] == 31
     assert (folder / "report-later.html").exists() and not (folder / "eval.json").exists()
+    # a file of the same name elsewhere has a report of its own, each of them always the same one
+    (titled / "deep").mkdir()
+    (titled / "deep/later.csv").write_bytes("\n".join(lines[:11]).encode("latin-1"))
+    for file in ("deep/later.csv", "later.csv", "deep/later.csv"):
+        config = eval_script.Config(test_file=str(titled / file), resamples=100)
+        eval_script.report_checkpoint(str(folder), config)
+    found = {path.name: json.load(open(path))["n"] for path in folder.glob("eval-*.json")}
+    assert found == {"eval-later.json": 31, "eval-later.csv.json": 10}
     (titled / "odd.csv").write_bytes(b"title;body;label\nx;y;sprot\n")
     with pytest.raises(UserError, match="line 2: label 'sprot' is none that"):
         eval_script.full_report(clf, eval_script.Config(test_file=str(titled / "odd.csv")))
