@@ -106,6 +106,8 @@ def prepare(case, n_steps):
              "batch_size": case.batch_size, "max_steps": n_steps, "log_interval": n_steps // 4,
              "tokenizer": folder / "tokenizer.json", "test_fraction": 2 / (n_steps + 2),
              "val_fraction": 0.0}
+    if torch.cuda.is_available():
+        given["compile"] = True  # as in a long run
     if case.peer == "nanogpt":
         given |= {"target": "none", "objective": "clm", "mlp": "gelu", "optimizer": "adamw",
                   "lowercase": False, "test_fraction": 0.0, "val_fraction": 2 / (n_steps + 2)}

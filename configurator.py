@@ -72,6 +72,9 @@ def plain_message(error):
         return ("another process of this run has ended: it was killed, or its message is above. "
                 "The same command goes on from the last checkpoint; torchrun --max-restarts=3 does "
                 "so by itself")
+    no_compiler = "Failed to find C compiler", "No working C++ compiler found"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in no_compiler):
+        return "torch.compile needs a C++ compiler, as gcc is: install one, or --compile=False"
     no_memory = "out of memory", "not enough memory", "can't allocate memory"
     if isinstance(error, MemoryError) or any(words in str(error) for words in no_memory):
         reason = str(error).partition("\n")[0]

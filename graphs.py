@@ -14,9 +14,9 @@ WORTH_IT = 0.01  # seconds at the peak: longer passes hide the starting of kerne
 
 
 def are_worth_it(cfg, machine, flops):
-    """Should a run record its steps? flops: the operations of a micro-batch."""
+    """Should a compiled run record its steps? flops: the operations of a micro-batch."""
     possible = machine.device.type == "cuda" and machine.world == 1 and cfg.optimizer != "lbfgs"
-    if not (cfg.cuda_graphs and machine.compile and possible):
+    if not (cfg.cuda_graphs and possible):
         return False
     peak = peak_flops(torch.cuda.get_device_name(machine.device)) or 3e14
     return flops / peak < WORTH_IT

@@ -126,9 +126,10 @@ class Config(DataConfig):
     #   or (fsdp) a part of it, where a device cannot hold it all
     device: str = "auto"  # cuda, mps or cpu, in this order
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is native
-    compile: bool | Literal["auto"] = "auto"  # auto: on CUDA (a minute at start, then much faster).
-    #   True, on CPUs: images train 1.4 times as fast after half a minute, language models 1.2
-    #   times; packed texts gain nothing, as their lengths differ
+    compile: bool | Literal["auto"] = "auto"  # auto: on CUDA, in runs that are long enough for it
+    #   (a minute at start, then several times as fast). True, on CPUs: images train 1.4 times as
+    #   fast after half a minute, language models 1.2 times; packed texts gain nothing, as their
+    #   lengths differ
     cuda_graphs: bool = True  # with compile on one GPU, short steps are recorded and replayed: up
     #   to 4 times as fast; False where a loss of your own reads values, as .item() does
     profile: bool = False  # True: see what a few steps spend their time on, and write trace.json

@@ -44,7 +44,7 @@ from runs import (
 from settings import Config, check_settings, without_effect
 from sharding import is_finite, shard
 from sources import resolve
-from speed import Profile, flops_per_token
+from speed import Profile, flops_per_token, is_worth_compiling
 from tasks import autocast, describe, eval_tokens, run_model, task_class
 from trials import RANGE_TEST_STEPS, cross_validate, find_learning_rate
 from weights import CHECKPOINT_FORMAT, load_weights
@@ -251,20 +251,22 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
     # what runs in a step
     on_cuda = machine.device.type == "cuda"
+    n_parameters = sum(p.numel() for p in model.parameters())
+    lengths = run_data.train_set.lengths
+    flops = flops_per_token(model, lengths, cfg.mask_prob or 1.0)
+    compiled = machine.compile and (cfg.compile is True or is_worth_compiling(
+        total_steps, flops * total_steps * cfg.batch_size * lengths.mean()))
     model_with_loss = ModelWithLoss(model, task)
-    if machine.compile:
+    if compiled:
         model_with_loss.compile()
     if machine.world > 1 and not machine.sharded:
         model_with_loss = average_gradients(model_with_loss)
     sampler = GlobalBatches(run_data.train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed,
-                            progress.step, total_steps, machine.rank, machine.world,
-                            machine.compile)
+                            progress.step, total_steps, machine.rank, machine.world, compiled)
     loader = torch.utils.data.DataLoader(
         run_data.train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
         # packing texts takes less time than sending them from another process
         num_workers=2 if on_cuda and meta["kind"] == "image" else 0, pin_memory=on_cuda)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(model, run_data.train_set.lengths, cfg.mask_prob or 1.0)
     n_train = len(run_data.train_set)
     machine.print(
         f"{cfg.model}: {n_parameters:,} parameters, {flops / 1e6:.2g} MFLOP/token; "
@@ -281,7 +283,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         machine.leave()
         return
     most_tokens = min(sampler.limit, cfg.batch_size * run_data.max_len)
-    recorded = are_worth_it(cfg, machine, flops * most_tokens)
+    recorded = compiled and are_worth_it(cfg, machine, flops * most_tokens)
     move = functools.partial(optim.move, optimizers, cfg.grad_clip, recorded)
     if recorded:
         add, move = Graphs(add), Graphs(move)

@@ -485,3 +485,11 @@ def test_a_reader_that_has_ended_stops_the_script_quietly():
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_a_compiler_that_is_missing_is_said_to_be(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    done = script("train.py", **toy | dict(compile=True))
+    assert done.returncode == 2
+    assert "a C++ compiler, as gcc is: install one, or --compile=False" in done.stderr
