@@ -118,16 +118,25 @@ def trainer(cfg):
         bf16=machine.dtype == torch.bfloat16, train_sampling_strategy="group_by_length",
         save_strategy="no", report_to=[], disable_tqdm=True,
         use_cpu=machine.device.type == "cpu")
-    t = hf.Trainer(model, arguments, train_dataset=encoded[0],
+    warm = []  # when N_WARM steps were over
+
+    class Clock(hf.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == bench_gpu.N_WARM:
+                bench_gpu.synchronize(machine.device)
+                warm.append(time.time())
+    t = hf.Trainer(model, arguments, train_dataset=encoded[0], callbacks=[Clock()],
                    data_collator=hf.DataCollatorWithPadding(tokenizer))
     started = time.time()
     t.train()
-    seconds = time.time() - started
+    bench_gpu.synchronize(machine.device)
+    ended = time.time()
     figures = bench_gpu.memory_of(machine.device)
     if cfg.max_steps:
-        figures["tokens_per_s"] = cfg.max_steps * cfg.batch_size * learn_length / seconds
+        n_tokens = (cfg.max_steps - bench_gpu.N_WARM) * cfg.batch_size * learn_length
+        figures["tokens_per_s"] = n_tokens / (ended - warm[0])
     out = t.predict(encoded[1])  # grouped by length, so in an order of its own
-    return seconds, (out.predictions.argmax(1) == out.label_ids).mean(), figures
+    return ended - started, (out.predictions.argmax(1) == out.label_ids).mean(), figures
 
 
 def setfit(cfg):

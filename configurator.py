@@ -78,8 +78,9 @@ def plain_message(error):
     no_memory = "out of memory", "not enough memory", "can't allocate memory"
     if isinstance(error, MemoryError) or any(words in str(error) for words in no_memory):
         reason = str(error).partition("\n")[0]
-        return ("out of memory: lower --micro_batch_tokens, --batch_size or the model's size; of "
-                f"files, read smaller ones ({reason})")
+        graphs = " (or --cuda_graphs=False)" if "CUDA" in reason else ""
+        return (f"out of memory: lower --micro_batch_tokens{graphs}, --batch_size or the model's "
+                f"size; of files, read smaller ones ({reason})")
     return None
 
 

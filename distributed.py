@@ -50,7 +50,7 @@ class Machine:
             cpu.keep_freed_memory()
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(cfg.deterministic)
         self.dtype = computing_dtype(cfg, self.device)
         if on_cuda:
             exact = self.dtype == torch.float32

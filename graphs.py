@@ -9,28 +9,31 @@ import torch
 
 from speed import peak_flops
 
-MOST = 8  # sets of shapes that are recorded: each keeps its memory
-WORTH_IT = 0.01  # seconds at the peak: longer passes hide the starting of kernels
+MOST_RECORDED = 8  # sets of shapes
+LONGEST_PASS = 0.01  # seconds at the card's peak; longer ones hide the starting of kernels
+USUAL_PEAK = 3e14  # operations per second, of a card that is not known
 
 
 def are_worth_it(cfg, machine, flops):
     """Should a compiled run record its steps? flops: the operations of a micro-batch."""
     possible = machine.device.type == "cuda" and machine.world == 1 and cfg.optimizer != "lbfgs"
-    if not (cfg.cuda_graphs and possible):
+    # recorded passes keep their memory, which auto would give away
+    if not cfg.cuda_graphs or not possible or cfg.micro_batch_tokens == "auto":
         return False
-    peak = peak_flops(torch.cuda.get_device_name(machine.device)) or 3e14
-    return flops / peak < WORTH_IT
+    peak = peak_flops(torch.cuda.get_device_name(machine.device)) or USUAL_PEAK
+    return flops / peak < LONGEST_PASS
 
 
 class Graphs:
     """A function whose calls are recorded: for each new set of shapes of its arguments the first
     call runs it (that compiles and allocates), the second records it, and all later ones replay
-    that.
+    that. Beyond MOST_RECORDED sets it is run as it is.
 
-    Its arguments are tensors on the device, numbers (floats, which may change) and plain values
-    (which are part of the shapes). It must do the same work whatever the values are, must not wait
-    for the device, and what it changes (gradients, weights) must stay where it is. What it returns
-    is overwritten by the next call.
+    Its arguments are tensors on the device, numbers (floats, which it gets as tensors) and plain
+    values (which are part of the shapes). It must do the same work whatever the values are, must
+    not wait for the device, and what it changes (gradients, weights) must stay where it is. Python
+    runs only in the first two calls, so that a counter in it would stand still. What it returns is
+    overwritten by the next call.
     """
 
     def __init__(self, work):
@@ -40,9 +43,9 @@ class Graphs:
     def __call__(self, *arguments):
         shapes = tuple(map(shape_of, arguments))
         if shapes not in self.recorded:
-            if shapes not in self.seen or len(self.recorded) == MOST:
+            if shapes not in self.seen or len(self.recorded) == MOST_RECORDED:
                 self.seen.add(shapes)
-                return self.work(*arguments)
+                return self.work(*map(hold, arguments))
             self.recorded[shapes] = self.record(arguments)
         graph, held, result = self.recorded[shapes]
         for own, given in zip(held, arguments):
@@ -62,11 +65,12 @@ class Graphs:
             # other threads, which load batches, may allocate meanwhile
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 result = self.work(*held)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if "out of memory" in f"{error} {error.__context__}":
+                raise
             raise UserError("a step cannot be recorded as a CUDA graph; does it read a value of a "
-                            f"tensor, as .item() does? --cuda_graphs=False ({error})") from error
+                            "tensor, as .item() does? The same command with --cuda_graphs=False "
+                            f"goes on without ({error})") from error
         return graph, held, result
 
 
@@ -77,6 +81,7 @@ def shape_of(x):
 
 
 def hold(x):
+    """A tensor that stays: a copy of one, or a number's."""
     if isinstance(x, torch.Tensor):
         return x.clone()
     return torch.tensor(x, device="cuda") if isinstance(x, float) else x

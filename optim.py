@@ -258,17 +258,29 @@ def step_all(optimizers, keep_gradients=False):
         optimizer.zero_grad(set_to_none=not keep_gradients)
 
 
-def move(optimizers, limit, keep_gradients, lr):
-    """Clip the gradients and make a step; returns their norm. lr: a number, or, where this is
-    recorded as a CUDA graph, a tensor."""
+def clip_and_step(optimizers, limit, keep_gradients, lr):
+    """Clip the gradients and make a step; returns their norm. lr: a number, or a tensor."""
     set_learning_rate(optimizers, lr)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = isinstance(lr, torch.Tensor)
     norm = clip_gradients(optimizers, limit)
     step_all(optimizers, keep_gradients)
     return norm
+
+
+def can_be_recorded(optimizers):
+    """Do their steps the same work each time, with all that changes in tensors?"""
+    return all("capturable" in optimizer.defaults
+               or isinstance(optimizer, (Muon, Adagrad, torch.optim.SGD))
+               for optimizer in optimizers)
+
+
+def set_capturable(optimizers, recorded):
+    """Tell optimizers before their first step, if they ask for it, whether steps are recorded as a
+    CUDA graph: then what they count is kept on the device."""
+    for optimizer in optimizers:
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first one is not
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = recorded
 
 
 def step_lbfgs(optimizer, compute_gradient, weight_decay):

@@ -40,7 +40,7 @@ from weights import load_checkpoint, save_checkpoint
 # settings that may differ between a run and its continuation
 FREE = {"overwrite", "save_interval", "lr_find", "folds", "wandb_mode", "wandb_project",
         "wandb_run_name", "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel",
-        "profile"}
+        "profile", "cuda_graphs"}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def flops_per_token(model, lengths, predicted=1.0, backward=True):
 
 def is_worth_compiling(n_steps, flops):
     """Does a run on a GPU, of so many operations in all, last long enough to win back the half
-    minute or more that compiling takes? Of a small model it saves some 20 ms a step."""
+    minute or more that compiling takes? Of a small model it saves some 20 ms a step; 1e16
+    operations are 10 s at an H100's peak, which half of them reach at best."""
     return n_steps >= 2000 or flops >= 1e16
 
 

@@ -258,15 +258,17 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         total_steps, flops * total_steps * cfg.batch_size * lengths.mean()))
     model_with_loss = ModelWithLoss(model, task)
     if compiled:
-        model_with_loss.compile()
+        # False: a batch's kernels depend on its shape alone, not on the shapes before it
+        model_with_loss.compile(dynamic=False if cfg.deterministic else None)
     if machine.world > 1 and not machine.sharded:
         model_with_loss = average_gradients(model_with_loss)
     sampler = GlobalBatches(run_data.train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed,
                             progress.step, total_steps, machine.rank, machine.world, compiled)
+    n_workers = 2 if on_cuda and meta["kind"] == "image" else 0
     loader = torch.utils.data.DataLoader(
-        run_data.train_set, batch_sampler=sampler, collate_fn=lambda batches: batches,
+        run_data.train_set, batch_sampler=sampler, collate_fn=list, pin_memory=on_cuda,
         # packing texts takes less time than sending them from another process
-        num_workers=2 if on_cuda and meta["kind"] == "image" else 0, pin_memory=on_cuda)
+        num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)
     n_train = len(run_data.train_set)
     machine.print(
         f"{cfg.model}: {n_parameters:,} parameters, {flops / 1e6:.2g} MFLOP/token; "
@@ -274,7 +276,14 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         f"{cfg.batch_size} = {steps_per_epoch} steps per epoch, {total_steps} in all; "
         f"ready after {time.monotonic() - started:.1f} s")
 
+    in_a_pass = min(sampler.limit, cfg.batch_size * lengths.mean())  # tokens
+    recorded = compiled and not cfg.lr_find and are_worth_it(given, machine, flops * in_a_pass)
+    optim.set_capturable(optimizers, recorded)
     add = functools.partial(add_gradient, model_with_loss, machine)
+    step = functools.partial(optim.clip_and_step, optimizers, cfg.grad_clip, recorded)
+    if recorded:
+        add = Graphs(add)
+        step = Graphs(step) if optim.can_be_recorded(optimizers) else step
 
     def gradient_of(micro_batches):
         return compute_gradient(model_with_loss, micro_batches, task, machine, add)
@@ -282,11 +291,6 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         find_learning_rate(cfg, gradient_of, optimizers, loader, machine)
         machine.leave()
         return
-    most_tokens = min(sampler.limit, cfg.batch_size * run_data.max_len)
-    recorded = compiled and are_worth_it(cfg, machine, flops * most_tokens)
-    move = functools.partial(optim.move, optimizers, cfg.grad_clip, recorded)
-    if recorded:
-        add, move = Graphs(add), Graphs(move)
     checkpoints = Checkpoints(cfg.out_dir, machine, {
         "format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(given),
         "model_config": dataclasses.asdict(model.config), "tokenizer": run_data.tokenizer,
@@ -313,8 +317,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             grad_norm = optim.clip_gradients(optimizers, cfg.grad_clip)
         else:
             loss, n_tokens = gradient_of(micro_batches)
-            grad_norm = move(lr)
-            optim.set_learning_rate(optimizers, lr)  # a number again, where it became a tensor
+            grad_norm = step(lr)
+            optim.set_learning_rate(optimizers, lr)  # as a number: last.pt has it
         finite_check.add(grad_norm, progress.step, waits=not on_cuda)
         ema.update(progress.step)
         progress.step += 1

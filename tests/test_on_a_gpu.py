@@ -23,6 +23,7 @@ from tests.test_images_and_tables import images  # noqa: F401
 from tests.test_memory_is_what_it_is_said_to_be import settings_of
 from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
 from tests.test_resume_is_bitwise import assert_same, state
+from weights import load_checkpoint
 
 pytestmark = [
     pytest.mark.cuda,
@@ -139,28 +140,43 @@ def test_fine_tuning_is_that_of_a_cpu(settings, changes):  # noqa: F811
 MORE_RUNS = dict(class_weights="balanced", dropout=0.1), dict(objective="contrastive")
 
 
+@pytest.fixture
+def refuse_waits(monkeypatch):
+    """Makes waits for the device errors, from the gradient of a run's step `first` to its end."""
+
+    def start(first):
+        compute_gradient, update = train.compute_gradient, optim.EMA.update
+        steps = []
+
+        def watched_gradient(*args):
+            steps.append(1)
+            if len(steps) >= first:
+                torch.cuda.set_sync_debug_mode("error")
+            return compute_gradient(*args)
+
+        def watched_update(self, step):  # the last work of a step
+            update(self, step)
+            torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(train, "compute_gradient", watched_gradient)
+        monkeypatch.setattr(optim.EMA, "update", watched_update)
+        return steps
+
+    yield start
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("changes", [*RUNS[:4], *MORE_RUNS])
-def test_no_step_waits_for_the_device(toy, changes, monkeypatch):
-    compute_gradient, step_all = train.compute_gradient, optim.step_all
-    steps = []
+def test_no_step_waits_for_the_device(toy, changes, refuse_waits):
+    steps = refuse_waits(first=4)  # in the first ones, optimizers make their state
+    run(toy | changes, device="cuda", dtype="auto", compile=False, max_steps=8, log_interval=8)
+    assert len(steps) == 8
 
-    def watched_gradient(*args):
-        steps.append(1)
-        if len(steps) > 3:  # in the first ones, optimizers make their state
-            torch.cuda.set_sync_debug_mode("error")
-        return compute_gradient(*args)
 
-    def watched_step(*args):
-        step_all(*args)
-        torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(train, "compute_gradient", watched_gradient)
-    monkeypatch.setattr(optim, "step_all", watched_step)
-    try:
-        toy |= dict(device="cuda", dtype="auto", compile=False, max_steps=8, log_interval=8)
-        run(toy | changes)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_no_recorded_step_waits_for_the_device(toy, refuse_waits):
+    toy = settings_of(toy, batch_size=16, max_steps=8, device="cuda", dtype="auto")  # of one shape
+    steps = refuse_waits(first=4)
+    run(toy, compile=True, log_interval=8, eval_interval=8)
     assert len(steps) == 8
 
 
@@ -173,10 +189,28 @@ def test_no_step_waits_for_the_device(toy, changes, monkeypatch):
         dict(objective="mlm", mask_prob=0.3),
     ],
 )
-def test_replayed_steps_are_those_that_are_not(toy, changes):
+def test_replayed_steps_are_those_that_are_not(toy, changes, monkeypatch):
+    recorded = []
+
+    def record(self, arguments, record=graphs.Graphs.record):
+        recorded.append(1)
+        return record(self, arguments)
+
+    monkeypatch.setattr(graphs.Graphs, "record", record)
     toy |= dict(max_steps=12, eval_interval=6, device="cuda", dtype="auto", compile=True) | changes
-    replayed = run(toy, seed=2)
-    assert replayed == pytest.approx(run(toy, seed=2, cuda_graphs=False), rel=1e-3)
+    found = []
+    for cuda_graphs in (True, False):
+        toy |= dict(cuda_graphs=cuda_graphs, out_dir=f"{toy['out_dir']}-{cuda_graphs}")
+        train.train(train.Config(**toy))
+        assert bool(recorded) == cuda_graphs
+        recorded.clear()
+        rows = [[row.get(name, 0.0) for name in ("loss", "grad_norm", "val_loss")]
+                for row in records(toy["out_dir"])]  # fmt: skip
+        weights = load_checkpoint(f"{toy['out_dir']}/last.pt")["model"].values()
+        found.append((np.array(rows), list(weights)))
+    (replayed, weights), (plain, plain_weights) = found
+    np.testing.assert_allclose(replayed, plain, rtol=5e-3)
+    assert error(weights, plain_weights) < 5e-3
 
 
 def test_replays_see_new_values_and_shapes():
@@ -204,20 +238,30 @@ def test_work_that_waits_is_refused_with_a_way_out():
     assert done.returncode == 2 and "--cuda_graphs=False" in done.stderr, done.stderr
 
 
+def resumed_and_whole(main, toy):
+    """The states of a run that was interrupted and continued, and of one that was not."""
+    toy |= dict(device="cuda", dtype="auto", deterministic=True, dropout=0.2, batch_size=12)
+    toy |= dict(max_steps=12, eval_interval=4, micro_batch_tokens=128)
+    whole = toy | dict(out_dir=toy["out_dir"] + "-whole")
+    try:
+        main(whole)
+        with interrupted(6):
+            main(toy)
+        main(toy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return state(toy["out_dir"]), state(whole["out_dir"])
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_resumed_run_is_that_run_bit_for_bit(toy, compile):
     toy |= dict(compile=compile)
-    toy |= dict(device="cuda", dtype="auto", deterministic=True, dropout=0.2, eval_interval=4)
-    toy |= dict(max_steps=12)
-    whole = toy | dict(out_dir=toy["out_dir"] + "-whole")
-    try:
-        train.train(train.Config(**whole))
-        with interrupted(6):
-            train.train(train.Config(**toy))
-        train.train(train.Config(**toy))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same(state(toy["out_dir"]), state(whole["out_dir"]))
+    assert_same(*resumed_and_whole(lambda given: train.train(train.Config(**given)), toy))
+
+
+def test_resumed_fine_tuning_is_that_run_bit_for_bit(settings):  # noqa: F811
+    settings |= dict(compile=True)
+    assert_same(*resumed_and_whole(lambda given: tuned(given), settings))
 
 
 def test_labels_of_texts_are_those_of_a_cpu(toy):

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import graphs
 import model as model_file
 import optim
 import tasks
@@ -20,9 +21,10 @@ from batches import GlobalBatches
 from examples import PackedText
 from model import ModelConfig
 from tests.conftest import class_task, packed
+from tests.test_evaluating_changes_nothing import records
 from tests.test_packed_equals_one_at_a_time import random_documents, random_model
 from tests.test_published_weights_mean_the_same import documents, reference
-from weights import from_pretrained
+from weights import from_pretrained, load_checkpoint
 
 pytest.importorskip("transformers")
 
@@ -270,3 +272,65 @@ def test_no_step_waits_for_the_device(gpu_path, settings):
                 average.update(step)
     gradients.check()
     assert CALLS
+
+
+class Replay:
+    """In place of a CUDA graph: does the work again. (Recording did it, too, unlike CUDA's.)"""
+
+    def __init__(self, work, held, result):
+        self.work, self.held, self.result, self.done = work, held, result, True
+
+    def replay(self):
+        if not self.done:
+            self.result.copy_(self.work(*self.held))
+        self.done = False
+
+
+@pytest.mark.parametrize("changes", [
+    dict(ema_decay=0.9, micro_batch_tokens=96), dict(optimizer="muon", dropout=0.2),
+    dict(optimizer="sgd", objective="clm"), dict(optimizer="adagrad", grad_clip=0.0),
+    dict(objective="mlm", mask_prob=0.3), dict(class_weights="balanced", crop=12),
+])  # fmt: skip
+def test_recorded_steps_are_those_that_are_not(toy, changes, monkeypatch):
+    recorded, places = [], []  # of gradients after each step
+    step_all = optim.step_all
+
+    def watched(optimizers, keep_gradients):
+        step_all(optimizers, keep_gradients)
+        if keep_gradients:
+            places.append([p.grad.data_ptr() for o in optimizers for p in optim.parameters_of(o)])
+
+    def record(self, arguments):
+        held = list(map(graphs.hold, arguments))
+        result = self.work(*held)
+        recorded.append(1)
+        return Replay(self.work, held, result), held, result
+
+    def hold_on_cpu(x):
+        if isinstance(x, float):
+            return torch.tensor(x)
+        return x.clone() if isinstance(x, torch.Tensor) else x
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "hold", hold_on_cpu)
+    monkeypatch.setattr(optim, "step_all", watched)
+    monkeypatch.setattr(graphs.Graphs, "record", record)
+    monkeypatch.setattr(train.ModelWithLoss, "compile", lambda self, **settings: None)
+    toy |= dict(compile=True, max_steps=15, eval_interval=6, epochs=9.0) | changes
+    found = []
+    for on in (True, False):
+        monkeypatch.setattr(train, "are_worth_it", lambda *arguments, on=on: on)
+        toy |= dict(out_dir=f"{toy['out_dir']}-{on}")
+        train.train(train.Config(**toy))
+        assert bool(recorded) == on
+        recorded.clear()
+        assert places[0] and all(place == places[0] for place in places)
+        last = load_checkpoint(f"{toy['out_dir']}/last.pt")
+        found.append([records(toy["out_dir"]), last["model"], last["optimizers"]])
+    for replayed, plain in zip(found[0][0], found[1][0], strict=True):
+        for name in ("loss", "grad_norm", "val_loss"):
+            assert replayed.get(name, 0) == pytest.approx(plain.get(name, 0), rel=1e-4)
+    for a, b in zip(found[0][1].values(), found[1][1].values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for optimizer in found[0][2]:
+        assert all(type(group["lr"]) is float for group in optimizer["param_groups"])
