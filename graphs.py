@@ -84,4 +84,4 @@ def hold(x):
     """A tensor that stays: a copy of one, or a number's."""
     if isinstance(x, torch.Tensor):
         return x.clone()
-    return torch.tensor(x, device="cuda") if isinstance(x, float) else x
+    return torch.full((), x, device="cuda") if isinstance(x, float) else x
