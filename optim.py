@@ -251,18 +251,17 @@ def dense_part(grad):
     return grad.values() if grad.is_sparse else grad
 
 
-def step_all(optimizers, keep_gradients=False):
-    """keep_gradients: they become zeros, which stay where they are."""
+def step_all(optimizers):
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not keep_gradients)
+        optimizer.zero_grad(set_to_none=not getattr(optimizer, "keeps_gradients", False))
 
 
-def clip_and_step(optimizers, limit, keep_gradients, lr):
+def clip_and_step(optimizers, limit, lr):
     """Clip the gradients and make a step; returns their norm. lr: a number, or a tensor."""
     set_learning_rate(optimizers, lr)
     norm = clip_gradients(optimizers, limit)
-    step_all(optimizers, keep_gradients)
+    step_all(optimizers)
     return norm
 
 
@@ -273,11 +272,12 @@ def can_be_recorded(optimizers):
                for optimizer in optimizers)
 
 
-def set_capturable(optimizers, recorded):
-    """Tell optimizers before their first step, if they ask for it, whether steps are recorded as a
-    CUDA graph: then what they count is kept on the device."""
+def prepare(optimizers, recorded):
+    """Tell optimizers before their first step whether steps are recorded as CUDA graphs. Then
+    gradients become zeros, which stay where they are, and what is counted is on the device."""
     for optimizer in optimizers:
-        optimizer._warned_capturable_if_run_uncaptured = True  # the first one is not
+        optimizer.keeps_gradients = recorded
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first step is not
         for group in optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = recorded

@@ -278,9 +278,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
     in_a_pass = min(sampler.limit, cfg.batch_size * lengths.mean())  # tokens
     recorded = compiled and not cfg.lr_find and are_worth_it(given, machine, flops * in_a_pass)
-    optim.set_capturable(optimizers, recorded)
+    optim.prepare(optimizers, recorded)
     add = functools.partial(add_gradient, model_with_loss, machine)
-    step = functools.partial(optim.clip_and_step, optimizers, cfg.grad_clip, recorded)
+    step = functools.partial(optim.clip_and_step, optimizers, cfg.grad_clip)
     if recorded:
         add = Graphs(add)
         step = Graphs(step) if optim.can_be_recorded(optimizers) else step
