@@ -132,7 +132,7 @@ def trainer(cfg):
     bench_gpu.synchronize(machine.device)
     ended = time.time()
     figures = bench_gpu.memory_of(machine.device)
-    if cfg.max_steps:
+    if cfg.max_steps and warm:
         n_tokens = (cfg.max_steps - bench_gpu.N_WARM) * cfg.batch_size * learn_length
         figures["tokens_per_s"] = n_tokens / (ended - warm[0])
     out = t.predict(encoded[1])  # grouped by length, so in an order of its own

@@ -41,7 +41,7 @@ class PaddedShape(NamedTuple):
     n_tokens: int
     n_documents: int
     max_len: int
-    few_sizes: bool = False  # all that can vary should have few sizes, for torch.compile
+    few_sizes: bool = False  # masked tokens are to come in few numbers, too, for torch.compile
 
 
 class Request(NamedTuple):

@@ -120,7 +120,7 @@ class LanguageBlocks(Examples):
             query_index = (targets != IGNORE).nonzero()[:, 0]
             n_targets = len(query_index)
             targets = targets[query_index]
-            if shape and shape.few_sizes:  # filled up by first tokens whose target does not count
+            if shape and shape.few_sizes:  # filled up by token 0, with targets that do not count
                 unit = math.ceil(shape.n_tokens * self.mask_prob / 7.5)  # nearly always 8 of them
                 fill = -n_targets % unit
                 query_index = F.pad(query_index, (0, fill))

@@ -72,9 +72,9 @@ def flops_per_token(model, lengths, predicted=1.0, backward=True):
 
 
 def is_worth_compiling(n_steps, flops):
-    """Does a run on a GPU, of so many operations in all, last long enough to win back the half
-    minute or more that compiling takes? Of a small model it saves some 20 ms a step; 1e16
-    operations are 10 s at an H100's peak, which half of them reach at best."""
+    """Does a run on a GPU last long enough to win back the half minute or more that compiling
+    takes? A small model saves some 20 ms a step by it. flops: of the whole run; 1e16 take a large
+    model 20 s or more on an H100."""
     return n_steps >= 2000 or flops >= 1e16
 
 

@@ -75,8 +75,8 @@ def add_gradient(model_with_loss, machine, weight_sum, targets, *inputs):
 def compute_gradient(model_with_loss, micro_batches, task, machine, add=None):
     """Accumulate the gradient of a global batch's mean loss over this process's micro-batches.
 
-    Returns (this process's share of that loss, the number of tokens over all processes). add: what
-    does add_gradient's work."""
+    Returns (this process's share of that loss, the number of tokens over all processes). add:
+    add_gradient with its first two arguments given; None: of these."""
     add = add or functools.partial(add_gradient, model_with_loss, machine)
     counts = [sum(task.weight_sum(batch) for batch in micro_batches),
               sum(batch.n_tokens for batch in micro_batches)]
@@ -258,7 +258,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         total_steps, flops * total_steps * cfg.batch_size * lengths.mean()))
     model_with_loss = ModelWithLoss(model, task)
     if compiled:
-        # False: a batch's kernels depend on its shape alone, not on the shapes before it
+        # dynamic=False: a batch's kernels depend on its own shape, not on those before it
         model_with_loss.compile(dynamic=False if cfg.deterministic else None)
     if machine.world > 1 and not machine.sharded:
         model_with_loss = average_gradients(model_with_loss)
@@ -318,7 +318,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         else:
             loss, n_tokens = gradient_of(micro_batches)
             grad_norm = step(lr)
-            optim.set_learning_rate(optimizers, lr)  # as a number: last.pt has it
+            optim.set_learning_rate(optimizers, lr)  # a number again: last.pt holds it
         finite_check.add(grad_norm, progress.step, waits=not on_cuda)
         ema.update(progress.step)
         progress.step += 1
