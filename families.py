@@ -24,6 +24,7 @@ class Family:
     language_model: str = ""  # transformers' class; "": there is none that computes what ours does
     constants: dict = field(default_factory=dict)  # ModelConfig's other settings
     written: dict = field(default_factory=dict)  # what config.json holds besides
+    assumed: dict = field(default_factory=dict)  # of config.json, where a key is missing
     defaults: dict = field(default_factory=dict)  # of config.json, where a key is missing or null
     only: dict = field(default_factory=dict)  # config.json → the values that are supported
     poolings: tuple = ("cls",)  # that their classifier can compute
@@ -85,6 +86,7 @@ DISTILBERT = Family(
         "head_dropout": "seq_classif_dropout"},
     constants=BERT.constants | {"norm_eps": 1e-12, "head_dense": "relu"},
     written={"activation": "gelu"},
+    assumed={"dropout": 0.1, "seq_classif_dropout": 0.2},
     only={"activation": ("gelu",), "sinusoidal_pos_embds": (False, None)})
 MODERNBERT = Family(
     "ModernBertForSequenceClassification", "model.", "layers.{}.",
@@ -100,6 +102,7 @@ MODERNBERT = Family(
         "head_dense_bias": "classifier_bias", "head_dropout": "classifier_dropout"},
     constants={"position": "rope", "mlp": "geglu", "embedding_norm": True, "first_norm": False,
                "norm_bias": False, "head_dense": "gelu", "head_norm": True, "head_bias": True},
+    assumed={"local_attention": 128},
     defaults={"norm_eps": 1e-5, "mlp_dropout": 0.0, "attention_bias": False,
               "classifier_pooling": "cls", "classifier_bias": False, "classifier_dropout": 0.0},
     only={"hidden_activation": ("gelu",), "classifier_activation": ("gelu",),
@@ -114,13 +117,14 @@ GPT2 = Family(
     names={
         "embedding": "wte", "position": "wpe", "attention.qkv": "attn.c_attn",
         "attention.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "mlp.up": "mlp.c_fc",
-        "mlp.out": "mlp.c_proj", "norm": "ln_f", "head": "/score"},
-    ignored=("lm_head.", ".attn.bias", ".attn.masked_bias"),
+        "mlp.out": "mlp.c_proj", "norm": "ln_f", "head": "/score", "lm_head": "/lm_head"},
+    ignored=(".attn.bias", ".attn.masked_bias"),
     settings={
         "n_layer": "n_layer", "n_head": "n_head", "d_model": "n_embd", "max_len": "n_positions",
         "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop"},
     language_model="GPT2LMHeadModel",
     constants={"mlp": "gelu_tanh", "causal": True, "pooling": "last"},
+    assumed={"tie_word_embeddings": True},
     defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
     only={"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
           "reorder_and_upcast_attn": (False, None),
@@ -147,18 +151,22 @@ LLAMA = Family(
     only={"hidden_act": ("silu",)},
     poolings=("last",))
 MISTRAL = replace(
-    LLAMA, classifier="MistralForSequenceClassification", language_model="MistralForCausalLM")
+    LLAMA, classifier="MistralForSequenceClassification", language_model="MistralForCausalLM",
+    assumed={"num_key_value_heads": 8, "sliding_window": 4096})
 QWEN2 = replace(
     LLAMA, classifier="Qwen2ForSequenceClassification", language_model="Qwen2ForCausalLM",
     constants=LLAMA.constants | {"qkv_bias": True, "bias": False},
     settings={ours: theirs for ours, theirs in LLAMA.settings.items()
-              if ours not in ("bias", "head_dim")})
+              if ours not in ("bias", "head_dim")},
+    assumed={"num_key_value_heads": 32, "sliding_window": 4096})
 QWEN3 = replace(
     LLAMA, classifier="Qwen3ForSequenceClassification", language_model="Qwen3ForCausalLM",
     names=LLAMA.names | {"attention.q_norm": "self_attn.q_norm",
                          "attention.k_norm": "self_attn.k_norm"},
     constants=LLAMA.constants | {"qk_norm": True, "qk_norm_weight": True},
-    defaults=LLAMA.defaults | {"head_dim": 128})
+    assumed=QWEN2.assumed,
+    defaults=LLAMA.defaults | {"head_dim": 128},
+    only=LLAMA.only | {"attention_bias": (False, None)})
 GEMMA3 = replace(
     QWEN3, classifier="Gemma3TextForSequenceClassification", language_model="Gemma3ForCausalLM",
     names=QWEN3.names | {
@@ -166,9 +174,11 @@ GEMMA3 = replace(
         "mlp_norm": "post_feedforward_layernorm"},
     constants=QWEN3.constants | {"mlp": "geglu_tanh", "branch_norm": True},
     written={"hidden_activation": "gelu_pytorch_tanh"},
+    assumed={"num_key_value_heads": 4, "sliding_window": 4096, "tie_word_embeddings": True},
     defaults=LLAMA.defaults | {"head_dim": 256},
     only={"hidden_activation": ("gelu_pytorch_tanh",), "attn_logit_softcapping": (None,),
-          "final_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
+          "final_logit_softcapping": (None,), "use_bidirectional_attention": (False, None),
+          "attention_bias": (False, None)},
     norm_offset=1.0)
 
 # --------------------------------------------------------------------------------------------------
@@ -188,12 +198,14 @@ VIT = Family(
     settings=SIZES | {"norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob",
                       "patch": "patch_size"},
     constants={"cls_token": True, "head_bias": True},
+    assumed={"num_channels": 3, "image_size": 224, "patch_size": 16},
     defaults={"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.0},
     only={"hidden_act": ("gelu",), "qkv_bias": (True,)})
 DEIT = replace(
     VIT, classifier="DeiTForImageClassification", root="deit.",
     names=VIT.names | {"distilled": "embeddings.distillation_token!"},
-    ignored=("deit.pooler.", "deit.embeddings.mask_token"),
+    ignored=("deit.pooler.", "deit.embeddings.mask_token",
+             "cls_classifier.", "distillation_classifier."),  # two heads, whose mean it takes
     constants=VIT.constants | {"distilled_token": True})
 DINOV2 = replace(
     VIT, classifier="Dinov2ForImageClassification", root="dinov2.",
@@ -202,6 +214,7 @@ DINOV2 = replace(
     ignored=("dinov2.embeddings.mask_token",),
     settings={ours: theirs for ours, theirs in VIT.settings.items() if ours != "d_ff"},
     constants=VIT.constants | {"pooling": "cls+mean"},
+    assumed=VIT.assumed | {"patch_size": 14, "mlp_ratio": 4},
     defaults=VIT.defaults | {"layer_norm_eps": 1e-6},
     only=VIT.only | {"use_swiglu_ffn": (False, None)},
     scales={"attention.out": "layer_scale1.lambda1!", "mlp.out": "layer_scale2.lambda1!"})
@@ -216,6 +229,9 @@ SIGLIP = replace(
     ignored=("vision_model.head.", "vision_model.embeddings.position_ids", "text_model.", "logit_"),
     settings=SIZES | {"norm_eps": "layer_norm_eps", "patch": "patch_size"},
     constants={"head_bias": True, "mlp": "gelu_tanh", "pooling": "mean"},
+    # a whole SigLIP's config.json leaves out what is as in its smallest model
+    assumed=VIT.assumed | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                           "num_attention_heads": 12},
     defaults={"layer_norm_eps": 1e-6},
     only={"hidden_act": ("gelu_pytorch_tanh",)})
 
@@ -241,11 +257,13 @@ def read_config(hf, folder):
         raise UserError(f"{folder}: model type {name!r} is not supported; "
                         f"{', '.join(sorted(FAMILIES))} are")
     if quantization := hf.get("quantization_config"):
-        raise UserError(f"{folder}: its weights are quantized ({quantization['quant_method']}), "
-                        "which is not supported: take the model in bfloat16 or float32")
+        raise UserError(f"{folder}: its weights are quantized "
+                        f"({quantization.get('quant_method', 'how is not said')}), which is not "
+                        "supported: take the model in bfloat16 or float32")
     family = FAMILIES[name]
     if name == "siglip":  # of its two towers the one for images
         hf = hf["vision_config"]
+    hf = family.assumed | hf
     for key, supported in (ONLY | family.only).items():
         if hf.get(key, supported[0]) not in supported:
             raise UserError(f"{folder}: {key}={hf[key]!r} is not supported for {name}, "
@@ -260,16 +278,28 @@ def read_config(hf, folder):
         raise UserError(f"{folder}: n_layer={settings['n_layer']} cannot be true")
     config = ModelConfig(**settings)
     if family.pads_positions:
-        config.max_len -= hf.get("pad_token_id", 1) + 1
+        config.max_len -= n_unused_positions(hf, folder)
     if name in READ:
         READ[name](config, hf, folder)
+    if config.max_len < 1 or config.norm_eps < 0 or config.rope_theta <= 1:
+        raise UserError(f"{folder}: max_len={config.max_len}, norm_eps={config.norm_eps} and "
+                        f"rope_theta={config.rope_theta} cannot all be true")
     if config.head_dropout is None:
         config.head_dropout = config.dropout
     return config
 
 
+def n_unused_positions(hf, folder):
+    """Of a family that pads_positions: how many positions no token has."""
+    pad = hf.get("pad_token_id", 1)
+    if not isinstance(pad, int):
+        raise UserError(f"{folder}: pad_token_id={pad!r} is not supported for {hf['model_type']}, "
+                        "whose positions begin behind it")
+    return pad + 1
+
+
 def write_config(c, pad_token_id, n_classes):
-    """config.json for a ModelConfig of a published family."""
+    """config.json for a ModelConfig of a published family. Raises UserError."""
     family = FAMILIES[c.family]
     architecture = family.classifier if n_classes else family.language_model
     config = {"model_type": c.family, "architectures": [architecture],
@@ -293,6 +323,10 @@ def write_electra(c):
 
 def read_gpt2(c, hf, folder):
     c.d_ff = c.d_ff or 4 * c.d_model
+
+
+def write_gpt2(c):
+    return {"tie_word_embeddings": c.lm_head != "own"}
 
 
 def read_modernbert(c, hf, folder):
@@ -319,19 +353,19 @@ def write_llama(c):
 
 def read_mistral(c, hf, folder):
     read_rope(c, hf, folder)
-    read_windows(c, hf, folder, (hf.get("sliding_window") or 0) - 1, lambda layer: True)
+    read_windows(c, hf, folder, (hf["sliding_window"] or 0) - 1, lambda layer: True)
 
 
 def write_mistral(c):
-    """Its window has no list of layers: it is in all of them."""
+    if c.window and len(c.window_layers) < c.n_layer:
+        raise UserError("transformers' mistral has a window in all layers, this model in some: it "
+                        "cannot be written as a Hugging Face folder")
     return write_decoder(c) | write_rope(c) | {"sliding_window": c.window + 1 if c.window else None}
 
 
 def read_qwen(c, hf, folder):
-    if c.family == "qwen3" and c.bias:
-        raise UserError(f"{folder}: attention_bias=True is not supported for qwen3")
     read_rope(c, hf, folder)
-    reach = (hf.get("sliding_window") or 0) - 1 if hf.get("use_sliding_window") else 0
+    reach = (hf["sliding_window"] or 0) - 1 if hf.get("use_sliding_window") else -1
     first = hf.get("max_window_layers", 28)
     read_windows(c, hf, folder, reach, lambda layer: layer >= first)
 
@@ -351,24 +385,34 @@ def read_gemma3(c, hf, folder):
     c.rope_theta = c.rope_theta or hf.get("rope_theta", 1_000_000.0)
     c.window_rope_theta = c.window_rope_theta or hf.get("rope_local_base_freq", 10_000.0)
     every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    reach = hf.get("sliding_window", 4096) - 1
+    reach = (hf["sliding_window"] or 0) - 1
     read_windows(c, hf, folder, reach, lambda layer: (layer + 1) % every)
 
 
 def write_gemma3(c):
     return write_decoder(c) | write_two_ropes(c) | {
-        "query_pre_attn_scalar": c.head_dim, "sliding_window": c.window + 1}
+        "query_pre_attn_scalar": c.head_dim,
+        "sliding_window": c.window + 1 if c.window else 4096}  # theirs needs one, also for none
 
 
 def read_image(c, hf, folder):
     size = hf["image_size"]
     height, width = size if isinstance(size, list) else (size, size)
     c.image_size = hf["num_channels"], height, width
-    c.d_ff = c.d_ff if "intermediate_size" in hf else hf["mlp_ratio"] * c.d_model
+    c.d_ff = c.d_ff if "intermediate_size" in hf else int(hf["mlp_ratio"] * c.d_model)
     path = folder / "preprocessor_config.json"
-    scaling = read_json(path) if path.exists() else {}
-    for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
-        values = tuple(map(float, scaling.get(theirs, [0.5])))
+    found = read_json(path) if path.exists() else {}
+    # theirs: (pixels of 0 to 255 · factor − mean) / std; ours: (pixels of 0 to 1 − mean) / std
+    factor = 255 * found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 255.0
+    mean, std = found.get("image_mean") or [0.5], found.get("image_std") or [0.5]
+    if not found.get("do_normalize", True):
+        mean, std = [0.0], [1.0]
+    for ours, values in (("pixel_mean", mean), ("pixel_std", std)):
+        values = values if isinstance(values, list) else [values]
+        values = tuple(float(value) / factor for value in values)
+        if len(values) not in (1, c.image_size[0]) or ours == "pixel_std" and min(values) <= 0:
+            raise UserError(f"{path}: its image_mean={mean} and image_std={std} are not those of "
+                            f"{c.image_size[0]} channels")
         setattr(c, ours, values[0] if len(set(values)) == 1 else values)
 
 
@@ -376,8 +420,8 @@ READ = {"electra": read_electra, "gpt2": read_gpt2, "modernbert": read_modernber
         "llama": read_llama, "mistral": read_mistral, "qwen2": read_qwen, "qwen3": read_qwen,
         "gemma3_text": read_gemma3, "vit": read_image, "deit": read_image, "dinov2": read_image,
         "siglip": read_image, "siglip_vision_model": read_image}
-WRITE = {"electra": write_electra, "modernbert": write_modernbert, "llama": write_llama,
-         "mistral": write_mistral, "qwen2": write_qwen, "qwen3": write_qwen,
+WRITE = {"electra": write_electra, "gpt2": write_gpt2, "modernbert": write_modernbert,
+         "llama": write_llama, "mistral": write_mistral, "qwen2": write_qwen, "qwen3": write_qwen,
          "gemma3_text": write_gemma3}
 
 
@@ -394,12 +438,13 @@ def read_windows(c, hf, folder, reach, has_window):
     if types is not None and (len(types) != c.n_layer or not kinds.issuperset(types)):
         raise UserError(f"{folder}: layer_types={types} does not name the attention of each of "
                         f"{c.n_layer} layers as one of {', '.join(sorted(kinds))}")
-    if reach <= 0:
+    layers = tuple(i for i in range(c.n_layer)
+                   if (types[i] == "sliding_attention" if types else has_window(i)))
+    if reach < 0 or not layers:
         return
-    c.window = reach
-    c.window_layers = tuple(
-        i for i in range(c.n_layer)
-        if (types[i] == "sliding_attention" if types else has_window(i)))
+    if reach == 0:
+        raise UserError(f"{folder}: attention of a token to itself alone is not supported")
+    c.window, c.window_layers = reach, layers
 
 
 def layer_types(c):
@@ -415,9 +460,11 @@ def write_decoder(c):
 
 def read_rope(c, hf, folder):
     """rope_theta and rope_scaling, in the form of transformers 4 or 5."""
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    c.rope_theta = float(parameters.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    c.rope_scaling = read_scaling(parameters, c, folder)
+    parameters = hf.get("rope_parameters") or {}
+    theta = (parameters.get("rope_theta") or (hf.get("rope_scaling") or {}).get("rope_theta")
+             or hf.get("rope_theta") or 10000.0)
+    c.rope_theta = float(theta)
+    c.rope_scaling = read_scaling(parameters, hf, c, folder)
 
 
 def write_rope(c):
@@ -431,12 +478,14 @@ def write_rope(c):
 def read_two_ropes(c, hf, folder):
     """As read_rope, with another theta for blocks with a window; 0 where there is none."""
     parameters = hf.get("rope_parameters") or {}
+    if parameters and "full_attention" not in parameters:
+        raise UserError(f"{folder}: rope_parameters has nothing for full_attention")
     whole = parameters.get("full_attention") or {}
     sliding = parameters.get("sliding_attention") or {}
     c.rope_theta = float(whole.get("rope_theta") or 0)
     c.window_rope_theta = float(sliding.get("rope_theta") or 0)
-    c.rope_scaling = read_scaling(whole or hf.get("rope_scaling") or {}, c, folder)
-    if read_scaling(sliding, c, folder):
+    c.rope_scaling = read_scaling(whole, hf, c, folder)
+    if read_scaling(sliding, {}, c, folder):
         raise UserError(f"{folder}: a scaled rope in blocks with a window is not supported")
 
 
@@ -447,21 +496,46 @@ def write_two_ropes(c):
             "layer_types": layer_types(c)}
 
 
-def read_scaling(parameters, c, folder):
-    """How rope is stretched, as ModelConfig.rope_scaling has it. Raises UserError."""
+SCALING_NUMBERS = ("factor", "original_max_position_embeddings", "low_freq_factor",
+                   "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                   "mscale_all_dim")
+ZERO_IS_NONE = "beta_fast", "beta_slow", "mscale", "mscale_all_dim"
+
+
+def read_scaling(parameters, hf, c, folder):
+    """How rope is stretched, as ModelConfig.rope_scaling has it, by an entry of rope_parameters, or
+    by transformers 4's rope_scaling in hf. Raises UserError."""
+    scaling = scaling_of(parameters, c, folder)
+    if old := hf.get("rope_scaling"):
+        old = scaling_of(old, c, folder)
+        if parameters and scaling != old:
+            raise UserError(f"{folder}/config.json: rope_scaling and rope_parameters say different "
+                            "things; write what is meant into rope_parameters alone")
+        return old
+    return scaling
+
+
+def scaling_of(parameters, c, folder):
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(f"{folder}: partial_rotary_factor={parameters['partial_rotary_factor']} is "
+                        "not supported")
     if kind == "default":
         return {}
     if kind not in ROPE_SCALINGS:
         raise UserError(f"{folder}: rope_type={kind!r} is not supported, only "
                         f"{', '.join(ROPE_SCALINGS)} are")
-    scaling = {key: value for key, value in parameters.items()
-               if key not in ("rope_theta", "type") and value is not None}
-    scaling = {"original_max_position_embeddings": c.max_len} | scaling | {"rope_type": kind}
+    scaling = {"original_max_position_embeddings": c.max_len}
+    for key in SCALING_NUMBERS:
+        value = parameters.get(key)
+        if value is not None and not (value == 0 and key in ZERO_IS_NONE):
+            scaling[key] = value
     needed = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
     for key in dict.fromkeys([*needed, *scaling]):
         value = scaling.get(key)
-        if key not in ("rope_type", "truncate") and not (type(value) in (int, float) and value > 0):
+        if not (type(value) in (int, float) and value > 0):
             raise UserError(f"{folder}: {key}={value!r} of its rope's scaling is not a number "
                             "above 0")
-    return scaling
+    if "truncate" in parameters:
+        scaling["truncate"] = parameters["truncate"]
+    return scaling | {"rope_type": kind}

@@ -22,11 +22,12 @@ from torch import nn
 
 import train
 from distributed import computing_dtype
+from families import FAMILIES
 from fetch import wheel_folder
 from settings import FinetuneConfig as Config
 from sources import resolve
 from tasks import open_device
-from weights import from_pretrained, load_checkpoint
+from weights import from_pretrained, is_huggingface, load_checkpoint
 
 
 def find_weights(cfg):
@@ -62,12 +63,13 @@ def with_weights_settings(cfg, path):
     if resolve(cfg).kind == "image":
         config = path / "config.json"  # Hugging Face's, or that of a run of ours
         saved = read_settings(config)
-        saved = saved.get("vision_config", saved)  # SigLIP's has two parts
+        if family := FAMILIES.get(saved.get("model_type")):
+            saved = family.assumed | saved.get("vision_config", saved)  # SigLIP's has two parts
         patch = saved.get("patch_size") or saved.get("patch", cfg.patch)
         return dataclasses.replace(cfg, patch=check(type(cfg), "patch", patch, config))
     if (path / "tokenizer.json").exists():
         return dataclasses.replace(cfg, tokenizer=str(path / "tokenizer.json"))
-    if (path / "model.safetensors").exists():
+    if is_huggingface(path):
         raise UserError(f"{path}: there is no tokenizer.json; save it with transformers' "
                         "AutoTokenizer.from_pretrained(…).save_pretrained(…)")
     checkpoint = load_checkpoint(path)
@@ -122,8 +124,8 @@ def make_model(cfg, meta, task, path):
     if task.compares_examples:  # its own head, which will be fitted
         changes |= task.head
     model = from_pretrained(path, task.head["n_classes"], cfg.new_head or task.compares_examples,
-                            cfg.max_len, image_size, meta["label_names"], cfg.pooling, changes,
-                            dtype_of_base(cfg))
+                            cfg.max_len, image_size, meta["label_names"], meta["scaling"],
+                            cfg.pooling, changes, dtype_of_base(cfg))
     config = model.config
     if config.lm_head and config.causal != task.head["causal"]:
         way_out = "both ways: continue with --objective=mlm --mask_prob=0.3"

@@ -66,6 +66,10 @@ def damaged(path, rebuild):
                      f"rebuild the data set with: {rebuild}")
 
 
+# after which a language model's text is over
+END_TOKENS = "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"
+
+
 def mask_token(tokenizer):
     """What a tokenizer calls its mask, None where it has none."""
     names = "[MASK]", "<mask>"

@@ -13,10 +13,8 @@ from configurator import UserError
 
 import torch
 
-from format import mask_token
+from format import END_TOKENS, mask_token
 from model import at_least_float32
-
-END_TOKENS = "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"
 
 
 class CachedLayout:

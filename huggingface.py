@@ -21,10 +21,12 @@ from configurator import (
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
-from families import FAMILIES, read_config, write_config
+from families import FAMILIES, n_unused_positions, read_config, write_config
+from format import END_TOKENS
 from model import ModelConfig, Transformer, qkv_rows
 
 
@@ -73,7 +75,8 @@ def read_hf(folder, pooling=None):
     classifier. Of a folder that save_hf wrote for our own trunk: (dict, state dict).
 
     A sentence-transformers folder says itself how tokens become one vector (modules.json), which
-    goes before the family's way; pooling: another one, with the family's head.
+    goes before the family's way, but not before one that is asked for: pooling, with the family's
+    head.
     """
     folder = Path(folder)
     try:
@@ -83,7 +86,7 @@ def read_hf(folder, pooling=None):
             return dict(hf["model_config"]), theirs
         config = read_config(hf, folder)
         own = read_sentence_settings(folder)
-        if own and pooling in (None, own["pooling"]):
+        if own and pooling is None:
             config = replace(config, **own)
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error)).name
@@ -241,6 +244,8 @@ def rename_weights(config, theirs, hf, folder):
     """Their weights under our names; sets config.n_classes to what their head has, and
     config.lm_head."""
     family = FAMILIES[config.family]
+    theirs = {current_name(name): w for name, w in theirs.items()
+              if not is_of_another_task(name, hf)}
     if not any(name.startswith(family.root) for name in theirs):  # saved from the bare trunk
         theirs = {family.root + name: w for name, w in theirs.items()}
     ignored = family.ignored
@@ -252,7 +257,7 @@ def rename_weights(config, theirs, hf, folder):
     head = their_names("head.weight", family)[0]
     config.n_classes = theirs[head].shape[0] if head in theirs else 0
     if "lm_head" in family.names:
-        read_lm_head(config, theirs, hf, folder)
+        read_lm_head(config, theirs, hf)
     with_head = replace(config, n_classes=config.n_classes or 1)
     expected = skeleton(Transformer, with_head, theirs, folder)
     scales = read_scales(config, theirs, folder)
@@ -275,13 +280,28 @@ def rename_weights(config, theirs, hf, folder):
         if is_norm(name):
             w.offset = family.norm_offset
         if name == "position.weight" and family.pads_positions:
-            w.skip = hf.get("pad_token_id", 1) + 1
+            w.skip = n_unused_positions(hf, folder)
             w.shape = w.shape[0] - w.skip, *w.shape[1:]
         w.scale = scales.get(name.rpartition(".")[0])
     if theirs:
         more = f" (and {len(theirs) - 1} more)" if len(theirs) > 1 else ""
         raise UserError(f"{folder}: {next(iter(theirs))} is left over{more}")
     return ours
+
+
+def current_name(name):
+    """A weight's name; Google's BERTs call those of norms otherwise."""
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def is_of_another_task(name, hf):
+    """Is it of a head that tells no texts apart, though it may be called as one that does?"""
+    others = "TokenClassification", "MultipleChoice", "QuestionAnswering"
+    saved_as = str((hf.get("architectures") or [""])[0])
+    return saved_as.endswith(others) and name.startswith(("classifier.", "score.", "qa_outputs."))
 
 
 def stack(weights, folder):
@@ -299,12 +319,18 @@ def stack(weights, folder):
     return StoredWeight(parts, (n_rows, *first.shape[1:]), first.kind)
 
 
-def read_lm_head(config, theirs, hf, folder):
+def read_lm_head(config, theirs, hf):
     """Set config.lm_head; forget a copy of the embedding."""
-    if not hf.get("tie_word_embeddings", config.family == "gemma3_text"):
-        config.lm_head = "own"
-    else:
+    family = FAMILIES[config.family]
+    tied = (family.assumed | hf).get("tie_word_embeddings", False)
+    embedding = theirs.get(their_names("embedding.weight", family)[0])
+    lm_head = theirs.get("lm_head.weight")
+    if tied and lm_head and embedding and lm_head.shape == embedding.shape:
+        tied = torch.equal(lm_head.tensor(), embedding.tensor())  # else as transformers 5 reads it
+    if tied:
         theirs.pop("lm_head.weight", None)
+    else:
+        config.lm_head = "own"
 
 
 def read_scales(config, theirs, folder):
@@ -325,12 +351,12 @@ def read_scales(config, theirs, folder):
 
 SPECIAL_TOKENS = {  # role → what such a token is called, in order of preference
     "pad_token": ("[PAD]", "<pad>", "<|finetune_right_pad_id|>", "<|endoftext|>",
-                  "<|end_of_text|>", "</s>"),
+                  "<|end_of_text|>", "</s>", "<s>"),
     "unk_token": ("[UNK]", "<unk>", "<|endoftext|>"),
     "cls_token": ("[CLS]", "<s>"), "sep_token": ("[SEP]", "</s>"),
     "mask_token": ("[MASK]", "<mask>"),
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
-    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")}
+    "eos_token": END_TOKENS}
 
 
 def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scaling=None,
@@ -343,20 +369,36 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
     c = model.config
     weights = model.state_dict()
     if c.n_classes and not label_names and c.family != "ours":
-        weights |= head_in_own_unit(weights, scaling)
+        if "head.bias" not in weights:
+            raise UserError("a regression of this family has no bias in its head, so it cannot be "
+                            "written as a Hugging Face folder: predict.py labels with it")
+        weights |= head_in_unit(weights, scaling["target_std"], scaling["target_mean"])
     folder = Path(folder)
     if c.image_size or c.model != "transformer":
         what = c.family if c.image_size else c.model
         raise UserError(f"a {what} model cannot be written as a Hugging Face folder")
     added = json.loads(tokenizer_json).get("added_tokens", ())
     ids = {token["content"]: token["id"] for token in added}
+    config = {"model_type": "textcls", "model_config": vars(c)}
+    ends_texts = ()
+    if c.family != "ours" and c.n_classes and c.pooling == "last":
+        # theirs looks for the last token that is no padding
+        ends_texts = Tokenizer.from_str(tokenizer_json).encode("").ids[-1:]
     roles = {}
     for role, names in SPECIAL_TOKENS.items():
-        if name := next((name for name in names if name in ids), None):
-            roles[role] = name
-    config = {"model_type": "textcls", "model_config": vars(c)}
+        possible = [name for name in names if name in ids]
+        if role == "pad_token" and ends_texts:
+            possible += [token["content"] for token in added if token["special"]]
+            possible = [name for name in possible if ids[name] not in ends_texts]
+        if possible:
+            roles[role] = possible[0]
     if c.family != "ours":
-        config = their_config(c, ids.get(roles.get("pad_token"), 0))
+        # without a token for padding theirs reads one text at a time
+        no_pad = None if c.n_classes and c.pooling == "last" else 0
+        config = their_config(c, ids.get(roles.get("pad_token"), no_pad))
+        ends = [ids[name] for name in END_TOKENS if name in ids]
+        config |= {"bos_token_id": ids.get(roles.get("bos_token")),
+                   "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
         weights = their_weights(c, weights, config)
     if label_names:
         config |= {"id2label": dict(enumerate(label_names)),
@@ -384,13 +426,10 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
             os.replace(file, folder / file.name)
 
 
-def head_in_own_unit(weights, scaling):
-    """A regression's head with the target's standardisation undone."""
-    if "head.bias" not in weights:
-        raise UserError("a regression of this family has no bias in its head, so it cannot be "
-                        "written as a Hugging Face folder: predict.py labels with it")
-    return {"head.weight": weights["head.weight"] * scaling["target_std"],
-            "head.bias": weights["head.bias"] * scaling["target_std"] + scaling["target_mean"]}
+def head_in_unit(weights, factor, shift):
+    """The weights of a regression's head whose outputs are multiplied and shifted."""
+    return {"head.weight": weights["head.weight"] * factor,
+            "head.bias": weights["head.bias"] * factor + shift}
 
 
 def their_config(c, pad_token_id):
@@ -399,9 +438,10 @@ def their_config(c, pad_token_id):
     poolings = family.poolings
     own_head = family.constants.get("head_dense")
     if c.n_classes and (c.pooling not in poolings or c.normalize or c.head_dense != own_head):
+        normalized = ", vectors of length 1" if c.normalize else ""
         raise UserError(f"transformers' {c.family} classifier cannot compute this head (pooling "
-                        f"by {c.pooling}): fine-tune with --pooling={poolings[0]} and --objective="
-                        "classify to export it")
+                        f"by {c.pooling}{normalized}): fine-tune with --pooling={poolings[0]} and "
+                        "--objective=classify to export it")
     if not c.n_classes and (not family.language_model or not c.causal):
         raise UserError(f"transformers' {c.family} language model has a layer before its words "
                         "that ours lacks; make a classifier of it with finetune.py --init_from")

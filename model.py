@@ -355,10 +355,12 @@ ROPE_SCALINGS = {"linear": linear_rope, "llama3": llama3_rope, "yarn": yarn_rope
 
 
 def patchify(x, p):
-    """Images as rows of patches: (B, C, H, W) → (B, H/p · W/p, C·p·p)."""
+    """Images as rows of patches: (B, C, H, W) → (B, H//p · W//p, C·p·p). Pixels at the right and at
+    the bottom that fill no patch are left out, as by a convolution."""
     B, C, H, W = x.shape
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, H // p * (W // p), C * p * p)
+    h, w = H // p, W // p
+    x = x[:, :, : h * p, : w * p].reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, h * w, C * p * p)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Survey:
         if source.target == "class" and len(self.ids) < 2:
             raise UserError(f"{files['train']}: every example has the label {list(self.ids)[0]!r}; "
                             "a classifier needs two labels or more (is --label_column the right "
-                            "one?)")
+                            "one? Text without labels, for a language model: --target=none)")
         if source.target == "labels" and not self.ids:
             raise UserError(f"{files['train']}: no row has a label (is --label_column the right "
                             "one?)")

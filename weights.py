@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import is_fake
 
 from baselines import build_model
-from huggingface import SkipInit, StoredWeight, read_hf, read_label_names, skeleton
+from huggingface import (
+    SkipInit,
+    StoredWeight,
+    head_in_unit,
+    read_hf,
+    read_label_names,
+    skeleton,
+)
 from model import ModelConfig, Transformer
 from sharding import read_parts
 
@@ -56,7 +63,13 @@ def load_checkpoint(path, map_location="cpu", parts=True):
     except (UserError, MemoryError):
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint") from None
+        hint = ""
+        if (path.parent / "adapter_config.json").exists():
+            hint = "; the folder holds an adapter alone: merge it with its model and save that"
+        elif is_huggingface(path.parent):
+            hint = f"; it is a Hugging Face folder: finetune.py --init_from={path.parent} begins "\
+                   "with one"
+        raise UserError(f"{path}: there is no such checkpoint{hint}") from None
     except zipfile.BadZipFile:
         raise UserError(f"{path}: refused: truncated, or not a checkpoint (a bare pickle could run "
                         "code); restore it, or train again with --overwrite=True") from None
@@ -177,15 +190,17 @@ def is_huggingface(path):
 
 
 def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None,
-                    label_names=None, pooling=None, changes=None, dtype=torch.float32):
+                    label_names=None, scaling=None, pooling=None, changes=None,
+                    dtype=torch.float32):
     """The Transformer of a checkpoint (a file, or a run's folder) or of a Hugging Face folder, in
     eval mode.
 
     n_classes: return a classifier, with the weights' own head, or a fresh one where they have none
     or with new_head. label_names: the classes in the data's order, to which the head's rows are
-    brought; None: its own order. n_classes=0: return a language model. Our checkpoints keep their
-    own head; others get one that is tied to the embedding. For GPT-2 that is exact; the rest lack
-    the layer before their head, so that it has to be trained. max_len: tokens that the model must
+    brought; None: its own order. scaling: of a regression, the target's mean and deviation, to which
+    the head is brought. n_classes=0: return a language model. Our checkpoints and decoders keep
+    their own head; encoders get one that is tied to the embedding, and lack the layer before it, so
+    that it has to be trained. max_len: tokens that the model must
     read. image_size: for images of another size, learned positions are interpolated (bicubic;
     Dosovitskiy et al. 2021, section 3.2). pooling: how tokens become one vector; None: as the
     weights say. changes: to the ModelConfig. dtype: of all but the head; the weights are in memory
@@ -194,14 +209,14 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     """
     if is_huggingface(path):
         config, weights = read_hf(path, pooling)
-        names = read_label_names(path)
+        names, own_scaling = read_label_names(path), {}
         if isinstance(config, dict):  # a folder that save_hf wrote for our own trunk
             config = read_model_config(config, path)
     else:
         saved = load_checkpoint(path)
         config = read_model_config(saved["model_config"], path)
         weights = saved["model"]
-        names = saved["label_names"]
+        names, own_scaling = saved["label_names"], saved["scaling"]
     if n_classes is None and config.lm_head == "own" and "lm_head.weight" not in weights:
         config.lm_head = ""  # of a trunk that is saved alone
     if n_classes == 0:
@@ -221,6 +236,8 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
         config.n_classes = n_classes
         if label_names and not new_head:
             weights = weights | head_in_order(weights, names, label_names, path)
+        if "target_mean" in (scaling or {}) and not new_head:
+            weights = weights | standardised_head(weights, own_scaling, scaling, path)
     if config.image_size:
         weights = fit_image_size(config, weights, image_size, max_len, path)
     elif image_size:
@@ -253,6 +270,18 @@ def head_in_order(weights, names, label_names, path):
     order = [names.index(name) for name in label_names]
     return {name: as_tensor(weights[name])[order]
             for name in ("head.weight", "head.bias") if name in weights}
+
+
+def standardised_head(weights, own, scaling, path):
+    """A regression's head, which predicts by `own` scaling ({}: in the target's unit), for another
+    scaling."""
+    if "head.bias" not in weights:
+        raise UserError(f"{path}: its head has no bias, so it cannot be fitted to the data's mean; "
+                        "give it a new one with --new_head=True")
+    std = scaling["target_std"]
+    shift = (own.get("target_mean", 0.0) - scaling["target_mean"]) / std
+    head = {name: as_tensor(weights[name]) for name in ("head.weight", "head.bias")}
+    return head_in_unit(head, own.get("target_std", 1.0) / std, shift)
 
 
 def as_tensor(w):

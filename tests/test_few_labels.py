@@ -300,8 +300,10 @@ def test_the_folder_says_how_tokens_become_a_vector(sentence_folder):
         for row, document in zip(got, ids):
             hidden = theirs(torch.tensor([document]))[0][0]
             torch.testing.assert_close(row, F.normalize(hidden.mean(0), dim=0), atol=1e-5, rtol=0)
-    # another pooling is the family's, with its own layer before the head
-    assert from_pretrained(folder, n_classes=3, pooling="cls").config.head_dense == "tanh"
+    # one that is asked for is the family's, with its own layer before the head
+    for pooling in ("cls", "mean"):
+        c = from_pretrained(folder, n_classes=3, pooling=pooling).config
+        assert (c.pooling, c.normalize, c.head_dense) == (pooling, False, "tanh")
     cfg = finetune.with_weights_settings(finetune.Config(kind="image", dataset="mnist5k"), folder)
     assert cfg.max_len == 12
 

@@ -140,7 +140,13 @@ def test_lora_trains_little_and_merges_exactly(settings, bert):
     )
     merged = from_pretrained(settings["out_dir"])
     cfg = finetune.Config(**settings | dict(lora_rank=2, lora_alpha=4.0))
-    meta = {"task": "classification", "kind": "text", "label_names": "abc", "vocab_size": 20}
+    meta = {
+        "task": "classification",
+        "kind": "text",
+        "label_names": "abc",
+        "vocab_size": 20,
+        "scaling": {},
+    }
     unmerged = finetune.make_model(cfg, meta, class_task(3), bert)
     unmerged.load_state_dict(last["model"])
     docs = packed([np.arange(1, 9), np.arange(3, 20)])

@@ -452,6 +452,52 @@ def test_other_towers_for_images(tmp_path, name, size):
     assert fresh(x).shape == (5, 4)
 
 
+@pytest.mark.parametrize(
+    "how, scaled",
+    [
+        (dict(do_normalize=False), lambda x: x / 255),
+        (dict(do_rescale=False), lambda x: (x - 0.4) / 0.2),
+        (dict(rescale_factor=1 / 127.5), lambda x: (x / 127.5 - 0.4) / 0.2),
+        (dict(image_mean=None, image_std=None), lambda x: x / 127.5 - 1),
+    ],
+)
+def test_pixels_are_scaled_as_the_folder_says(tmp_path, how, scaled):
+    cls, config = TOWERS["dinov2"]
+    model = cls(config).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path)
+    how = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3} | how
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(how))
+    x = torch.randint(0, 256, (5, 3, *[config.image_size] * 2), dtype=torch.uint8)
+    with torch.no_grad():
+        got, expected = from_pretrained(tmp_path)(x), model(scaled(x.double()).float()).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    wrong = how | {"image_std": [0.0] * 3, "do_normalize": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match="image_std"):
+        from_pretrained(tmp_path)
+
+
+def test_pixels_that_fill_no_patch_are_left_out(tmp_path):
+    config = hf.ViTConfig(
+        image_size=17, patch_size=5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, num_labels=3,
+    )  # fmt: skip
+    model = hf.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.randint(0, 256, (5, 3, 17, 17), dtype=torch.uint8)
+    with torch.no_grad():
+        got, expected = from_pretrained(tmp_path)(x), model(x / 127.5 - 1).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_trunk_of_a_distilled_deit_gets_a_new_head(tmp_path):
+    config = TOWERS["deit"][1]
+    hf.DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, n_classes=4)
+    assert loaded.head.weight.shape == (4, config.hidden_size)
+
+
 def test_vit_refusals(vit):
     with pytest.raises(UserError, match="reads images of 1 channels, not images of 3 channels"):
         from_pretrained(vit[1], image_size=(3, 16, 16))
@@ -461,7 +507,9 @@ def test_vit_refusals(vit):
 
 def test_the_patch_of_a_tower_with_a_text_half_is_read(tmp_path, images):
     """SigLIP's config.json has two parts, and its folder a tokenizer."""
-    (tmp_path / "config.json").write_text('{"vision_config": {"patch_size": 3}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "siglip", "vision_config": {"patch_size": 3}}'
+    )
     (tmp_path / "tokenizer.json").write_text("{}")
     names = "n_layer", "d_model", "n_head", "patch"
     settings = {k: v for k, v in images.items() if k not in names}

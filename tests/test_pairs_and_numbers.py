@@ -19,7 +19,7 @@ from format import pair_template
 from labelling import label_file
 from predict import Classifier, open_data
 from predict import Config as PredictConfig
-from tests.conftest import open_split, script
+from tests.conftest import open_split, packed, script
 from weights import from_pretrained
 
 hf = pytest.importorskip("transformers")
@@ -331,6 +331,14 @@ def test_fine_tuned_numbers_go_out_in_their_own_unit(tmp_path):
     with torch.no_grad():
         theirs = model(**tokenizer("goal rain book", return_tensors="pt")).logits.item()
     assert ours["value"] == pytest.approx(theirs, abs=1e-3) and theirs > 50
+    # and come back from there, or from our checkpoint, for a target with another mean and spread
+    for path in (folder, settings["out_dir"]):
+        scaling = {"target_mean": 7.0, "target_std": 3.0}
+        model = from_pretrained(path, n_classes=1, scaling=scaling)
+        ids = np.array(tokenizer("goal rain book")["input_ids"])
+        with torch.no_grad():
+            value = model(*packed([ids])).item() * 3.0 + 7.0
+        assert value == pytest.approx(theirs, abs=1e-3)
 
 
 def test_pairs_go_out_to_transformers(tmp_path):

@@ -6,15 +6,18 @@ import os
 import subprocess
 import sys
 
-from configurator import UserError
+from configurator import UserError, read_json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import encoding
 import fetch
 import settings
+from families import read_config
 from generate import generate
 from huggingface import save_hf
 from tests.conftest import ROOT, packed
@@ -124,6 +127,21 @@ def reference(name, cls=hf.AutoModelForSequenceClassification):
     return model.eval()
 
 
+def words(special="", number=0, ends_texts=False):
+    """A tokenizer.json of 90 words; special: one that is a special token, with this number."""
+    vocabulary = {special if special and i == number else f"w{i}": i for i in range(90)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w5"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if special:
+        tokenizer.add_special_tokens([special])
+    if ends_texts:
+        tokenizer.add_special_tokens(["w89"])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {special}", special_tokens=[(special, number)]
+        )
+    return tokenizer.to_str()
+
+
 def documents(longest, vocab=90):
     g = torch.Generator().manual_seed(1)
     return [
@@ -164,8 +182,8 @@ def test_parity_and_round_trip(tmp_path, name):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
     pad_name = "<pad>" if name in PADS_POSITIONS else "[PAD]"
-    pad = {"content": pad_name, "id": CONFIGS[name].pad_token_id}
-    save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], json.dumps({"added_tokens": [pad]}))
+    tokenizer = words(pad_name, CONFIGS[name].pad_token_id)
+    save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], tokenizer)
     back = hf.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", attn_implementation="eager"
     ).eval()
@@ -215,11 +233,11 @@ def test_a_language_model_goes_in_and_out(tmp_path, name):
                 )
 
     check(model)
-    save_hf(loaded, tmp_path / "ours", [], json.dumps({"added_tokens": []}))
+    save_hf(loaded, tmp_path / "ours", [], words("</s>", 2))
     back = hf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager"
     ).eval()
-    assert type(back) is type(model)
+    assert type(back) is type(model) and back.generation_config.eos_token_id == 2
     check(back)
     prompt = docs[0].tolist()
     expected = model.generate(
@@ -243,13 +261,95 @@ def test_a_config_of_transformers_4_says_the_same(tmp_path, name):
         config.pop(key, None)
     path.write_text(json.dumps(config))
     loaded, docs = from_pretrained(tmp_path / "theirs"), documents(58)
-    save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], json.dumps({"added_tokens": []}))
+    save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], words("[PAD]", 0))
     back = hf.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", attn_implementation="eager"
     ).eval()
     for got in (ours(loaded, docs), theirs(back, docs, 0)):
         for x, y in zip(got, theirs(model, docs, 0)):
             torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma3"])
+def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path, name):
+    CONFIGS[name].save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    for key in ("num_key_value_heads", "sliding_window", "layer_types"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assumed = hf.AutoConfig.from_pretrained(tmp_path)
+    found = read_config(config | {"use_sliding_window": True, "max_window_layers": 0}, tmp_path)
+    assert found.n_kv_head == assumed.num_key_value_heads and found.window == 4095
+
+
+def test_norms_may_have_the_names_of_googles_bert(tmp_path):
+    model = reference("bert")
+    model.save_pretrained(tmp_path)
+    weights = {}
+    for key, w in load_file(tmp_path / "model.safetensors").items():
+        if "LayerNorm" in key:
+            key = key.replace(".weight", ".gamma").replace(".bias", ".beta")
+        weights[key] = w
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    docs = documents(60)
+    for got, want in zip(ours(from_pretrained(tmp_path), docs), theirs(model, docs, 0)):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, tied", [("gpt2", False), ("smollm2", True), ("gpt2", True)])
+def test_an_output_layer_of_its_own_is_used(tmp_path, name, tied):
+    """Also where config.json calls it tied, as transformers 5 does."""
+    config = CONFIGS[name].to_dict() | {"tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(type(CONFIGS[name])(**config)).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(read_json(path) | {"tie_word_embeddings": tied}))
+    loaded = from_pretrained(tmp_path, n_classes=0)
+    (document,) = documents(60)[3:4]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(*packed([document.numpy()])), model(document[None]).logits[0], atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    "kind", ["BertForTokenClassification", "ModernBertForTokenClassification",
+             "LlamaForTokenClassification", "BertForQuestionAnswering", "BertForMultipleChoice"]
+)  # fmt: skip
+def test_the_head_of_another_task_is_not_taken_for_a_classifiers(tmp_path, kind):
+    name = kind.partition("For")[0].lower()
+    getattr(hf, kind)(CONFIGS[name]).save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).config.n_classes == 0
+    assert from_pretrained(tmp_path, n_classes=3).head.weight.shape == (3, 32)
+
+
+@pytest.mark.parametrize("special, ends_texts", [("</s>", True), ("<|endoftext|>", False), ("", 0)])
+def test_what_ends_a_text_is_not_its_padding(tmp_path, special, ends_texts):
+    reference("llama").save_pretrained(tmp_path / "theirs")
+    loaded = from_pretrained(tmp_path / "theirs")
+    save_hf(loaded, tmp_path / "ours", ["x", "y", "z"], words(special, 3, ends_texts))
+    back = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    texts = ["w7 w8 w0", "w9", "w9 w8 w7 w6 w4"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    with torch.no_grad():
+        expected = loaded(*packed([np.array(x) for x in ids]))
+        if special:
+            got = back(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        else:  # none is known, so that no word is taken for one
+            assert back.config.pad_token_id is None
+            got = torch.cat([back(torch.tensor([x])).logits for x in ids])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_a_mistral_with_windows_in_some_layers_is_not_written_as_one(tmp_path):
+    reference("mistral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    types = ["sliding_attention", "full_attention"] * 2
+    path.write_text(json.dumps(read_json(path) | {"layer_types": types}))
+    with pytest.raises(UserError, match="window in all layers"):
+        save_hf(from_pretrained(tmp_path), tmp_path / "ours", ["x", "y", "z"], words("[PAD]"))
 
 
 def test_a_narrow_embedding_is_no_output_layer(tmp_path):
@@ -275,6 +375,13 @@ def test_a_trunk_without_its_output_layer_is_no_language_model(tmp_path):
         (dict(model_type="mistral", layer_types=["sliding_attention"]), "each of 4 layers"),
         (dict(model_type="qwen2", layer_types=["chunked_attention"] * 4), "chunked_attention"),
         (dict(num_key_value_heads=3), "settings cannot be those of its weights|is .*, not"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "say different things"),
+        (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=1)), "rope_theta=1.0"),
+        (dict(rms_norm_eps=-1), "norm_eps=-1"),
+        (dict(model_type="mistral", sliding_window=1), "of a token to itself alone"),
+        (dict(model_type="qwen3", attention_bias=True), "attention_bias=True is not supported"),
+        (dict(quantization_config=dict(load_in_8bit=True)), "quantized"),
     ],
 )
 def test_what_a_decoder_does_not_support_is_refused_by_name(tmp_path, change, says):
