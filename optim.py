@@ -51,6 +51,7 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
     lr = cfg.learning_rate or 1.0  # each step sets it; SparseAdam refuses 0
     betas = (cfg.beta1, cfg.beta2)
     fused = embedding is None or not embedding.sparse
+    sharded = any(map(is_sharded, parameters.values()))  # SGD has no fused step of these
     make = {
         "adamw": lambda groups: torch.optim.AdamW(groups, lr, betas, fused=True),
         # beta1 = 0: with 0.9 a row that is read once would move by a tenth of its step
@@ -58,7 +59,7 @@ def make_optimizers(model, cfg, device, lr_scale=None, dtype=torch.float32):
         "muon": lambda groups: Muon(groups, lr, dtype=dtype),
         "adagrad": lambda groups: Adagrad(groups, lr),
         "sgd": lambda groups: torch.optim.SGD(groups, lr, cfg.beta1, nesterov=cfg.beta1 > 0,
-                                              fused=fused)}
+                                              fused=fused and not sharded)}
     optimizers = []
     for name, by_settings in grouped.items():
         groups = []

@@ -73,6 +73,17 @@ def open_run(cfg, parts=True):
     return load_checkpoint(out / "last.pt", parts=parts) if (out / "last.pt").exists() else None
 
 
+def open_checkpoint(cfg, machine):
+    """What open_run returns on rank 0, on all processes. Tensors that lie in parts are left there
+    if weights are spread and all processes see the parts."""
+    checkpoint = machine.on_rank0(lambda: open_run(cfg, parts=not machine.sharded))
+    if checkpoint and "shards" in checkpoint:
+        folder = Path(cfg.out_dir) / Path(checkpoint["shards"]["folder"]).name
+        if not machine.sees(folder):
+            return machine.on_rank0(lambda: open_run(cfg))
+    return checkpoint
+
+
 def begins_anew(cfg):
     """Does a run pay no heed to what is in its out_dir?"""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: goes on
@@ -123,8 +134,8 @@ def begin_run(cfg, checkpoint, lock):
         lock.acquire()
         for name in (".config.tmp.json", ".last.tmp.pt", ".best.tmp.pt", ".metrics.tmp.jsonl"):
             (out / name).unlink(missing_ok=True)  # left by a run that was killed
-        remove_parts(out, but=checkpoint and checkpoint.get("shards", {}).get("folder"))
         if checkpoint is None:
+            remove_parts(out)
             for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
                 (out / name).unlink(missing_ok=True)
             write_json(out / "config.json", asdict(cfg))
@@ -261,6 +272,8 @@ class Checkpoints:
         checkpoint = whole(checkpoint, self.machine)
         if self.machine.rank == 0:
             self.write(name, checkpoint)
+            if name == "last":
+                remove_parts(self.out)  # of the run's time with --parallel=fsdp
 
     def write(self, name, checkpoint):
         save_checkpoint(self.out / f"{name}.pt", checkpoint)

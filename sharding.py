@@ -198,7 +198,8 @@ def read_parts(checkpoint, out, like=None):
                 wanted[keystr(path)] = torch.empty_like(p, dtype=wanted[keystr(path)].dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+            # no_dist: each process reads what it needs, and waits for no other
+            load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (Exception, CheckpointException) as error:  # damaged files raise many types
         raise UserError(f"{folder}: cannot be read ({reason_of(error)}): restore it, or train "
                         "again with --overwrite=True") from None

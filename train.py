@@ -37,6 +37,7 @@ from runs import (
     facts_of,
     finish_wandb,
     hash_of,
+    open_checkpoint,
     open_run,
     restore,
     start_wandb,
@@ -190,7 +191,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     machine.check_agreement(lambda: facts_of(cfg))
     checkpoint = None
     if not cfg.dry_run:
-        checkpoint = machine.on_rank0(lambda: open_run(cfg, parts=not machine.sharded))
+        checkpoint = open_checkpoint(cfg, machine)
         check_nothing_later(cfg, machine, checkpoint)
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint['best'])}); "

@@ -42,7 +42,12 @@ PARTS = {"folder": str, "files": {"*": int}, "tensors": {"*": list[int]}}  # see
 def save_checkpoint(path, checkpoint):
     """Write a dict: `path` is whole and on disk, or as it was before. Raises UserError."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
 
@@ -90,7 +95,8 @@ def load_checkpoint(path, map_location="cpu", parts=True):
         raise UserError(f"{path}: damaged, or not written by this project: its {wrong} is missing "
                         "or not what it should be")
     if parts and "shards" in checkpoint:
-        return read_parts(checkpoint, path.parent)
+        checkpoint = read_parts(checkpoint, path.parent)
+        del checkpoint["shards"]  # none of it lies elsewhere now
     return checkpoint
 
 
@@ -197,7 +203,7 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
 
     n_classes: return a classifier, with the weights' own head, or a fresh one where they have none
     or with new_head. label_names: the classes in the data's order, to which the head's rows are
-    brought; None: its own order. scaling: of a regression, the target's mean and deviation, to which
+    brought; None: its own order. scaling: of a regression, the target's mean and spread, to which
     the head is brought. n_classes=0: return a language model. Our checkpoints and decoders keep
     their own head; encoders get one that is tied to the embedding, and lack the layer before it, so
     that it has to be trained. max_len: tokens that the model must

@@ -279,22 +279,38 @@ def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-def test_a_full_disk_during_a_save_leaves_the_last_checkpoint(toy, tmp_path):
-    toy |= dict(n_layer=2, epochs=2.0, eval_interval=999, save_interval=4, parallel="fsdp")
+def test_parts_on_one_machine_are_sent_to_the_others(toy, tmp_path):
+    toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=4, parallel="fsdp")
+    toy |= dict(data_dir="data", out_dir="out")
+    stop = "real = train.compute_gradient\nimport signal\n" + CRASH.partition("\n")[2].replace(
+        "os._exit(7)", "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    out, err, status = ended(launch(2, toy, tmp_path, "calls = []\n" + stop))
+    assert (tmp_path / "out/last-11").is_dir(), out + err
+    away = "if rank == 1: os.makedirs('away'); os.chdir('away')"
+    out, err, status = ended(launch(2, toy, tmp_path, away))
+    assert status == 0 and "continuing at step 11" in out, err[-3000:]
+    assert (tmp_path / "away/data").is_dir() and not (tmp_path / "away/out").exists()
+
+
+@pytest.mark.parametrize("parallel, what", [("fsdp", "last-8"), ("ddp", "last.pt")])
+def test_a_full_disk_during_a_save_leaves_the_last_checkpoint(toy, tmp_path, parallel, what):
+    toy |= dict(n_layer=2, epochs=2.0, eval_interval=999, save_interval=4, parallel=parallel)
     full = (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "save = runs.ShardedSaver.save\n"
-        "def fill(self, checkpoint):\n"
-        "    if checkpoint['step'] == 8:\n"
+        "save = runs.Checkpoints.save_last\n"
+        "def fill(self, progress):\n"
+        "    if progress.step == 8:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "    save(self, checkpoint)\n"
-        "runs.ShardedSaver.save = fill"
+        "    save(self, progress)\n"
+        "runs.Checkpoints.save_last = fill"
     )
     _, err, status = ended(launch(2, toy, tmp_path, full))
+    assert status != 0 and 'started.py", line' not in err, err[-3000:]  # no traceback of ours
     lines = [line for line in err.splitlines() if line.startswith("started.py: error")]
-    assert status != 0 and "last-8 cannot be written (" in lines[0], err[-3000:]
-    assert "File too large" in lines[0]
+    (said,) = {line for line in lines if "cannot be written" in line}
+    assert what in said and "File too large" in said, err[-3000:]
     assert load_checkpoint(f"{toy['out_dir']}/last.pt")["step"] == 4
     done = script("train.py", torchrun=2, **toy)
     assert done.returncode == 0 and "continuing at step 4" in done.stdout

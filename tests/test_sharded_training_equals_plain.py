@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 from configurator import UserError
 
@@ -45,7 +46,14 @@ def assert_same(a, b, tolerance):
     "changes",
     [
         # batches of 5 leave the last process without examples, and val has uneven shares
-        dict(batch_size=5, micro_batch_tokens=40, ema_decay=0.9, pooling="last"),
+        dict(
+            batch_size=5,
+            micro_batch_tokens=40,
+            ema_decay=0.9,
+            pooling="last",
+            optimizer="sgd",
+            learning_rate=0.1,
+        ),
         dict(optimizer="muon", objective="clm", micro_batch_tokens=64),
         dict(optimizer="muon", objective="mlm", mask_prob=0.3, weight_decay=0.0),
         dict(dtype="bfloat16", checkpoint_activations=True, learning_rate=0.0005),
@@ -67,13 +75,15 @@ def stopped(settings, n, n_losses):
     return load_checkpoint(f"{settings['out_dir']}/last.pt")["step"]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(toy):
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_run_goes_on_with_another_number_of_processes(toy, n):
     toy = toy | dict(n_layer=2, epochs=3.0, eval_interval=99, ema_decay=0.9, optimizer="muon")
     whole = run(toy, 2, "whole")
     cut = toy | dict(out_dir=f"{toy['out_dir']}-cut")
     assert 0 < stopped(cut | dict(parallel="fsdp"), 2, 2) < 18
     assert 0 < stopped(cut | dict(parallel="fsdp"), 4, 6) < 18
-    assert_same(whole, run(toy, 0, "cut", parallel="ddp"), 3e-4)
+    assert_same(whole, run(toy, n, "cut", parallel="ddp"), 3e-4)
+    assert not list(Path(cut["out_dir"]).glob("last-*"))  # all is in last.pt now
 
 
 def test_as_many_processes_go_on_bit_for_bit(toy):
