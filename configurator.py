@@ -203,7 +203,9 @@ def conform(annotation, value):
         return value is None, value
     if annotation is float and type(value) is int:
         return True, float(value)
-    return type(value) is annotation, value
+    if annotation is int:
+        return type(value) is int, value  # True is none
+    return isinstance(value, annotation), value
 
 
 def parse(annotation, text):

@@ -21,11 +21,12 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
+import time
 from array import array
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from configurator import (
     UserError,
@@ -126,14 +127,16 @@ class Plan:
             raise cannot_write(folder, error) from error
         self.numbers, self.n = parse_shards(source.shards)
         files = members(source.train_file, source.data_dir)
-        sizes = [(Path(name).name, size_of(name)) for name, _ in files]
+        if empty := [path for path in source_files(source).values() if not os.path.getsize(path)]:
+            print(f"{empty[0]}: is empty (0 bytes)"
+                  + (f", and so are {len(empty) - 1} more files" if empty[1:] else ""), flush=True)
         self.n_pieces = (self.n - 1) // len(files) + 1  # of each file
         self.val_fraction = source.val_fraction
         if self.val_fraction is None:
             self.val_fraction = VAL_FRACTION
         self.facts = build | {
             "val_fraction": self.val_fraction,
-            "train_file": sha256(json.dumps(sizes))}  # whatever folder they lie in
+            "train_file": sha256(json.dumps(own_names([name for name, _ in files])))}
         self.tokenizer = self.open_tokenizer(files)
         self.facts["tokenizer"] = sha256(self.tokenizer)
 
@@ -147,7 +150,9 @@ class Plan:
         trained = own and self.source.tokenizer != "bytes"
         content = make_tokenizer(self.source, self.sample(files) if trained else ()).to_str()
         if own:
-            write_text(path, content)
+            with scratch_folder(path) as work:  # other machines may write it, too
+                (work / path.name).write_text(content, encoding="utf-8")
+                os.replace(work / path.name, path)
         return content
 
     def sample(self, files):
@@ -192,6 +197,8 @@ class Plan:
             found = read_json(folder / "shard.json")
             facts, own = found["facts"], found["number"]
             differs = [key for key in self.facts if facts.get(key) != self.facts[key]]
+            if not found["bad_rows"]:  # there were none to leave out
+                differs = [key for key in differs if key != "drop_bad_rows"]
             differs.sort(key="tokenizer".__eq__)  # last: other settings make another one
         except (OSError, ValueError, KeyError, AttributeError):
             raise UserError(f"{folder} is not a whole shard (no readable shard.json): delete it, "
@@ -207,9 +214,45 @@ class Plan:
                             f"or delete {self.folder}")
         return folder, found
 
+    def check_sources(self, numbers):
+        """Raise UserError where shards were built from a file of the source that is another now, or
+        was another for another shard."""
+        here = source_files(self.source)
+        seen, stale = {}, {}
+        for folder, found in map(self.shard, numbers):
+            if not found:
+                continue
+            built = os.path.getmtime(folder / "shard.json")
+            for name, sha in found["sources"].items():
+                path = here.get(name, "")
+                other_size = path and os.path.getsize(path) != found["sizes"][name]
+                if other_size or has_changed(path, built, sha):
+                    stale.setdefault(path, []).append(folder.name)
+                first = seen.setdefault(name, (sha, folder))
+                if first[0] != sha and not stale:
+                    raise UserError(f"{first[1]} and {folder} were built from different files "
+                                    f"{name}: delete those that are not meant, and the same "
+                                    "command builds them anew")
+        for path, names in stale.items():
+            raise UserError(f"{path} has changed since shards {', '.join(names)} were built from "
+                            f"it: delete these folders in {self.folder}, and the same command "
+                            "builds them anew")
 
-def size_of(name):
-    return os.path.getsize(name) if os.path.isfile(name) else 0
+
+def own_names(names):
+    """What files are called without the folder that all of them lie in, which each machine may call
+    otherwise."""
+    folders = [os.path.dirname(os.path.abspath(name.partition("!")[0])) for name in names]
+    common = os.path.commonpath(folders)
+    return [os.path.relpath(os.path.abspath(name), common) for name in names]
+
+
+def source_files(source):
+    """The files that hold a source's texts: {its own name: where it lies}."""
+    names = [name for name, _ in members(source.train_file, source.data_dir)]
+    files = {own.partition("!")[0]: name.partition("!")[0]
+             for own, name in zip(own_names(names), names)}
+    return {own: path for own, path in files.items() if os.path.isfile(path)}
 
 
 def sha256(text):
@@ -222,6 +265,7 @@ def sha256(text):
 
 def build_shards(plan):
     """Build the shards that are asked for and not there, on all cores."""
+    plan.check_sources(plan.numbers)
     missing = [number for number in plan.numbers if not plan.shard(number)[1]]
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     n_processes = min(len(missing), n_cores)
@@ -231,7 +275,9 @@ def build_shards(plan):
         for number in missing:
             build_shard(plan, number, progress=True)
         return
-    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with (ending_on_sigterm(),
+          ProcessPoolExecutor(n_processes, context, begin_worker, (os.getpid(),)) as pool):
         with without_ctrl_c():  # which the processes that start here keep
             found = [pool.submit(build_shard, plan, number) for number in missing]
         try:
@@ -246,6 +292,28 @@ def build_shards(plan):
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def begin_worker(parent):
+    """Make ready a process that builds shards: it ends when its parent does."""
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and has to be cleaned up
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ending_on_sigterm():
+    """SIGTERM ends this process as an exception does, so that it can end its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread gets the signal
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -286,10 +354,12 @@ def build_shard(plan, number, progress=False):
             splits[split] = writer.close(0) if keys[split] else None
             np.array(keys[split], np.uint64).tofile(work / f"{split}.key")
         hashes = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
-        files = {name for (name, _), _ in pieces if os.path.isfile(name)}
+        read = {name.partition("!")[0] for (name, _), _ in pieces}
+        files = {own: path for own, path in source_files(plan.source).items() if path in read}
         write_json(work / "shard.json", {
             "number": number, "facts": plan.facts, "bad_rows": n_bad, "splits": splits,
-            "sha256": hashes, "sources": {Path(f).name: file_sha256(f) for f in sorted(files)}})
+            "sha256": hashes, "sources": {own: file_sha256(path) for own, path in files.items()},
+            "sizes": {own: os.path.getsize(path) for own, path in files.items()}})
         try:
             os.rename(work, folder)
         except OSError:
@@ -321,13 +391,12 @@ def join(plan, work, build):
         raise UserError(f"{plan.folder}: of {plan.n} shards {len(missing)} are missing "
                         f"({', '.join(missing[:10])}): build them with --shards={missing[0]}/"
                         f"{plan.n}, or all with --shards={plan.n}")
+    plan.check_sources(range(plan.n))
     for folder, found in tqdm(shards, desc="checking", unit=" shards"):
         for name, expected in found["sha256"].items():
             if not has_sha256(folder / name, expected):
                 raise UserError(f"{folder / name} is missing, truncated or altered: delete "
                                 f"{folder}, and the same command builds it anew")
-        built = os.path.getmtime(folder / "shard.json")
-        check_sources(plan.source, found["sources"], built, folder)
     splits, hashes, n_twice = {}, {}, 0
     for split in ("train", "val"):
         parts = [(folder, found) for folder, found in shards if found["splits"][split]]
@@ -342,7 +411,8 @@ def join(plan, work, build):
                         f"{plan.folder}")
     if "val" not in splits and plan.val_fraction:
         print(f"no text fell to val, of which it gets {plan.val_fraction}: for one, build anew "
-              "with --val_fraction=0.05, or --lines=True if each line of a .txt is one", flush=True)
+              "with more of it (--val_fraction), or --lines=True if each line of a .txt is a text",
+              flush=True)
     write_text(work / "tokenizer.json", plan.tokenizer)
     tokenizer = Tokenizer.from_str(plan.tokenizer)
     hashes["tokenizer.json"] = sha256(plan.tokenizer)
@@ -362,10 +432,10 @@ def join(plan, work, build):
 
 def check_sources(source, hashes, built, what):
     """Raise UserError if files of a source that are here are others than those that `what` was
-    built from at the time `built`; hashes: {name: SHA-256}. Files that have not been touched since
-    are not read."""
+    built from at the time `built`; hashes: {own name: SHA-256}. Files that have not been touched
+    since are not read."""
     try:
-        here = {Path(name).name: name for name, _ in members(source.train_file, source.data_dir)}
+        here = source_files(source)
     except UserError:
         return  # the sources are elsewhere
     for name, expected in hashes.items():
@@ -375,12 +445,14 @@ def check_sources(source, hashes, built, what):
                             "and the same command builds it anew")
 
 
-def remove_shards(folder):
-    """Remove what build_shards made in a folder."""
+def remove_shards(folder, numbers=None):
+    """Remove what build_shards made in a folder: these shards, or all and the tokenizer."""
     for path in folder.glob("[0-9]" * 5):
-        shutil.rmtree(path, ignore_errors=True)
+        if numbers is None or int(path.name) in numbers:
+            shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("tokenizer-*.json"):
-        path.unlink()
+        if numbers is None:
+            path.unlink()
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def attend(qkv, layout, causal, window, first_only):
                 y = y[((layout.lengths > 0).cumsum(0) - 1).clamp(min=0)]
             return y
     if layout.same_length:
-        return attend_block(qkv, *layout.shape, None, causal, window, first_only)
+        return attend_block(qkv, layout.shape[0], None, causal, window, first_only)
     groups = layout.on_cpu.groups
     none = groups.padding[:0]
     padded = GatherRows.apply(qkv, groups.token, groups.row, none)  # (P, 3, H, d)
@@ -67,7 +67,7 @@ def attend(qkv, layout, causal, window, first_only):
         if causal:
             valid = None  # padding stands behind every token that could see it
         reach = window if L > window + 1 else 0  # a window wider than the block needs no mask
-        parts.append(attend_block(block, B, L, valid, causal, reach, first_only))
+        parts.append(attend_block(block, B, valid, causal, reach, first_only))
     y = torch.cat(parts)
     if first_only:
         return y[groups.order]
@@ -153,9 +153,10 @@ class GatherRows(torch.autograd.Function):
         return grad, None, None, None
 
 
-def attend_block(qkv, B, L, valid, causal, window, first_only):
+def attend_block(qkv, B, valid, causal, window, first_only):
     """B documents padded to L tokens: qkv (B·L, 3, H, d) → (B·L, H, d), or (B, H, d)."""
     *_, H, d = qkv.shape
+    L = len(qkv) // B  # given as a number, its guard could not be read from inductor's cache
     if qkv.dtype == torch.bfloat16 and causal and not window and L <= 256:
         return CausalAttention.apply(qkv, L)
     # In float32: the backward pass of the bfloat16 kernel is many times slower on CPUs.

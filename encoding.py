@@ -155,8 +155,8 @@ class Tokens:
 
     def __call__(self, texts):
         if self.pieces == {}:  # the first texts show whether it is as parts_at_blanks thinks
-            agree = (self.by_pieces(text) == self.tokenizer.encode(text).ids for text in texts[:20])
-            if not all(agree):
+            some = [text[:10_000] for text in texts[:20]]
+            if any(self.by_pieces(text) != self.tokenizer.encode(text).ids for text in some):
                 self.pieces = None
         if self.pieces is None:
             found = (encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts))
@@ -165,23 +165,28 @@ class Tokens:
         return (ids or [0] for ids in found)  # no document without a token
 
     def by_pieces(self, text):
-        ids = map(self.pieces.__getitem__, Pieces.CUT.findall(text))
+        if len(text) < 2**20:
+            pieces = Pieces.CUT.findall(text)
+        else:  # slower, but not all of them at once
+            pieces = (found[0] for found in Pieces.CUT.finditer(text))
+        ids = map(self.pieces.__getitem__, pieces)
         return [*self.prefix, *itertools.chain.from_iterable(ids), *self.suffix]
 
 
 class Pieces(dict):
     """The ids of a text's pieces, which it is cut into at single blanks."""
     CUT = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+\S*)*")
-    MOST = 2**18  # that are kept: about 60 MB
+    MOST_BYTES = 60e6  # that those take which are kept
 
     def __init__(self, tokenizer):
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.n_bytes = tokenizer, 0
 
     def __missing__(self, piece):
         ids = self.tokenizer.encode(piece, add_special_tokens=False).ids
-        if len(self) < self.MOST:
+        if self.n_bytes < self.MOST_BYTES and len(piece) < 1000:
             self[piece] = ids
+            self.n_bytes += 150 + 4 * len(piece) + 36 * len(ids)
         return ids
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optim
+from examples import ceil_div
 from huggingface import SkipInit
 from tasks import autocast
 
@@ -55,15 +56,18 @@ class PeakMemory(TorchDispatchMode):
 def measure_step(cfg, make_model, model_with_loss, train_set, machine, lr_scale, n_tokens):
     """What a training step takes at its peak, with micro-batches of up to n_tokens tokens in
     documents of the length of train's longest: {"tokens": of a micro-batch, and in bytes "weights",
-    "gradients", "optimizer", "activations" and what else is alive then, "all" of these}.
+    "gradients", "optimizer", "activations" and what else is alive then, "all" of these}. With
+    --parallel=fsdp it is an estimate, not measured: a process's share of the first three, and what
+    is gathered at once.
 
     make_model() → the model; model_with_loss(model) → the module that computes its loss.
     """
     if cfg.optimizer == "lbfgs" or cfg.objective == "contrastive" or cfg.model != "transformer":
         raise UserError("--dry_run and --micro_batch_tokens=auto are for transformers, and not for "
                         "--optimizer=lbfgs or --objective=contrastive")
-    n_examples, batch = longest_batch(train_set, n_tokens, cfg.batch_size)
-    n_micro_batches = 2 if n_examples * machine.world < cfg.batch_size else 1
+    own_share = ceil_div(cfg.batch_size, machine.world)
+    n_examples, batch = longest_batch(train_set, n_tokens, own_share)
+    n_micro_batches = 2 if n_examples < own_share else 1
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, PeakMemory() as memory:
         batch = batch._replace(inputs=tuple(map(without_values(mode), batch.inputs)),
                                targets=without_values(mode)(batch.targets)).to(machine.device)
@@ -89,6 +93,13 @@ def measure_step(cfg, make_model, model_with_loss, train_set, machine, lr_scale,
         found["optimizer"] = n_bytes(x for x in tree_leaves(states) if isinstance(x, torch.Tensor))
         found = {name: size + sparse.get(name, 0) for name, size in found.items()}
         total = memory.peak + sum(sparse.values())
+        if machine.sharded:
+            blocks = [n_bytes(block.parameters()) for block in model.blocks]
+            root = found["weights"] - sum(blocks)
+            gathered = 2 * (root + 2 * max(blocks, default=0))  # with their gradients
+            spread = {name: size // machine.world for name, size in found.items()}
+            total += gathered + sum(spread.values()) - sum(found.values())
+            found = spread
     found["activations"] = total - sum(found.values())
     return found | {"all": total, "tokens": n_examples * int(train_set.lengths.max())}
 

@@ -193,8 +193,8 @@ def set_learning_rate(optimizers, lr):
 
 @torch.no_grad()
 def clip_gradients(optimizers, limit):
-    """Return the norm of the whole gradient; above `limit` (0: never) scale it down to that. (For a
-    fused optimizer p.grad stays as it is: its step divides by the scale.)"""
+    """Return the norm of the whole gradient; above `limit` (0: never) scale it down to that (a
+    fused optimizer does so in its step)."""
     parameters = [p for optimizer in optimizers for p in parameters_of(optimizer)]
     for p in parameters:
         if p.grad.is_sparse:

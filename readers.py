@@ -478,7 +478,10 @@ def array_elements(name, raw, cfg):
 def read_parquet(name, raw, cfg):
     """Parquet, or Arrow's own files (.arrow, .feather)."""
     for where, record in parquet_records(name, raw, cfg):
-        yield from read_record(record, where, cfg)
+        if isinstance(record, dict):
+            yield from read_record(record, where, cfg)
+        else:
+            yield from bad_row(where, f"{where}: {record}", cfg)
 
 
 def parquet_records(name, raw, cfg):
@@ -489,21 +492,45 @@ def parquet_records(name, raw, cfg):
         raise UserError(f"{name}: needs a package that is not here: pip install pyarrow") from None
     try:
         if name.endswith(".parquet"):
-            batches = pyarrow.parquet.ParquetFile(raw).iter_batches(1000)
+            file = pyarrow.parquet.ParquetFile(raw)
+            columns = columns_to_read(file.schema_arrow.names, name, cfg)
+            batches = file.iter_batches(1000, columns=columns)
         else:
-            table = pyarrow.ipc.open_file(raw)
-            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            file = pyarrow.ipc.open_file(raw)
+            columns = columns_to_read(file.schema.names, name, cfg)
+            batches = (file.get_batch(i).select(columns) for i in range(file.num_record_batches))
         number = 0
         for batch in batches:
-            columns = batch.schema.names
-            if twice := next((c for c in columns if columns.count(c) > 1), None):
-                raise UserError(f"{name}: {columns.count(twice)} columns have the name {twice!r}; "
-                                "give them different names")
-            for record in batch.to_pylist():
+            for record in records_of(batch):
                 yield f"{name}, row {number}", record
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def columns_to_read(columns, name, cfg):
+    """Of a table's columns those that are used; all, where one of these is not there."""
+    if twice := next((c for c in columns if columns.count(c) > 1), None):
+        raise UserError(f"{name}: {columns.count(twice)} columns have the name {twice!r}; give "
+                        "them different names")
+    values, labels = named_columns(cfg)
+    all_but_label = cfg.kind != "text" and not cfg.columns
+    if all_but_label or not set(columns).issuperset(values + labels):
+        return columns
+    return list(dict.fromkeys(values + labels))
+
+
+def records_of(batch):
+    """The rows of a pyarrow batch as dicts; an error for one that cannot be: no UTF-8, a date that
+    Python has not."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for i in range(len(batch)):
+            try:
+                yield from batch.slice(i, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                yield error
 
 
 def read_record(record, where, cfg):

@@ -36,7 +36,10 @@ def open_run_data(cfg, folder, meta, task, machine, fold=None):
         settings = task.example_settings(cfg, meta["kind"], training)
         if "pair" in meta:
             settings["truncation"] = cfg.truncation
-        return open_split(folder, meta, split, max_len, rebuild_command(cfg), seed=seed, **settings)
+        rebuild = rebuild_command(cfg)
+        if meta["dataset"] != cfg.dataset:  # of --mix
+            rebuild = f"python data.py --dataset={meta['dataset']} … --overwrite=True"
+        return open_split(folder, meta, split, max_len, rebuild, seed=seed, **settings)
 
     # train
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 PEAK_FLOPS = (  # dense bfloat16 operations per second, from data sheets; the first that matches
-    (r"B200", 2250e12), (r"H200 NVL", 836e12), (r"H200|GH200", 989e12), (r"H100 PCIe", 756e12),
+    (r"GB200", 2500e12), (r"B200", 2250e12), (r"H200 NVL", 836e12), (r"H200|GH200", 989e12),
+    (r"H100 PCIe", 756e12),
     (r"H100 NVL", 836e12), (r"H100|H800", 989e12), (r"A100|A800", 312e12), (r"L40S", 362e12),
     (r"L40", 181e12), (r"L4", 121e12), (r"A40", 150e12), (r"A10G?", 125e12), (r"A30", 165e12),
     (r"RTX 6000 Ada", 364e12), (r"RTX A6000", 155e12), (r"RTX 4090", 165e12), (r"RTX 3090", 71e12))

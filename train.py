@@ -249,6 +249,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         begin_run(given, checkpoint, lock)
         if not cfg.lr_find:
             wandb_run = start_wandb(dataclasses.asdict(given), progress.run_id)
+    checkpoint = None  # what it held is where it belongs, and would be in memory twice
 
     # what runs in a step
     on_cuda = machine.device.type == "cuda"
@@ -259,6 +260,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         total_steps, flops * total_steps * cfg.batch_size * lengths.mean()))
     model_with_loss = ModelWithLoss(model, task)
     if compiled:
+        # beyond its limit, which is 8, a batch of another size would not be compiled
+        torch._dynamo.config.recompile_limit = 64
         # dynamic=False: a batch's kernels depend on its own shape, not on those before it
         model_with_loss.compile(dynamic=False if cfg.deterministic else None)
     if machine.world > 1 and not machine.sharded:

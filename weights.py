@@ -103,6 +103,8 @@ def load_checkpoint(path, map_location="cpu", parts=True):
 def is_view(tensor):
     """Is a tensor sparse, or does it show more values than it holds? A small file could then fill
     the memory."""
+    if is_fake(tensor):  # only its memory is asked for, see memory.py
+        return False
     if tensor.layout != torch.strided:
         return True
     return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
@@ -138,19 +140,20 @@ def check_weights(own, weights, source):
 
 def filled_transformer(config, weights, source, fresh=(), dtype=torch.float32):
     """A Transformer with these weights (name → tensor or StoredWeight, which check_weights has
-    seen), in dtype, but the head in float32, in which it is computed. No weight is in memory twice.
-    fresh: the names of weights that are drawn instead."""
+    seen), in dtype, but the head in float32, in which it is computed. No weight is in memory twice,
+    but one that has to change its dtype. fresh: the names of weights that are drawn instead."""
     with torch.device("meta"), SkipInit():
         model = Transformer(config)
     state = {}
     for name, p in model.state_dict().items():
-        is_head = name.startswith(("head", "dense"))
-        state[name] = torch.empty(p.shape, dtype=torch.float32 if is_head else dtype)
+        wanted = torch.float32 if name.startswith(("head", "dense")) else dtype
         w = weights.get(name)
+        if isinstance(w, torch.Tensor):
+            state[name] = w.to(wanted).contiguous()  # itself, if it is so already
+            continue
+        state[name] = torch.empty(p.shape, dtype=wanted)
         if isinstance(w, StoredWeight) and not w.copy_to(state[name]):
             raise UserError(f"{source}: {name} is not finite")
-        if isinstance(w, torch.Tensor):
-            state[name].copy_(w)
     model.load_state_dict(state, assign=True)
     model.make_tables()
     model.initialise(fresh)
@@ -206,12 +209,12 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     brought; None: its own order. scaling: of a regression, the target's mean and spread, to which
     the head is brought. n_classes=0: return a language model. Our checkpoints and decoders keep
     their own head; encoders get one that is tied to the embedding, and lack the layer before it, so
-    that it has to be trained. max_len: tokens that the model must
-    read. image_size: for images of another size, learned positions are interpolated (bicubic;
-    Dosovitskiy et al. 2021, section 3.2). pooling: how tokens become one vector; None: as the
-    weights say. changes: to the ModelConfig. dtype: of all but the head; the weights are in memory
-    once, in it; None: bfloat16 if they are stored in it, else float32. Raises UserError for what is
-    not supported, missing, left over, of the wrong shape, or not finite.
+    that it has to be trained. max_len: tokens that the model must read. image_size: for images of
+    another size, learned positions are interpolated (bicubic; Dosovitskiy et al. 2021, section
+    3.2). pooling: how tokens become one vector; None: as the weights say. changes: to the
+    ModelConfig. dtype: of all but the head; a folder's weights are in memory once, in it; None:
+    bfloat16 if they are stored in it, else float32. Raises UserError for what is not supported,
+    missing, left over, of the wrong shape, or not finite.
     """
     if is_huggingface(path):
         config, weights = read_hf(path, pooling)

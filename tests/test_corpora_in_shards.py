@@ -5,8 +5,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,6 +256,15 @@ def test_ids_by_pieces_are_the_librarys(pattern, by_pieces):
     assert (encode.pieces is not None) == by_pieces
 
 
+def test_what_is_looked_up_is_bounded(monkeypatch):
+    monkeypatch.setattr(encoding.Pieces, "MOST_BYTES", 1e5)
+    cfg = DataConfig(tokenizer="bpe", vocab_size=600, target="none", train_file="x")
+    encode = encoding.Tokens(encoding.train_tokenizer(cfg, documents(50, 0)))
+    long = [f"{i}" * 200 for i in range(100, 400)] + ["a" * 5000]
+    assert list(encode(long)) == [encode.tokenizer.encode(text).ids for text in long]
+    assert 0 < len(encode.pieces) < 40 and encode.pieces.n_bytes < 2e5
+
+
 # --------------------------------------------------------------------------------------------------
 # Training
 
@@ -419,7 +431,7 @@ def test_sources_that_change_are_noticed(web, tmp_path):
     data.build_shards(replace(cfg, shards="0-4/6"))
     file.write_text(content.replace("goal", "aims"))
     os.utime(file, (4e9, 4e9))
-    with pytest.raises(UserError, match="part-1.jsonl has changed since .*00001 was built from it"):
+    with pytest.raises(UserError, match="part-1.jsonl has changed since shards 00001 were built"):
         data.build(cfg)
     shutil.rmtree(plan.folder / "00001")
     data.build(cfg)
@@ -432,6 +444,76 @@ def test_sources_that_change_are_noticed(web, tmp_path):
         data.open_meta(cfg)
     data.build(replace(cfg, overwrite=True))
     assert sorted(texts_of(cfg, "train") + texts_of(cfg, "val")) == sorted(texts)
+
+
+def test_shards_of_different_files_are_not_joined(web, tmp_path):
+    """Of one name, size and time, as another machine may have them."""
+    cfg, _ = web
+    cfg = replace(cfg, shards=12)
+    data.build_shards(replace(cfg, shards="0/12"))
+    file = tmp_path / "web/part-0.jsonl"
+    file.write_text(file.read_text().replace("goal", "aims"))
+    os.utime(file, (1e9, 1e9))
+    with pytest.raises(UserError, match="00000 and .*00001 were built from different files part-0"):
+        data.build(cfg)
+
+
+def test_a_zip_archive_that_changes_is_noticed(web, tmp_path):
+    cfg, _ = web
+    path = str(tmp_path / "web/part-0.zip")
+    cfg = replace(cfg, train_file=f"{path}!*.jsonl", shards=2)
+
+    def pack(names):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.write(tmp_path / "web" / name, "part.jsonl")
+
+    pack(["part-0.jsonl"])
+    data.build_shards(replace(cfg, shards="0/2"))
+    pack(["part-1.jsonl"])
+    with pytest.raises(UserError, match="part-0.zip has changed since shards 00000 were built"):
+        data.build(cfg)
+    data.build_shards(replace(cfg, shards="0/2", overwrite=True))
+    meta = data.build(cfg)
+    assert list(meta["source_sha256"]) == ["part-0.zip"]
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(web, tmp_path):
+    cfg, texts = web
+    for i in range(2):
+        (tmp_path / f"web/{i}").mkdir()
+        (tmp_path / f"web/part-{i}.jsonl").rename(tmp_path / f"web/{i}/part.jsonl")
+    cfg = replace(cfg, train_file=str(tmp_path / "web/*/part.jsonl"), shards=2)
+    data.build_shards(replace(cfg, shards="0/2"))
+    for i in range(2):
+        os.utime(tmp_path / f"web/{i}/part.jsonl", (4e9, 4e9))
+    data.build(cfg)
+    assert data.open_meta(cfg)
+    first = tmp_path / "web/0/part.jsonl"
+    first.write_text(first.read_text().replace("goal", "aims"))
+    os.utime(first, (4e9, 4e9))
+    with pytest.raises(UserError, match="0/part.jsonl has changed since"):
+        data.open_meta(cfg)
+
+
+def test_workers_end_with_the_process_that_started_them(web, tmp_path):
+    cfg, _ = web
+    lines = (json.dumps({"text": text}) + "\n" for text in documents(40_000, 7))
+    (tmp_path / "web/part-9.jsonl").write_text("".join(lines) * 5)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        options = [f"--{key}={value}" for key, value in options_of(replace(cfg, shards=14)).items()]
+        running = subprocess.Popen(
+            [sys.executable, "data.py", *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        shards = Path(f"{data.folder_of(cfg)}.shards")
+        while not list(shards.glob("0*")):
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.05)
+        running.send_signal(number)
+        _, err = running.communicate(timeout=20)  # until all have closed their standard error
+        assert running.returncode in (-9, 128 + 15)
+        assert number == signal.SIGKILL or "leaked" not in err
+        shutil.rmtree(shards)
 
 
 def test_two_builds_at_once_are_one_too_many(web):
@@ -536,7 +618,11 @@ def test_rows_whose_text_is_none_are_left_out_and_counted(web, tmp_path):
         file.write('{"text": {"a": 1}}\n{"text": ["b"]}\n{"text": ""}\n{}\nnothing\n')
     with pytest.raises(UserError, match="part-2.jsonl, line 42: 'text' is a list or an object"):
         data.build(cfg)
-    shutil.rmtree(data.shards_folder(cfg))
-    meta = data.build(replace(cfg, drop_bad_rows=True))
+    done = data.build_shards(replace(cfg, shards="0-1/6")).folder / "00000/shard.json"
+    before = done.stat().st_mtime_ns
+    leaving_out = replace(cfg, drop_bad_rows=True)
+    data.build_shards(replace(leaving_out, shards="0-4/6"))  # what is done is not lost
+    assert done.stat().st_mtime_ns == before
+    meta = data.build(leaving_out)
     assert meta["removed"]["bad_rows"] == 5
     assert sorted(texts_of(cfg, "train", meta) + texts_of(cfg, "val", meta)) == sorted(texts)

@@ -161,6 +161,22 @@ def test_hidden_and_other_files_of_a_folder(tmp_path):
     assert removed["skipped_files_below_the_label_folders"] == 1
 
 
+def test_what_a_parquet_holds_besides_is_not_read(tmp_path):
+    """And a row that cannot be read is named, or left out."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    broken = pa.array([b"a", b"\xe9", b"b"]).view(pa.string())
+    far = pa.array([1, 2**31 - 1, 3], pa.date32())
+    table = pa.table({"text": ["a", "c", "b"], "label": ["x", "y", "x"], "url": broken, "day": far})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [("a", "x"), ("c", "y"), ("b", "x")]
+    with pytest.raises(UserError, match="a.parquet, row 1: .*--drop_bad_rows=True"):
+        read(tmp_path / "a.parquet", text_column="url")
+    left = read(tmp_path / "a.parquet", text_column="url", drop_bad_rows=True)
+    assert left == [("a", "x"), (None, ""), ("b", "x")]  # which is counted
+
+
 def test_parquet_and_arrow(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet

@@ -104,6 +104,18 @@ def test_auto_takes_what_fits_and_keeps_it(toy, monkeypatch, capsys):
         train.train(train.Config(**settings | dict(dry_run=True)))
 
 
+def test_a_dry_run_of_our_own_weights(toy, capsys):
+    settings = settings_of(toy, n_layer=2, d_model=96, n_head=4, max_steps=2, eval_interval=2)
+    train.train(train.Config(**settings))
+    names = "vocab_size", "n_layer", "d_model", "n_head"
+    begun = {key: value for key, value in settings.items() if key not in names}
+    begun |= dict(init_from=settings["out_dir"], out_dir=settings["out_dir"] + "-begun", crop=None)
+    for changes in (dict(dry_run=True), dict(micro_batch_tokens="auto")):
+        finetune.finetune(finetune.Config(**begun | changes))
+    out = capsys.readouterr().out
+    assert "a step with micro-batches of up to" in out and "--micro_batch_tokens=auto: " in out
+
+
 def test_a_dry_run_reads_no_weights(toy, tmp_path, capsys):
     """Of low-rank updates to a large model, whose folder holds its config and shapes only."""
     hf = pytest.importorskip("transformers")
