@@ -74,7 +74,7 @@ def main(options, run_alone):
         ours = "train" if case.peer == "nanogpt" else "finetune"
         for name in (ours, case.peer):
             found = run_alone(name, given, 1)
-            found = {key: value for key, value in found.items() if value == value}  # but no NaN
+            found = {key: x for key, x in found.items() if x == x}  # NaN: not measured
             table.append({"case": case.name, "contender": name, **found})
             print(f"{case.name:11} {name:9} " + "  ".join(
                 f"{key} {value:.4g}" for key, value in found.items()), flush=True)

@@ -204,7 +204,7 @@ def conform(annotation, value):
     if annotation is float and type(value) is int:
         return True, float(value)
     if annotation is int:
-        return type(value) is int, value  # True is none
+        return type(value) is int, value  # to isinstance a bool is one
     return isinstance(value, annotation), value
 
 

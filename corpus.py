@@ -13,6 +13,7 @@ Which split a document goes to is a function of its text alone, so that one that
 be in both train and val.
 """
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -34,6 +35,7 @@ from configurator import (
     file_sha256,
     has_changed,
     has_sha256,
+    mismatch,
     read_json,
     scratch_folder,
     try_lock,
@@ -113,6 +115,11 @@ def without_number(name):
 # What is built: the same for every shard
 
 
+SHARD = {  # what shard.json holds, for configurator.mismatch
+    "number": int, "facts": dict, "bad_rows": int, "splits": {"*": dict | None},
+    "sha256": {"*": str}, "sources": {"*": str}, "sizes": {"*": int}}
+
+
 class Plan:
     """What all shards of a corpus have in common. `facts` says it, as each shard.json holds it.
 
@@ -126,27 +133,31 @@ class Plan:
         except OSError as error:
             raise cannot_write(folder, error) from error
         self.numbers, self.n = parse_shards(source.shards)
-        files = members(source.train_file, source.data_dir)
-        if empty := [path for path in source_files(source).values() if not os.path.getsize(path)]:
-            print(f"{empty[0]}: is empty (0 bytes)"
-                  + (f", and so are {len(empty) - 1} more files" if empty[1:] else ""), flush=True)
-        self.n_pieces = (self.n - 1) // len(files) + 1  # of each file
+        found = files_of(source)
+        for empty in (path for _, path, _ in found if path and not os.path.getsize(path)):
+            print(f"{empty}: is empty (0 bytes)", flush=True)
+        self.n_pieces = (self.n - 1) // len(found) + 1  # of each file
         self.val_fraction = source.val_fraction
         if self.val_fraction is None:
             self.val_fraction = VAL_FRACTION
         self.facts = build | {
             "val_fraction": self.val_fraction,
-            "train_file": sha256(json.dumps(own_names([name for name, _ in files])))}
-        self.tokenizer = self.open_tokenizer(files)
+            "train_file": sha256(json.dumps([own for own, *_ in found]))}
+        self.tokenizer = self.open_tokenizer([file for *_, file in found])
         self.facts["tokenizer"] = sha256(self.tokenizer)
 
     def open_tokenizer(self, files):
-        """tokenizer.json as text. One of our own is trained once for these settings, on the
-        beginning of each file."""
-        path = self.folder / f"tokenizer-{sha256(json.dumps(self.facts))[:8]}.json"
+        """tokenizer.json as text. One of our own is trained once for these settings and sizes of
+        files, on the beginning of each file; where shards are there, theirs is taken."""
+        sizes = [os.path.getsize(path) for path in source_files(self.source).values()]
+        path = self.folder / f"tokenizer-{sha256(json.dumps([self.facts, sizes]))[:8]}.json"
         own = self.source.tokenizer in OWN_TOKENIZERS
-        if own and path.exists():
-            return path.read_text(encoding="utf-8")
+        if own:
+            theirs = self.tokenizer_of_shards()
+            for file in self.folder.glob("tokenizer-*.json"):
+                content = file.read_text(encoding="utf-8")
+                if sha256(content) == theirs or not theirs and file == path:
+                    return content
         trained = own and self.source.tokenizer != "bytes"
         content = make_tokenizer(self.source, self.sample(files) if trained else ()).to_str()
         if own:
@@ -154,6 +165,14 @@ class Plan:
                 (work / path.name).write_text(content, encoding="utf-8")
                 os.replace(work / path.name, path)
         return content
+
+    def tokenizer_of_shards(self):
+        """The hash of the tokenizer of a shard that is there, or None."""
+        for file in sorted(self.folder.glob("[0-9]" * 5 + "/shard.json")):
+            try:
+                return read_json(file)["facts"]["tokenizer"]
+            except (OSError, ValueError, KeyError, TypeError):
+                return None  # see shard
 
     def sample(self, files):
         for file in tqdm(files, desc="sampling for the tokenizer", unit=" files"):
@@ -196,13 +215,16 @@ class Plan:
         try:
             found = read_json(folder / "shard.json")
             facts, own = found["facts"], found["number"]
+            if mismatch(found, SHARD):
+                raise ValueError
             differs = [key for key in self.facts if facts.get(key) != self.facts[key]]
             if not found["bad_rows"]:  # there were none to leave out
                 differs = [key for key in differs if key != "drop_bad_rows"]
             differs.sort(key="tokenizer".__eq__)  # last: other settings make another one
         except (OSError, ValueError, KeyError, AttributeError):
-            raise UserError(f"{folder} is not a whole shard (no readable shard.json): delete it, "
-                            "and the same command builds it anew") from None
+            raise UserError(f"{folder} is not a whole shard (no readable shard.json), or one of an "
+                            "older version: delete it, and the same command builds it anew"
+                            ) from None
         if own != number:
             raise UserError(f"{folder} holds shard {own}, not {number}: name it {own:05}, or "
                             "delete it, and the same command builds what is missing")
@@ -214,45 +236,60 @@ class Plan:
                             f"or delete {self.folder}")
         return folder, found
 
-    def check_sources(self, numbers):
-        """Raise UserError where shards were built from a file of the source that is another now, or
-        was another for another shard."""
+    def check_sources_of(self, numbers):
+        """Raise UserError if a file of the source has changed since shards were built from it, or
+        if two shards were built from different versions of one."""
         here = source_files(self.source)
-        seen, stale = {}, {}
+        hash_of = functools.cache(file_sha256)
+        seen, changed, stale = {}, set(), set()
         for folder, found in map(self.shard, numbers):
             if not found:
                 continue
             built = os.path.getmtime(folder / "shard.json")
             for name, sha in found["sources"].items():
-                path = here.get(name, "")
-                other_size = path and os.path.getsize(path) != found["sizes"][name]
-                if other_size or has_changed(path, built, sha):
-                    stale.setdefault(path, []).append(folder.name)
-                first = seen.setdefault(name, (sha, folder))
-                if first[0] != sha and not stale:
-                    raise UserError(f"{first[1]} and {folder} were built from different files "
-                                    f"{name}: delete those that are not meant, and the same "
-                                    "command builds them anew")
-        for path, names in stale.items():
-            raise UserError(f"{path} has changed since shards {', '.join(names)} were built from "
-                            f"it: delete these folders in {self.folder}, and the same command "
-                            "builds them anew")
+                seen.setdefault(name, {}).setdefault(sha, folder)
+                if not (path := here.get(name)):
+                    continue
+                touched = os.path.getmtime(path) > built
+                other_size = os.path.getsize(path) != found["sizes"][name]
+                if other_size or touched and hash_of(path) != sha:
+                    changed.add(path)
+                    stale.add(folder.name)
+        if stale:
+            raise UserError(f"{', '.join(sorted(changed)[:5])} has changed since shards "
+                            f"{', '.join(sorted(stale)[:100])} were built from it: delete these "
+                            f"folders in {self.folder}, and the same command builds them anew")
+        for name, folders in seen.items():
+            if len(folders) > 1:
+                first, other, *_ = folders.values()
+                raise UserError(f"{first} and {other} were built from different versions of {name}:"
+                                " delete the shards of the one that you do not want, and the same "
+                                "command builds them anew")
 
 
-def own_names(names):
-    """What files are called without the folder that all of them lie in, which each machine may call
-    otherwise."""
-    folders = [os.path.dirname(os.path.abspath(name.partition("!")[0])) for name in names]
-    common = os.path.commonpath(folders)
-    return [os.path.relpath(os.path.abspath(name), common) for name in names]
+def files_of(source):
+    """A source's files as (own name, path, (name, opener)). The own name is without the folder that
+    all of them lie in, which each machine may call otherwise. path: the file that it lies in, an
+    archive for instance; None where it was downloaded."""
+    found = []
+    parts = source.train_file.split(" + ")
+    for number, part in enumerate(parts):
+        files = members(part, source.data_dir)
+        if part.startswith(("pypi:", "https://", "http://")):
+            found += [(f"{part}!{file[0]}", None, file) for file in files]
+            continue
+        paths = [name if os.path.isfile(name) else name.partition("!")[0] for name, _ in files]
+        common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        for path, file in zip(paths, files):
+            own = os.path.relpath(os.path.abspath(path), common) + file[0].removeprefix(path)
+            found.append((f"{number}: {own}" if parts[1:] else own, path, file))
+    return found
 
 
 def source_files(source):
-    """The files that hold a source's texts: {its own name: where it lies}."""
-    names = [name for name, _ in members(source.train_file, source.data_dir)]
-    files = {own.partition("!")[0]: name.partition("!")[0]
-             for own, name in zip(own_names(names), names)}
-    return {own: path for own, path in files.items() if os.path.isfile(path)}
+    """The files on this machine that a source lies in: {own name: path}."""
+    return {own.removesuffix(name.removeprefix(path)): path
+            for own, path, (name, _) in files_of(source) if path}
 
 
 def sha256(text):
@@ -265,7 +302,7 @@ def sha256(text):
 
 def build_shards(plan):
     """Build the shards that are asked for and not there, on all cores."""
-    plan.check_sources(plan.numbers)
+    plan.check_sources_of(plan.numbers)
     missing = [number for number in plan.numbers if not plan.shard(number)[1]]
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     n_processes = min(len(missing), n_cores)
@@ -278,9 +315,9 @@ def build_shards(plan):
     context = multiprocessing.get_context("spawn")
     with (ending_on_sigterm(),
           ProcessPoolExecutor(n_processes, context, begin_worker, (os.getpid(),)) as pool):
-        with without_ctrl_c():  # which the processes that start here keep
-            found = [pool.submit(build_shard, plan, number) for number in missing]
         try:
+            with without_ctrl_c():  # which the processes that start here keep
+                found = [pool.submit(build_shard, plan, number) for number in missing]
             for done in tqdm(as_completed(found), total=len(found), desc="shards"):
                 done.result()
         except BrokenProcessPool:
@@ -296,7 +333,7 @@ def build_shards(plan):
 
 def begin_worker(parent):
     """Make ready a process that builds shards: it ends when its parent does."""
-    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and has to be cleaned up
+    tqdm.set_lock(threading.RLock())  # tqdm's is a semaphore, which a killed process would leak
 
     def watch():
         while os.getppid() == parent:
@@ -312,8 +349,10 @@ def ending_on_sigterm():
         yield  # no other thread gets the signal
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    yield
-    signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -322,8 +361,10 @@ def without_ctrl_c():
         yield  # no other thread gets the signal
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def build_shard(plan, number, progress=False):
@@ -354,7 +395,8 @@ def build_shard(plan, number, progress=False):
             splits[split] = writer.close(0) if keys[split] else None
             np.array(keys[split], np.uint64).tofile(work / f"{split}.key")
         hashes = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
-        read = {name.partition("!")[0] for (name, _), _ in pieces}
+        read = {name for (name, _), _ in pieces}
+        read = {path for _, path, (name, _) in files_of(plan.source) if path and name in read}
         files = {own: path for own, path in source_files(plan.source).items() if path in read}
         write_json(work / "shard.json", {
             "number": number, "facts": plan.facts, "bad_rows": n_bad, "splits": splits,
@@ -391,7 +433,7 @@ def join(plan, work, build):
         raise UserError(f"{plan.folder}: of {plan.n} shards {len(missing)} are missing "
                         f"({', '.join(missing[:10])}): build them with --shards={missing[0]}/"
                         f"{plan.n}, or all with --shards={plan.n}")
-    plan.check_sources(range(plan.n))
+    plan.check_sources_of(range(plan.n))
     for folder, found in tqdm(shards, desc="checking", unit=" shards"):
         for name, expected in found["sha256"].items():
             if not has_sha256(folder / name, expected):
@@ -450,8 +492,8 @@ def remove_shards(folder, numbers=None):
     for path in folder.glob("[0-9]" * 5):
         if numbers is None or int(path.name) in numbers:
             shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob("tokenizer-*.json"):
-        if numbers is None:
+    if numbers is None:
+        for path in folder.glob("tokenizer-*.json"):
             path.unlink()
 
 

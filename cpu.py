@@ -156,7 +156,7 @@ class GatherRows(torch.autograd.Function):
 def attend_block(qkv, B, valid, causal, window, first_only):
     """B documents padded to L tokens: qkv (B·L, 3, H, d) → (B·L, H, d), or (B, H, d)."""
     *_, H, d = qkv.shape
-    L = len(qkv) // B  # given as a number, its guard could not be read from inductor's cache
+    L = qkv.shape[0] // B  # as a number of its own it would spoil inductor's cache (NOTES.md)
     if qkv.dtype == torch.bfloat16 and causal and not window and L <= 256:
         return CausalAttention.apply(qkv, L)
     # In float32: the backward pass of the bfloat16 kernel is many times slower on CPUs.

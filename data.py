@@ -258,9 +258,9 @@ def shards_folder(cfg):
 
 def build_shards(cfg):
     """Build the shards of a corpus that cfg.shards names; returns the corpus.Plan."""
-    if cfg.overwrite and corpus.is_partial(cfg.shards):
-        corpus.remove_shards(shards_folder(cfg), corpus.parse_shards(cfg.shards)[0])
     plan = corpus.Plan(resolve(cfg), shards_folder(cfg), build_settings(cfg))
+    if cfg.overwrite and corpus.is_partial(cfg.shards):
+        corpus.remove_shards(plan.folder, plan.numbers)
     corpus.build_shards(plan)
     return plan
 

@@ -148,13 +148,15 @@ class Tokens:
         self.tokenizer = tokenizer
         self.dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
         self.pieces = Pieces(tokenizer) if parts_at_blanks(tokenizer) else None
+        self.checked = self.pieces is None
         ids = tokenizer.encode("a").ids
         n_prefix, n_suffix = special_around(tokenizer)
         self.prefix = ids[:n_prefix]
         self.suffix = ids[len(ids) - n_suffix :]
 
     def __call__(self, texts):
-        if self.pieces == {}:  # the first texts show whether it is as parts_at_blanks thinks
+        if not self.checked:  # the first texts show whether it is as parts_at_blanks thinks
+            self.checked = True
             some = [text[:10_000] for text in texts[:20]]
             if any(self.by_pieces(text) != self.tokenizer.encode(text).ids for text in some):
                 self.pieces = None
@@ -176,7 +178,7 @@ class Tokens:
 class Pieces(dict):
     """The ids of a text's pieces, which it is cut into at single blanks."""
     CUT = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+\S*)*")
-    MOST_BYTES = 60e6  # that those take which are kept
+    MOST_BYTES = 60e6  # memory for those that are kept
 
     def __init__(self, tokenizer):
         super().__init__()

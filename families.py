@@ -24,8 +24,8 @@ class Family:
     language_model: str = ""  # transformers' class; "": there is none that computes what ours does
     constants: dict = field(default_factory=dict)  # ModelConfig's other settings
     written: dict = field(default_factory=dict)  # what config.json holds besides
-    assumed: dict = field(default_factory=dict)  # of config.json, where a key is missing
-    defaults: dict = field(default_factory=dict)  # of config.json, where a key is missing or null
+    if_missing: dict = field(default_factory=dict)  # config.json → what transformers then assumes
+    defaults: dict = field(default_factory=dict)  # the same for a key that is missing or null
     only: dict = field(default_factory=dict)  # config.json → the values that are supported
     poolings: tuple = ("cls",)  # that their classifier can compute
     pads_positions: bool = False  # learned positions begin behind pad_token_id
@@ -86,7 +86,7 @@ DISTILBERT = Family(
         "head_dropout": "seq_classif_dropout"},
     constants=BERT.constants | {"norm_eps": 1e-12, "head_dense": "relu"},
     written={"activation": "gelu"},
-    assumed={"dropout": 0.1, "seq_classif_dropout": 0.2},
+    if_missing={"dropout": 0.1, "seq_classif_dropout": 0.2},
     only={"activation": ("gelu",), "sinusoidal_pos_embds": (False, None)})
 MODERNBERT = Family(
     "ModernBertForSequenceClassification", "model.", "layers.{}.",
@@ -102,7 +102,7 @@ MODERNBERT = Family(
         "head_dense_bias": "classifier_bias", "head_dropout": "classifier_dropout"},
     constants={"position": "rope", "mlp": "geglu", "embedding_norm": True, "first_norm": False,
                "norm_bias": False, "head_dense": "gelu", "head_norm": True, "head_bias": True},
-    assumed={"local_attention": 128},
+    if_missing={"local_attention": 128},
     defaults={"norm_eps": 1e-5, "mlp_dropout": 0.0, "attention_bias": False,
               "classifier_pooling": "cls", "classifier_bias": False, "classifier_dropout": 0.0},
     only={"hidden_activation": ("gelu",), "classifier_activation": ("gelu",),
@@ -124,7 +124,7 @@ GPT2 = Family(
         "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop"},
     language_model="GPT2LMHeadModel",
     constants={"mlp": "gelu_tanh", "causal": True, "pooling": "last"},
-    assumed={"tie_word_embeddings": True},
+    if_missing={"tie_word_embeddings": True},
     defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
     only={"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
           "reorder_and_upcast_attn": (False, None),
@@ -152,19 +152,19 @@ LLAMA = Family(
     poolings=("last",))
 MISTRAL = replace(
     LLAMA, classifier="MistralForSequenceClassification", language_model="MistralForCausalLM",
-    assumed={"num_key_value_heads": 8, "sliding_window": 4096})
+    if_missing={"num_key_value_heads": 8, "sliding_window": 4096})
 QWEN2 = replace(
     LLAMA, classifier="Qwen2ForSequenceClassification", language_model="Qwen2ForCausalLM",
     constants=LLAMA.constants | {"qkv_bias": True, "bias": False},
     settings={ours: theirs for ours, theirs in LLAMA.settings.items()
               if ours not in ("bias", "head_dim")},
-    assumed={"num_key_value_heads": 32, "sliding_window": 4096})
+    if_missing={"num_key_value_heads": 32, "sliding_window": 4096})
 QWEN3 = replace(
     LLAMA, classifier="Qwen3ForSequenceClassification", language_model="Qwen3ForCausalLM",
     names=LLAMA.names | {"attention.q_norm": "self_attn.q_norm",
                          "attention.k_norm": "self_attn.k_norm"},
     constants=LLAMA.constants | {"qk_norm": True, "qk_norm_weight": True},
-    assumed=QWEN2.assumed,
+    if_missing=QWEN2.if_missing,
     defaults=LLAMA.defaults | {"head_dim": 128},
     only=LLAMA.only | {"attention_bias": (False, None)})
 GEMMA3 = replace(
@@ -174,7 +174,7 @@ GEMMA3 = replace(
         "mlp_norm": "post_feedforward_layernorm"},
     constants=QWEN3.constants | {"mlp": "geglu_tanh", "branch_norm": True},
     written={"hidden_activation": "gelu_pytorch_tanh"},
-    assumed={"num_key_value_heads": 4, "sliding_window": 4096, "tie_word_embeddings": True},
+    if_missing={"num_key_value_heads": 4, "sliding_window": 4096, "tie_word_embeddings": True},
     defaults=LLAMA.defaults | {"head_dim": 256},
     only={"hidden_activation": ("gelu_pytorch_tanh",), "attn_logit_softcapping": (None,),
           "final_logit_softcapping": (None,), "use_bidirectional_attention": (False, None),
@@ -198,7 +198,7 @@ VIT = Family(
     settings=SIZES | {"norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob",
                       "patch": "patch_size"},
     constants={"cls_token": True, "head_bias": True},
-    assumed={"num_channels": 3, "image_size": 224, "patch_size": 16},
+    if_missing={"num_channels": 3, "image_size": 224, "patch_size": 16},
     defaults={"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.0},
     only={"hidden_act": ("gelu",), "qkv_bias": (True,)})
 DEIT = replace(
@@ -214,7 +214,7 @@ DINOV2 = replace(
     ignored=("dinov2.embeddings.mask_token",),
     settings={ours: theirs for ours, theirs in VIT.settings.items() if ours != "d_ff"},
     constants=VIT.constants | {"pooling": "cls+mean"},
-    assumed=VIT.assumed | {"patch_size": 14, "mlp_ratio": 4},
+    if_missing=VIT.if_missing | {"patch_size": 14, "mlp_ratio": 4},
     defaults=VIT.defaults | {"layer_norm_eps": 1e-6},
     only=VIT.only | {"use_swiglu_ffn": (False, None)},
     scales={"attention.out": "layer_scale1.lambda1!", "mlp.out": "layer_scale2.lambda1!"})
@@ -230,8 +230,8 @@ SIGLIP = replace(
     settings=SIZES | {"norm_eps": "layer_norm_eps", "patch": "patch_size"},
     constants={"head_bias": True, "mlp": "gelu_tanh", "pooling": "mean"},
     # a whole SigLIP's config.json leaves out what is as in its smallest model
-    assumed=VIT.assumed | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                           "num_attention_heads": 12},
+    if_missing=VIT.if_missing | {"hidden_size": 768, "intermediate_size": 3072,
+                                 "num_hidden_layers": 12, "num_attention_heads": 12},
     defaults={"layer_norm_eps": 1e-6},
     only={"hidden_act": ("gelu_pytorch_tanh",)})
 
@@ -249,9 +249,18 @@ BASE = {"qk_norm": False, "norm": "layer", "norm_bias": True, "bias": True, "mlp
         "position": "learned", "pooling": "cls"}  # ModelConfig's, where a family does not say
 
 
+def complete(hf):
+    """config.json, a dict, with what it leaves out, as transformers assumes it."""
+    family = FAMILIES.get(hf.get("model_type"))
+    if not family:
+        return hf
+    own = hf.get("vision_config", {}) if family is SIGLIP else {}  # of its two towers one
+    return family.if_missing | hf | own
+
+
 def read_config(hf, folder):
-    """config.json's meaning as a ModelConfig. Raises UserError for what is not supported, KeyError
-    for what is missing."""
+    """The meaning of a complete config.json as a ModelConfig. Raises UserError for what is not
+    supported, KeyError for what is missing."""
     name = hf.get("model_type")
     if name not in FAMILIES:
         raise UserError(f"{folder}: model type {name!r} is not supported; "
@@ -261,9 +270,6 @@ def read_config(hf, folder):
                         f"({quantization.get('quant_method', 'how is not said')}), which is not "
                         "supported: take the model in bfloat16 or float32")
     family = FAMILIES[name]
-    if name == "siglip":  # of its two towers the one for images
-        hf = hf["vision_config"]
-    hf = family.assumed | hf
     for key, supported in (ONLY | family.only).items():
         if hf.get(key, supported[0]) not in supported:
             raise UserError(f"{folder}: {key}={hf[key]!r} is not supported for {name}, "
@@ -392,7 +398,8 @@ def read_gemma3(c, hf, folder):
 def write_gemma3(c):
     return write_decoder(c) | write_two_ropes(c) | {
         "query_pre_attn_scalar": c.head_dim,
-        "sliding_window": c.window + 1 if c.window else 4096}  # theirs needs one, also for none
+        # transformers needs a number even where no layer has a window
+        "sliding_window": c.window + 1 if c.window else 4096}
 
 
 def read_image(c, hf, folder):
@@ -403,16 +410,22 @@ def read_image(c, hf, folder):
     path = folder / "preprocessor_config.json"
     found = read_json(path) if path.exists() else {}
     # theirs: (pixels of 0 to 255 · factor − mean) / std; ours: (pixels of 0 to 1 − mean) / std
-    factor = 255 * found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 255.0
-    mean, std = found.get("image_mean") or [0.5], found.get("image_std") or [0.5]
-    if not found.get("do_normalize", True):
-        mean, std = [0.0], [1.0]
-    for ours, values in (("pixel_mean", mean), ("pixel_std", std)):
+    factor = 255.0
+    if found.get("do_rescale") is not False:
+        factor *= found.get("rescale_factor") or 1 / 255
+    for ours, theirs, neutral in (("pixel_mean", "image_mean", 0), ("pixel_std", "image_std", 1)):
+        values = found.get(theirs)
+        if found.get("do_normalize") is False:
+            values = neutral
+        elif values is None:
+            values = 0.5
         values = values if isinstance(values, list) else [values]
         values = tuple(float(value) / factor for value in values)
-        if len(values) not in (1, c.image_size[0]) or ours == "pixel_std" and min(values) <= 0:
-            raise UserError(f"{path}: its image_mean={mean} and image_std={std} are not those of "
-                            f"{c.image_size[0]} channels")
+        if len(values) not in (1, c.image_size[0]):
+            raise UserError(f"{path}: {theirs} has {len(values)} values, for {c.image_size[0]} "
+                            "channels")
+        if theirs == "image_std" and min(values) <= 0:
+            raise UserError(f"{path}: {theirs}={found[theirs]} must be above 0")
         setattr(c, ours, values[0] if len(set(values)) == 1 else values)
 
 
@@ -443,7 +456,8 @@ def read_windows(c, hf, folder, reach, has_window):
     if reach < 0 or not layers:
         return
     if reach == 0:
-        raise UserError(f"{folder}: attention of a token to itself alone is not supported")
+        raise UserError(f"{folder}: a window in which each token sees itself alone "
+                        "(sliding_window=1, local_attention=1) is not supported")
     c.window, c.window_layers = reach, layers
 
 
@@ -499,6 +513,7 @@ def write_two_ropes(c):
 SCALING_NUMBERS = ("factor", "original_max_position_embeddings", "low_freq_factor",
                    "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
                    "mscale_all_dim")
+# transformers takes 0 as not given for these
 ZERO_IS_NONE = "beta_fast", "beta_slow", "mscale", "mscale_all_dim"
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import train
 from distributed import computing_dtype
-from families import FAMILIES
+from families import complete
 from fetch import wheel_folder
 from settings import FinetuneConfig as Config
 from sources import resolve
@@ -63,8 +63,7 @@ def with_weights_settings(cfg, path):
     if resolve(cfg).kind == "image":
         config = path / "config.json"  # Hugging Face's, or that of a run of ours
         saved = read_settings(config)
-        if family := FAMILIES.get(saved.get("model_type")):
-            saved = family.assumed | saved.get("vision_config", saved)  # SigLIP's has two parts
+        saved = complete(saved)
         patch = saved.get("patch_size") or saved.get("patch", cfg.patch)
         return dataclasses.replace(cfg, patch=check(type(cfg), "patch", patch, config))
     if (path / "tokenizer.json").exists():

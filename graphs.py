@@ -17,7 +17,7 @@ USUAL_PEAK = 3e14  # operations per second, of a card that is not known
 def are_worth_it(cfg, machine, flops):
     """Should a compiled run record its steps? flops: the operations of a micro-batch."""
     possible = machine.device.type == "cuda" and machine.world == 1 and cfg.optimizer != "lbfgs"
-    # others look at values: a linear model at its features, float32 at how long texts are
+    # others wait for values: a linear model for its features, float32 for how long texts are
     possible &= cfg.model == "transformer" and machine.dtype == torch.bfloat16
     # recorded passes keep their memory, which auto would give away
     if not cfg.cuda_graphs or not possible or cfg.micro_batch_tokens == "auto":

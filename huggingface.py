@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
-from families import FAMILIES, n_unused_positions, read_config, write_config
+from families import FAMILIES, complete, n_unused_positions, read_config, write_config
 from format import END_TOKENS
 from model import ModelConfig, Transformer, qkv_rows
 
@@ -80,7 +80,7 @@ def read_hf(folder, pooling=None):
     """
     folder = Path(folder)
     try:
-        hf = read_json(folder / "config.json")
+        hf = complete(read_json(folder / "config.json"))
         theirs = read_safetensors(folder)
         if hf.get("model_type") == "textcls":
             return dict(hf["model_config"]), theirs
@@ -202,6 +202,19 @@ class StoredWeight:
             out.mul_(self.scale.tensor().view(-1, *[1] * (out.ndim - 1)))
         return finite
 
+    def equals(self, other):
+        """Is another weight, which lies in one file as this does, the same?"""
+        if is_fake(torch.empty(0)):  # only memory is asked for: copies are the rule
+            return True
+        (file, name, shape), (other_file, other_name, other_shape) = *self.parts, *other.parts
+        if shape != other_shape:
+            return False
+        step = max(1, CHUNK_VALUES // max(1, math.prod(shape[1:])))
+        with safe_open(file, "pt") as one, safe_open(other_file, "pt") as two:
+            slices = one.get_slice(name), two.get_slice(other_name)
+            return all(torch.equal(*(x[i : i + step] for x in slices))
+                       for i in range(0, shape[0], step))
+
     def tensor(self):
         out = torch.empty(self.shape)
         self.copy_to(out)
@@ -298,7 +311,7 @@ def current_name(name):
 
 
 def is_of_another_task(name, hf):
-    """Is it of a head that tells no texts apart, though it may be called as one that does?"""
+    """Is it of a head for tokens, choices or answers? Its name may be that of a classifier's."""
     others = "TokenClassification", "MultipleChoice", "QuestionAnswering"
     saved_as = str((hf.get("architectures") or [""])[0])
     return saved_as.endswith(others) and name.startswith(("classifier.", "score.", "qa_outputs."))
@@ -322,11 +335,11 @@ def stack(weights, folder):
 def read_lm_head(config, theirs, hf):
     """Set config.lm_head; forget a copy of the embedding."""
     family = FAMILIES[config.family]
-    tied = (family.assumed | hf).get("tie_word_embeddings", False)
+    tied = hf.get("tie_word_embeddings", False)
     embedding = theirs.get(their_names("embedding.weight", family)[0])
     lm_head = theirs.get("lm_head.weight")
-    if tied and lm_head and embedding and lm_head.shape == embedding.shape:
-        tied = torch.equal(lm_head.tensor(), embedding.tensor())  # else as transformers 5 reads it
+    if tied and lm_head and embedding:
+        tied = lm_head.equals(embedding)  # if they differ, its own counts, as in transformers 5
     if tied:
         theirs.pop("lm_head.weight", None)
     else:
@@ -377,28 +390,15 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
     if c.image_size or c.model != "transformer":
         what = c.family if c.image_size else c.model
         raise UserError(f"a {what} model cannot be written as a Hugging Face folder")
-    added = json.loads(tokenizer_json).get("added_tokens", ())
-    ids = {token["content"]: token["id"] for token in added}
-    config = {"model_type": "textcls", "model_config": vars(c)}
-    ends_texts = ()
-    if c.family != "ours" and c.n_classes and c.pooling == "last":
-        # theirs looks for the last token that is no padding
-        ends_texts = Tokenizer.from_str(tokenizer_json).encode("").ids[-1:]
-    roles = {}
-    for role, names in SPECIAL_TOKENS.items():
-        possible = [name for name in names if name in ids]
-        if role == "pad_token" and ends_texts:
-            possible += [token["content"] for token in added if token["special"]]
-            possible = [name for name in possible if ids[name] not in ends_texts]
-        if possible:
-            roles[role] = possible[0]
+    # theirs then looks for the last token that is no padding
+    finds_last = c.family != "ours" and c.n_classes and c.pooling == "last"
+    ids, roles = special_tokens(tokenizer_json, finds_last)
+    config = {"model_type": "textcls", "model_config": vars(c), "scaling": scaling or {}}
     if c.family != "ours":
-        # without a token for padding theirs reads one text at a time
-        no_pad = None if c.n_classes and c.pooling == "last" else 0
-        config = their_config(c, ids.get(roles.get("pad_token"), no_pad))
-        ends = [ids[name] for name in END_TOKENS if name in ids]
-        config |= {"bos_token_id": ids.get(roles.get("bos_token")),
-                   "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
+        # without a token for padding, theirs reads one text at a time
+        config = their_config(c, ids.get(roles.get("pad_token"), None if finds_last else 0))
+        config["bos_token_id"] = ids.get(roles.get("bos_token"))
+        config["eos_token_id"] = [ids[name] for name in END_TOKENS if name in ids] or None
         weights = their_weights(c, weights, config)
     if label_names:
         config |= {"id2label": dict(enumerate(label_names)),
@@ -424,6 +424,23 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
         folder.mkdir(exist_ok=True)
         for file in work.iterdir():  # only when all of them are written
             os.replace(file, folder / file.name)
+
+
+def special_tokens(tokenizer_json, finds_last):
+    """({a tokenizer's special tokens: their numbers}, {role: such a token}). finds_last: padding is
+    none that a text can end with."""
+    added = json.loads(tokenizer_json).get("added_tokens", ())
+    ids = {token["content"]: token["id"] for token in added}
+    roles = {}
+    for role, names in SPECIAL_TOKENS.items():
+        possible = [name for name in names if name in ids]
+        if role == "pad_token" and finds_last:
+            ends = Tokenizer.from_str(tokenizer_json).encode("").ids[-1:]
+            possible += [token["content"] for token in added if token["special"]]
+            possible = [name for name in possible if ids[name] not in ends]
+        if possible:
+            roles[role] = possible[0]
+    return ids, roles
 
 
 def head_in_unit(weights, factor, shift):

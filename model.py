@@ -359,7 +359,9 @@ def patchify(x, p):
     the bottom that fill no patch are left out, as by a convolution."""
     B, C, H, W = x.shape
     h, w = H // p, W // p
-    x = x[:, :, : h * p, : w * p].reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+    if H % p or W % p:
+        x = x[:, :, : h * p, : w * p]
+    x = x.view(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(B, h * w, C * p * p)
 
 

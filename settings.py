@@ -150,7 +150,7 @@ class FinetuneConfig(Config):
     #   laptop
     new_head: bool = False  # True: replace a classifier that the weights bring along
     pooling: Pooling | None = None  # None: as the weights
-    #   say: mean for MiniLM; else the family's own
+    #   say, mean for MiniLM; with one that is given the head is that of the weights' family
     dropout: float | None = None  # None: the weights' own, most often 0.1
     # what moves, and how fast
     freeze: int | Literal["embeddings", "body"] = 0  # 0: nothing; k: the embeddings and the first k

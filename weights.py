@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, mismatch, replacing
+from configurator import UserError, mismatch, read_json, replacing
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +195,8 @@ def load_model(checkpoint, path):
 def is_huggingface(path):
     """Is it a Hugging Face folder, not a checkpoint or a run's folder?"""
     path = Path(path)
-    return (path / "config.json").exists() and not (path / "best.pt").exists()
+    is_run = (path / "best.pt").exists() or (path / "metrics.jsonl").exists()
+    return (path / "config.json").exists() and not is_run
 
 
 def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_size=None,
@@ -221,6 +222,7 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
         names, own_scaling = read_label_names(path), {}
         if isinstance(config, dict):  # a folder that save_hf wrote for our own trunk
             config = read_model_config(config, path)
+            own_scaling = read_json(Path(path) / "config.json").get("scaling", {})
     else:
         saved = load_checkpoint(path)
         config = read_model_config(saved["model_config"], path)
@@ -284,13 +286,17 @@ def head_in_order(weights, names, label_names, path):
 def standardised_head(weights, own, scaling, path):
     """A regression's head, which predicts by `own` scaling ({}: in the target's unit), for another
     scaling."""
-    if "head.bias" not in weights:
+    std = scaling["target_std"]
+    factor = own.get("target_std", 1.0) / std
+    shift = (own.get("target_mean", 0.0) - scaling["target_mean"]) / std
+    weight = as_tensor(weights["head.weight"])
+    if "head.bias" in weights:
+        return head_in_unit({"head.weight": weight, "head.bias": as_tensor(weights["head.bias"])},
+                            factor, shift)
+    if not own:
         raise UserError(f"{path}: its head has no bias, so it cannot be fitted to the data's mean; "
                         "give it a new one with --new_head=True")
-    std = scaling["target_std"]
-    shift = (own.get("target_mean", 0.0) - scaling["target_mean"]) / std
-    head = {name: as_tensor(weights[name]) for name in ("head.weight", "head.bias")}
-    return head_in_unit(head, own.get("target_std", 1.0) / std, shift)
+    return {"head.weight": weight * factor}  # about the data's mean, as it was about its own
 
 
 def as_tensor(w):

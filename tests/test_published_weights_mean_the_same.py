@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import encoding
 import fetch
 import settings
-from families import read_config
+from families import complete, read_config
 from generate import generate
 from huggingface import save_hf
 from tests.conftest import ROOT, packed
@@ -237,7 +237,7 @@ def test_a_language_model_goes_in_and_out(tmp_path, name):
     back = hf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager"
     ).eval()
-    assert type(back) is type(model) and back.generation_config.eos_token_id == 2
+    assert type(back) is type(model) and back.generation_config.eos_token_id == [2]
     check(back)
     prompt = docs[0].tolist()
     expected = model.generate(
@@ -278,7 +278,8 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path, name):
         config.pop(key, None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assumed = hf.AutoConfig.from_pretrained(tmp_path)
-    found = read_config(config | {"use_sliding_window": True, "max_window_layers": 0}, tmp_path)
+    config |= {"use_sliding_window": True, "max_window_layers": 0}
+    found = read_config(complete(config), tmp_path)
     assert found.n_kv_head == assumed.num_key_value_heads and found.window == 4095
 
 
@@ -379,7 +380,7 @@ def test_a_trunk_without_its_output_layer_is_no_language_model(tmp_path):
         (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
         (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=1)), "rope_theta=1.0"),
         (dict(rms_norm_eps=-1), "norm_eps=-1"),
-        (dict(model_type="mistral", sliding_window=1), "of a token to itself alone"),
+        (dict(model_type="mistral", sliding_window=1), "each token sees itself alone"),
         (dict(model_type="qwen3", attention_bias=True), "attention_bias=True is not supported"),
         (dict(quantization_config=dict(load_in_8bit=True)), "quantized"),
     ],

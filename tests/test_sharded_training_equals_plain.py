@@ -76,14 +76,14 @@ def stopped(settings, n, n_losses):
     return load_checkpoint(f"{settings['out_dir']}/last.pt")["step"]
 
 
-@pytest.mark.parametrize("n", [0, 2])
-def test_a_run_goes_on_with_another_number_of_processes(toy, n):
+def test_a_run_goes_on_with_another_number_of_processes(toy):
     toy = toy | dict(n_layer=2, epochs=3.0, eval_interval=99, ema_decay=0.9, optimizer="muon")
     whole = run(toy, 2, "whole")
     cut = toy | dict(out_dir=f"{toy['out_dir']}-cut")
     assert 0 < stopped(cut | dict(parallel="fsdp"), 2, 2) < 18
     assert 0 < stopped(cut | dict(parallel="fsdp"), 4, 6) < 18
-    assert_same(whole, run(toy, n, "cut", parallel="ddp"), 3e-4)
+    assert 0 < stopped(cut | dict(parallel="ddp"), 2, 10) < 18
+    assert_same(whole, run(toy, 0, "cut", parallel="ddp"), 3e-4)
     assert not list(Path(cut["out_dir"]).glob("last-*"))  # all is in last.pt now
 
 
