@@ -292,6 +292,12 @@ def test_numbers_from_texts(tmp_path):
     assert 90 < low["value"] < 130 < high["value"] < 210  # in the score's own unit
     done = script("predict.py", settings["out_dir"], "--text=book film")
     assert done.returncode == 0 and float(done.stdout.split()[-3]) > 130
+    # its head has no bias: for another target it stays about the mean, and so it does out and back
+    assert script("eval.py", settings["out_dir"], "--export=hf").returncode == 0
+    for path in (settings["out_dir"], f"{settings['out_dir']}/hf"):
+        wider = clf.scaling | {"target_std": 2 * clf.scaling["target_std"], "target_mean": 0.0}
+        head = from_pretrained(path, n_classes=1, scaling=wider).head.weight
+        torch.testing.assert_close(head, clf.model.head.weight / 2)
 
 
 def test_small_numbers_keep_their_digits(tmp_path):
