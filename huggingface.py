@@ -150,6 +150,15 @@ def read_pooling(path):
     return ours[modes[0]]
 
 
+def ends_with_padding(folder):
+    """Does a folder's tokenizer end each text with the token that config.json calls padding?"""
+    folder = Path(folder)
+    pad = read_json(folder / "config.json").get("pad_token_id")
+    if pad is None or not (folder / "tokenizer.json").exists():
+        return False
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode("").ids[-1:] == [pad]
+
+
 def read_safetensors(folder):
     shards = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"

@@ -447,7 +447,7 @@ def advice(cfg, meta, task):
         return f"Now: python eval.py {cfg.out_dir} --split=val"
     if task.head["n_classes"]:
         return (f"Now: python eval.py {cfg.out_dir} --test_file=…, or, without one, the same "
-                "command with --folds=5")
+                "command in one process with --folds=5")
     return "There is no val, so how good it is was not measured: --val_fraction=0.01"
 
 

@@ -19,6 +19,7 @@ from baselines import build_model
 from huggingface import (
     SkipInit,
     StoredWeight,
+    ends_with_padding,
     head_in_unit,
     read_hf,
     read_label_names,
@@ -249,6 +250,11 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
             weights = weights | head_in_order(weights, names, label_names, path)
         if "target_mean" in (scaling or {}) and not new_head:
             weights = weights | standardised_head(weights, own_scaling, scaling, path)
+    own_head = config.n_classes and not new_head and is_huggingface(path)
+    if own_head and config.pooling == "last" and ends_with_padding(path):
+        raise UserError(f"{path}: its tokenizer ends texts with the token that is padding, so that "
+                        "its classifier reads the one before, which is not supported: give it a "
+                        "new head with --new_head=True")
     if config.image_size:
         weights = fit_image_size(config, weights, image_size, max_len, path)
     elif image_size:

@@ -31,6 +31,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    torch.set_float32_matmul_precision("highest")  # a run in bfloat16 sets TF32 for its process
+
+
 def error(got, expected):
     """‖got − expected‖ / ‖expected‖ of tensors, or of lists of them as one."""
     if isinstance(got, torch.Tensor):

@@ -347,6 +347,14 @@ def test_what_ends_a_text_is_not_its_padding(tmp_path, special, ends_texts):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
+def test_a_classifier_that_reads_the_token_before_the_end_is_refused(tmp_path):
+    reference("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(words("[PAD]", 0, ends_texts=True))
+    with pytest.raises(UserError, match="new head with --new_head=True"):
+        from_pretrained(tmp_path, n_classes=3)
+    assert from_pretrained(tmp_path, n_classes=3, new_head=True)
+
+
 def test_a_mistral_with_windows_in_some_layers_is_not_written_as_one(tmp_path):
     reference("mistral").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
