@@ -72,6 +72,25 @@ def test_a_dry_run_says_what_a_run_takes(toy, capsys, changes):
     assert measured == pytest.approx(expected, rel=0.1)
 
 
+def test_a_dry_run_counts_a_processs_share(toy, monkeypatch, capsys):
+    toy |= dict(n_layer=6, d_model=192, n_head=4, dry_run=True)
+    measure = memory.measure_step
+
+    def of_one_of_two(cfg, make_model, module, train_set, machine, *args):
+        machine.world, machine.sharded = 2, True
+        found = measure(cfg, make_model, module, train_set, machine, *args)
+        machine.world = 1
+        return found
+
+    train.train(train.Config(**toy))
+    monkeypatch.setattr(memory, "measure_step", of_one_of_two)
+    train.train(train.Config(**toy))
+    one, two = (line for line in capsys.readouterr().out.splitlines() if "a step with" in line)
+    for what in ("weights", "gradients", "optimizer"):
+        whole, share = (int(re.search(rf"{what} (\d+) MiB", line)[1]) for line in (one, two))
+        assert share == pytest.approx(whole / 2, abs=1)
+
+
 def test_auto_takes_what_fits_and_keeps_it(toy, monkeypatch, capsys):
     settings = settings_of(toy, micro_batch_tokens="auto", n_layer=2, d_model=96, n_head=4)
     taken = {}
