@@ -218,17 +218,7 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
     bfloat16 if they are stored in it, else float32. Raises UserError for what is not supported,
     missing, left over, of the wrong shape, or not finite.
     """
-    if is_huggingface(path):
-        config, weights = read_hf(path, pooling)
-        names, own_scaling = read_label_names(path), {}
-        if isinstance(config, dict):  # a folder that save_hf wrote for our own trunk
-            config = read_model_config(config, path)
-            own_scaling = read_json(Path(path) / "config.json").get("scaling", {})
-    else:
-        saved = load_checkpoint(path)
-        config = read_model_config(saved["model_config"], path)
-        weights = saved["model"]
-        names, own_scaling = saved["label_names"], saved["scaling"]
+    config, weights, names, own_scaling = read_weights(path, pooling)
     if n_classes is None and config.lm_head == "own" and "lm_head.weight" not in weights:
         config.lm_head = ""  # of a trunk that is saved alone
     if n_classes == 0:
@@ -277,6 +267,21 @@ def from_pretrained(path, n_classes=None, new_head=False, max_len=None, image_si
         stored = [w.kind for w in weights.values() if isinstance(w, StoredWeight)]
         dtype = torch.bfloat16 if stored and set(stored) == {"BF16"} else torch.float32
     return filled_transformer(config, weights, path, fresh, dtype)
+
+
+def read_weights(path, pooling):
+    """(ModelConfig, {name: weight}, the names of its head's classes, the scaling of its head's
+    numbers, {} where they are in their own unit) of either layout."""
+    if not is_huggingface(path):
+        saved = load_checkpoint(path)
+        config = read_model_config(saved["model_config"], path)
+        return config, saved["model"], saved["label_names"], saved["scaling"]
+    config, weights = read_hf(path, pooling)
+    scaling = {}
+    if isinstance(config, dict):  # a folder that save_hf wrote for our own trunk
+        config = read_model_config(config, path)
+        scaling = read_json(Path(path) / "config.json").get("scaling", {})
+    return config, weights, read_label_names(path), scaling
 
 
 def head_in_order(weights, names, label_names, path):
