@@ -29,6 +29,17 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
+def show_error(kind, error, traceback):
+    """sys.excepthook: Ctrl-C is no error, also while torch is being imported, before `run`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = show_error
+
+
 class UserError(ValueError):
     """Something the user can mend. The message says what is wrong, where, and the way out."""
 

@@ -4,6 +4,7 @@ comes from."""
 import json
 import os
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -216,3 +217,11 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_built(toy, cha
     with pytest.raises(UserError, match=says):
         train.train(train.Config(**toy | change))
     assert not os.path.exists(toy["data_dir"]) and not os.path.exists(toy["out_dir"])
+
+
+def test_ctrl_c_before_a_script_has_begun_is_no_error():
+    """As while torch is being imported."""
+    program = "import configurator, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.endswith(": interrupted\n")
+    assert "Traceback" not in done.stderr
