@@ -236,29 +236,55 @@ class Plan:
                             f"or delete {self.folder}")
         return folder, found
 
+    def stale_shards(self, shards, read_all=False):
+        """{folder: a file that has changed since the shard was built from it} of (folder, what
+        shard.json says). read_all: also files that have not been touched are compared."""
+        here = source_files(self.source)
+        hash_of = functools.cache(file_sha256)
+        stale = {}
+        for folder, found in shards:
+            built = os.path.getmtime(folder / "shard.json")
+            for name, sha in found["sources"].items():
+                if not (path := here.get(name)):
+                    continue
+                touched = read_all or os.path.getmtime(path) > built
+                other_size = os.path.getsize(path) != found["sizes"][name]
+                if other_size or touched and hash_of(path) != sha:
+                    stale[folder] = path
+        return stale
+
+    def remove_useless(self, numbers):
+        """Remove shards that would be built otherwise now, and the tokenizer if none is left.
+        Returns whether something was removed."""
+        useless, shards = [], []
+        for number in numbers:
+            try:
+                folder, found = self.shard(number)
+                shards += [(folder, found)] if found else []
+            except UserError:
+                useless.append(self.folder / f"{number:05}")
+        useless += self.stale_shards(shards, read_all=True)
+        for folder in useless:
+            shutil.rmtree(folder, ignore_errors=True)
+        none_left = not list(self.folder.glob("[0-9]" * 5))
+        if none_left:
+            remove_shards(self.folder)
+        return none_left or bool(useless)
+
     def check_sources_of(self, numbers):
         """Raise UserError if a file of the source has changed since shards were built from it, or
         if two shards were built from different versions of one."""
-        here = source_files(self.source)
-        hash_of = functools.cache(file_sha256)
-        seen, changed, stale = {}, set(), set()
-        for folder, found in map(self.shard, numbers):
-            if not found:
-                continue
-            built = os.path.getmtime(folder / "shard.json")
+        shards = [(folder, found) for folder, found in map(self.shard, numbers) if found]
+        if stale := self.stale_shards(shards):
+            names = ", ".join(sorted(folder.name for folder in stale)[:100])
+            files = ", ".join(sorted(set(stale.values()))[:5])
+            raise UserError(f"{files} has changed since shards {names} were built from it: delete "
+                            f"these folders in {self.folder}, and the same command builds them "
+                            "anew, as it does with --overwrite=True")
+        seen = {}
+        for folder, found in shards:
             for name, sha in found["sources"].items():
                 seen.setdefault(name, {}).setdefault(sha, folder)
-                if not (path := here.get(name)):
-                    continue
-                touched = os.path.getmtime(path) > built
-                other_size = os.path.getsize(path) != found["sizes"][name]
-                if other_size or touched and hash_of(path) != sha:
-                    changed.add(path)
-                    stale.add(folder.name)
-        if stale:
-            raise UserError(f"{', '.join(sorted(changed)[:5])} has changed since shards "
-                            f"{', '.join(sorted(stale)[:100])} were built from it: delete these "
-                            f"folders in {self.folder}, and the same command builds them anew")
         for name, folders in seen.items():
             if len(folders) > 1:
                 first, other, *_ = folders.values()
@@ -487,14 +513,12 @@ def check_sources(source, hashes, built, what):
                             "and the same command builds it anew")
 
 
-def remove_shards(folder, numbers=None):
-    """Remove what build_shards made in a folder: these shards, or all and the tokenizer."""
+def remove_shards(folder):
+    """Remove what build_shards made in a folder."""
     for path in folder.glob("[0-9]" * 5):
-        if numbers is None or int(path.name) in numbers:
-            shutil.rmtree(path, ignore_errors=True)
-    if numbers is None:
-        for path in folder.glob("tokenizer-*.json"):
-            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("tokenizer-*.json"):
+        path.unlink()
 
 
 @contextlib.contextmanager

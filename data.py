@@ -172,6 +172,10 @@ def open_mix(cfg, meta):
             raise UserError(f"--mix={cfg.mix}: there is no {folder}; build it first, with the same "
                             f"tokenizer: python data.py --dataset={name} --tokenizer="
                             f"{folder_of(cfg) / 'tokenizer.json'} …")
+        if corpus.is_in_shards(other["build"]):
+            source = replace(data_settings(vars(cfg)), train_file=other["source"]["train"])
+            built = os.path.getmtime(folder / "meta.json")
+            corpus.check_sources(source, other["source_sha256"], built, folder)
         if other.get("tokenizer_sha256") != meta["tokenizer_sha256"]:
             raise UserError(f"--mix={cfg.mix}: {folder} has another tokenizer than "
                             f"{folder_of(cfg)}; build both with one: --tokenizer="
@@ -209,8 +213,6 @@ def build(cfg):
     if not is_sharded(cfg):
         return put_in_place(folder, cfg, lambda work: build_into(work, cfg))
     with corpus.only_one(shards_folder(cfg)):
-        if cfg.overwrite:
-            corpus.remove_shards(shards_folder(cfg))
         plan = build_shards(cfg)
         meta = put_in_place(
             folder, cfg, lambda work: corpus.join(plan, work, build_settings(cfg)))
@@ -257,10 +259,13 @@ def shards_folder(cfg):
 
 
 def build_shards(cfg):
-    """Build the shards of a corpus that cfg.shards names; returns the corpus.Plan."""
-    plan = corpus.Plan(resolve(cfg), shards_folder(cfg), build_settings(cfg))
-    if cfg.overwrite and corpus.is_partial(cfg.shards):
-        corpus.remove_shards(plan.folder, plan.numbers)
+    """Build the shards of a corpus that cfg.shards names; returns the corpus.Plan. Those that are
+    there and would be the same again stay, also with cfg.overwrite."""
+    def make_plan():
+        return corpus.Plan(resolve(cfg), shards_folder(cfg), build_settings(cfg))
+    plan = make_plan()
+    if cfg.overwrite and plan.remove_useless(plan.numbers):
+        plan = make_plan()  # without them it may have another tokenizer
     corpus.build_shards(plan)
     return plan
 
@@ -449,12 +454,17 @@ def main():
     cfg = configure(DataConfig if asks_for_help else FinetuneConfig)
     if is_sharded(cfg) and corpus.is_partial(cfg.shards):
         plan = build_shards(cfg)
+        anew = " --overwrite=True" if folder_of(cfg).exists() else ""
         print(f"{plan.folder}: shards {plan.numbers[0]} to {plan.numbers[-1]} of {plan.n} are "
-              f"there; --shards={plan.n} builds those that are missing and joins all", flush=True)
+              f"there; --shards={plan.n}{anew} builds those that are missing and joins all",
+              flush=True)
         return
     meta = None if cfg.overwrite else open_meta(cfg)
     if meta:
         check_files(folder_of(cfg), meta, rebuild_command(cfg))
+        if is_sharded(cfg) and shards_folder(cfg).exists():
+            print(f"{shards_folder(cfg)}: what a rebuild that did not end has left; --overwrite="
+                  "True goes on with it, or delete it", flush=True)
     meta = meta or build(cfg)
     print_table(meta)
     if meta["kind"] == "text" and meta["task"] != "none" and getattr(cfg, "max_len", None):

@@ -406,6 +406,9 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
     if c.family != "ours":
         # without a token for padding, theirs reads one text at a time
         config = their_config(c, ids.get(roles.get("pad_token"), None if finds_last else 0))
+        if finds_last and "pad_token" not in roles:
+            print(f"{folder}: has no token for padding, so transformers reads one text at a time",
+                  flush=True)
         config["bos_token_id"] = ids.get(roles.get("bos_token"))
         config["eos_token_id"] = [ids[name] for name in END_TOKENS if name in ids] or None
         weights = their_weights(c, weights, config)

@@ -23,6 +23,7 @@ class RunData:
     train_set: Examples
     val_set: Examples | None
     head_set: Examples | None  # what Task.fit_head is given; None: there is none
+    mix_sha256: str | None  # of all corpora of --mix
 
 
 def open_run_data(cfg, folder, meta, task, machine, fold=None):
@@ -43,12 +44,13 @@ def open_run_data(cfg, folder, meta, task, machine, fold=None):
 
     # train
     tokenizer = read_tokenizer(folder, meta, rebuild_command(cfg))
+    mix_sha256 = None
     if cfg.mix is None:
         train_set = open_examples("train", cfg.seed, training=True)
     else:
         parts = data.open_mix(cfg, meta)
-        hashes = [other["sha256"] for (_, other), _ in parts]
-        machine.check_agreement(lambda: {"data set of --mix": hash_of(hashes)})
+        mix_sha256 = hash_of([other["sha256"] for (_, other), _ in parts])
+        machine.check_agreement(lambda: {"data set of --mix": mix_sha256})
         train_set = Mixture([open_examples("train", cfg.seed, True, *part) for part, _ in parts],
                             [share for _, share in parts])
     if machine.rank == 0 and meta["kind"] == "text" and task.head["n_classes"]:
@@ -78,7 +80,7 @@ def open_run_data(cfg, folder, meta, task, machine, fold=None):
     if cfg.teacher:
         labelled_set = train_set
         train_set = machine.one_first(lambda: teach(labelled_set, cfg, folder, meta, tokenizer))
-    return RunData(tokenizer, max_len, train_set, val_set, head_set)
+    return RunData(tokenizer, max_len, train_set, val_set, head_set, mix_sha256)
 
 
 def tokens_per_example(cfg, meta):

@@ -212,6 +212,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if best_by not in (*task.figure_names, "last"):
         raise UserError(f"--best_by={best_by}: there are {', '.join(task.figure_names)}, and last")
     run_data = open_run_data(cfg, folder, meta, task, machine, fold)
+    if checkpoint and checkpoint.get("mix_sha256", run_data.mix_sha256) != run_data.mix_sha256:
+        raise UserError(f"{cfg.out_dir} holds a run on other data than --mix={cfg.mix} holds now: "
+                        "a data set of it was built anew; choose another --out_dir=…, or replace "
+                        "it with --overwrite=True")
     if cfg.dry_run or cfg.micro_batch_tokens == "auto":
         def measure(n_tokens):
             return memory.measure_step(
@@ -300,7 +304,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         "model_config": dataclasses.asdict(model.config), "tokenizer": run_data.tokenizer,
         "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
         "max_len": run_data.max_len, "kind": meta["kind"], "scaling": meta["scaling"],
-        "data_sha256": meta["sha256"], "data_folder": folder.name,
+        "data_sha256": meta["sha256"], "mix_sha256": run_data.mix_sha256,
+        "data_folder": folder.name,
         "micro_batch_tokens": cfg.micro_batch_tokens}, model, optimizers, ema, state_for_best)
     tokens_per_unit = run_data.max_len if meta["kind"] == "image" else 1  # rates count images
     log = Log(cfg, machine, progress, total_steps, lambda rate: flops * rate * tokens_per_unit,

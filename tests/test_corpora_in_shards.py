@@ -390,6 +390,46 @@ def test_a_mixture_is_resumed_bit_for_bit(web, tmp_path):
     assert all((whole[k] == again[k]).all() for k in whole)
 
 
+def test_a_mixture_that_has_changed_is_noticed(web, tmp_path):
+    cfg, other = mixture(web, tmp_path)
+    cfg = replace(cfg, max_steps=30, save_interval=5)
+    with interrupted(7):
+        train.train(cfg)
+    file = tmp_path / "books/part-1.jsonl"
+    file.write_text(file.read_text().replace("goal", "aims"))
+    os.utime(file, (4e9, 4e9))
+    with pytest.raises(UserError, match="books/part-1.jsonl has changed since .*books-"):
+        train.train(cfg)
+    data.build(replace(other, overwrite=True))
+    os.utime(file, (1e9, 1e9))
+    with pytest.raises(UserError, match="a data set of it was built anew"):
+        train.train(cfg)
+
+
+def test_a_rebuild_that_was_stopped_goes_on(web, tmp_path):
+    """By its own command; what would be the same again is not built twice."""
+    cfg, _ = web
+    data.build(cfg)
+    file = tmp_path / "web/part-3.jsonl"
+    file.write_text(file.read_text().replace("goal", "aims"))
+    again = replace(cfg, overwrite=True)
+    data.build_shards(replace(again, shards="2-3/6"))
+    done = data.shards_folder(cfg) / "00003/shard.json"
+    before = done.stat().st_mtime_ns
+    plan = data.build_shards(again)
+    assert done.stat().st_mtime_ns == before
+    file.write_text(file.read_text().replace("aims", "hits"))
+    os.utime(file, (1e9, 1e9))  # of the same size, and not touched, as it seems
+    first = data.shards_folder(cfg) / "00000/shard.json"
+    kept = first.stat().st_mtime_ns
+    data.build_shards(again)
+    assert done.stat().st_mtime_ns != before and first.stat().st_mtime_ns == kept
+    meta = data.build(again)
+    found = texts_of(cfg, "train", meta) + texts_of(cfg, "val", meta)
+    assert any("hits" in text for text in found) and not any("aims" in text for text in found)
+    assert not plan.folder.exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # What is refused
 
