@@ -133,7 +133,7 @@ class Plan:
         except OSError as error:
             raise cannot_write(folder, error) from error
         self.numbers, self.n = parse_shards(source.shards)
-        found = files_of(source)
+        found = named_files(source)
         for empty in (path for _, path, _ in found if path and not os.path.getsize(path)):
             print(f"{empty}: is empty (0 bytes)", flush=True)
         self.n_pieces = (self.n - 1) // len(found) + 1  # of each file
@@ -142,14 +142,17 @@ class Plan:
             self.val_fraction = VAL_FRACTION
         self.facts = build | {
             "val_fraction": self.val_fraction,
-            "train_file": sha256(json.dumps([own for own, *_ in found]))}
-        self.tokenizer = self.open_tokenizer([file for *_, file in found])
+            "train_file": sha256(json.dumps([own + name.removeprefix(path or name)
+                                             for own, path, (name, _) in found]))}
+        self.tokenizer = self.open_tokenizer(found)
         self.facts["tokenizer"] = sha256(self.tokenizer)
 
-    def open_tokenizer(self, files):
-        """tokenizer.json as text. One of our own is trained once for these settings and sizes of
-        files, on the beginning of each file; where shards are there, theirs is taken."""
-        sizes = [os.path.getsize(path) for path in source_files(self.source).values()]
+    def open_tokenizer(self, found):
+        """tokenizer.json as text; found: named_files. One of our own is trained once for these
+        settings and sizes of files, on the beginning of each; where shards are there, theirs is
+        taken."""
+        files = [file for *_, file in found]
+        sizes = [os.path.getsize(path) for _, path, _ in found if path]
         path = self.folder / f"tokenizer-{sha256(json.dumps([self.facts, sizes]))[:8]}.json"
         own = self.source.tokenizer in OWN_TOKENIZERS
         if own:
@@ -293,10 +296,10 @@ class Plan:
                                 "command builds them anew")
 
 
-def files_of(source):
-    """A source's files as (own name, path, (name, opener)). The own name is without the folder that
-    all of them lie in, which each machine may call otherwise. path: the file that it lies in, an
-    archive for instance; None where it was downloaded."""
+def named_files(source):
+    """A source's files as (own name, path, (name, opener)). path: where it lies, an archive for
+    instance; None where it was downloaded. The own name is the path without the folder that all of
+    them lie in, which each machine may call otherwise."""
     found = []
     parts = source.train_file.split(" + ")
     for number, part in enumerate(parts):
@@ -307,15 +310,14 @@ def files_of(source):
         paths = [name if os.path.isfile(name) else name.partition("!")[0] for name, _ in files]
         common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
         for path, file in zip(paths, files):
-            own = os.path.relpath(os.path.abspath(path), common) + file[0].removeprefix(path)
+            own = os.path.relpath(os.path.abspath(path), common)
             found.append((f"{number}: {own}" if parts[1:] else own, path, file))
     return found
 
 
 def source_files(source):
     """The files on this machine that a source lies in: {own name: path}."""
-    return {own.removesuffix(name.removeprefix(path)): path
-            for own, path, (name, _) in files_of(source) if path}
+    return {own: path for own, path, _ in named_files(source) if path}
 
 
 def sha256(text):
@@ -339,10 +341,10 @@ def build_shards(plan):
             build_shard(plan, number, progress=True)
         return
     context = multiprocessing.get_context("spawn")
-    with (ending_on_sigterm(),
+    with (handling(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)),
           ProcessPoolExecutor(n_processes, context, begin_worker, (os.getpid(),)) as pool):
         try:
-            with without_ctrl_c():  # which the processes that start here keep
+            with handling(signal.SIGINT, signal.SIG_IGN):  # which processes that start here keep
                 found = [pool.submit(build_shard, plan, number) for number in missing]
             for done in tqdm(as_completed(found), total=len(found), desc="shards"):
                 done.result()
@@ -369,28 +371,16 @@ def begin_worker(parent):
 
 
 @contextlib.contextmanager
-def ending_on_sigterm():
-    """SIGTERM ends this process as an exception does, so that it can end its own."""
+def handling(number, handler):
+    """Within, a signal is handled so. (Only the main thread gets any.)"""
     if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread gets the signal
+        yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def without_ctrl_c():
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread gets the signal
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def build_shard(plan, number, progress=False):
@@ -422,8 +412,8 @@ def build_shard(plan, number, progress=False):
             np.array(keys[split], np.uint64).tofile(work / f"{split}.key")
         hashes = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
         read = {name for (name, _), _ in pieces}
-        read = {path for _, path, (name, _) in files_of(plan.source) if path and name in read}
-        files = {own: path for own, path in source_files(plan.source).items() if path in read}
+        files = {own: path for own, path, (name, _) in named_files(plan.source)
+                 if path and name in read}
         write_json(work / "shard.json", {
             "number": number, "facts": plan.facts, "bad_rows": n_bad, "splits": splits,
             "sha256": hashes, "sources": {own: file_sha256(path) for own, path in files.items()},
@@ -498,19 +488,19 @@ def join(plan, work, build):
     return meta
 
 
-def check_sources(source, hashes, built, what):
-    """Raise UserError if files of a source that are here are others than those that `what` was
-    built from at the time `built`; hashes: {own name: SHA-256}. Files that have not been touched
-    since are not read."""
+def check_sources(source, meta, folder):
+    """Raise UserError if files of a source that are here are others than those that the data set in
+    a folder was built from. Files that have not been touched since are not read."""
+    built = os.path.getmtime(folder / "meta.json")
     try:
         here = source_files(source)
     except UserError:
         return  # the sources are elsewhere
-    for name, expected in hashes.items():
+    for name, expected in meta["source_sha256"].items():
         path = here.get(name, "")
         if has_changed(path, built, expected):
-            raise UserError(f"{path} has changed since {what} was built from it: delete {what}, "
-                            "and the same command builds it anew")
+            raise UserError(f"{path} has changed since {folder} was built from it: delete {folder},"
+                            " and the same command builds it anew")
 
 
 def remove_shards(folder):

@@ -121,10 +121,10 @@ def open_meta(cfg):
             raise UserError(f"{folder} was built with {key}={built[key]!r}, not {value!r}; "
                             f"name another data set with --dataset=NAME, or rebuild it with: "
                             f"{rebuild}")
-    built = os.path.getmtime(folder / "meta.json")
     if corpus.is_in_shards(meta["build"]):
-        corpus.check_sources(resolve(cfg), meta["source_sha256"], built, folder)
+        corpus.check_sources(resolve(cfg), meta, folder)
         return meta
+    built = os.path.getmtime(folder / "meta.json")
     for split, file in meta["source"].items():
         if has_changed(file, built, meta["source_sha256"].get(split)):
             raise UserError(f"{file} has changed since {folder} was built from it; "
@@ -174,8 +174,7 @@ def open_mix(cfg, meta):
                             f"{folder_of(cfg) / 'tokenizer.json'} …")
         if corpus.is_in_shards(other["build"]):
             source = replace(data_settings(vars(cfg)), train_file=other["source"]["train"])
-            built = os.path.getmtime(folder / "meta.json")
-            corpus.check_sources(source, other["source_sha256"], built, folder)
+            corpus.check_sources(source, other, folder)
         if other.get("tokenizer_sha256") != meta["tokenizer_sha256"]:
             raise UserError(f"--mix={cfg.mix}: {folder} has another tokenizer than "
                             f"{folder_of(cfg)}; build both with one: --tokenizer="

@@ -62,7 +62,8 @@ BERT = Family(
 ROBERTA = replace(
     BERT, classifier="RobertaForSequenceClassification", root="roberta.", pads_positions=True,
     names=BERT.names | {"dense": "/classifier.dense", "head": "/classifier.out_proj"},
-    ignored=("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids"))
+    ignored=("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids"),
+    if_missing={"pad_token_id": 1})
 ELECTRA = replace(
     BERT, classifier="ElectraForSequenceClassification", root="electra.",
     names=ROBERTA.names | {"projection": "embeddings_project"},
@@ -254,7 +255,7 @@ def complete(hf):
     family = FAMILIES.get(hf.get("model_type"))
     if not family:
         return hf
-    own = hf.get("vision_config", {}) if family is SIGLIP else {}  # of its two towers one
+    own = hf.get("vision_config", {}) if family is SIGLIP else {}  # the tower for images
     return family.if_missing | hf | own
 
 
@@ -297,7 +298,7 @@ def read_config(hf, folder):
 
 def n_unused_positions(hf, folder):
     """Of a family that pads_positions: how many positions no token has."""
-    pad = hf.get("pad_token_id", 1)
+    pad = hf["pad_token_id"]
     if not isinstance(pad, int):
         raise UserError(f"{folder}: pad_token_id={pad!r} is not supported for {hf['model_type']}, "
                         "whose positions begin behind it")
@@ -531,6 +532,7 @@ def read_scaling(parameters, hf, c, folder):
 
 
 def scaling_of(parameters, c, folder):
+    """Theirs as ours: the numbers that count, {} where nothing is stretched. Raises UserError."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{folder}: partial_rotary_factor={parameters['partial_rotary_factor']} is "

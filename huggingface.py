@@ -188,8 +188,7 @@ class StoredWeight:
 
     def copy_to(self, out):
         """Fill `out`, a contiguous tensor of this shape, in its dtype; returns whether all of it is
-        finite. The file is opened anew for every chunk: what is read of a file counts as memory
-        until it is closed."""
+        finite."""
         if is_fake(out):  # only its memory is asked for, see memory.py
             return True
         finite = True
@@ -197,32 +196,31 @@ class StoredWeight:
         if len(self.parts) == 1 and not self.transposed and not self.skip:
             stacked = stacked.view(self.parts[0][2])
         row = 0  # of those that are filled
-        for file, name, shape in self.parts:
-            step = max(1, CHUNK_VALUES // max(1, math.prod(shape[1:])))
-            for start in range(self.skip, shape[0], step):
-                with safe_open(file, "pt") as opened:
-                    chunk = opened.get_slice(name)[start : start + step]
-                    finite = finite and bool(chunk.isfinite().all())
-                    stacked[row : row + len(chunk)].copy_(chunk)
-                    row += len(chunk)
+        for chunk in self.chunks():
+            finite = finite and bool(chunk.isfinite().all())
+            stacked[row : row + len(chunk)].copy_(chunk)
+            row += len(chunk)
         if self.offset:
             out.add_(self.offset)
         if self.scale is not None:
             out.mul_(self.scale.tensor().view(-1, *[1] * (out.ndim - 1)))
         return finite
 
+    def chunks(self):
+        """Its rows as the files have them, some at a time. A file is opened anew for each: what is
+        read of it counts as memory until it is closed."""
+        for file, name, shape in self.parts:
+            step = max(1, CHUNK_VALUES // max(1, math.prod(shape[1:])))
+            for start in range(self.skip, shape[0], step):
+                with safe_open(file, "pt") as opened:
+                    yield opened.get_slice(name)[start : start + step]
+
     def equals(self, other):
-        """Is another weight, which lies in one file as this does, the same?"""
+        """Does another weight hold the same values?"""
         if is_fake(torch.empty(0)):  # only memory is asked for: copies are the rule
             return True
-        (file, name, shape), (other_file, other_name, other_shape) = *self.parts, *other.parts
-        if shape != other_shape:
-            return False
-        step = max(1, CHUNK_VALUES // max(1, math.prod(shape[1:])))
-        with safe_open(file, "pt") as one, safe_open(other_file, "pt") as two:
-            slices = one.get_slice(name), two.get_slice(other_name)
-            return all(torch.equal(*(x[i : i + step] for x in slices))
-                       for i in range(0, shape[0], step))
+        return self.shape == other.shape and all(
+            torch.equal(*pair) for pair in zip(self.chunks(), other.chunks()))
 
     def tensor(self):
         out = torch.empty(self.shape)
@@ -399,12 +397,11 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
     if c.image_size or c.model != "transformer":
         what = c.family if c.image_size else c.model
         raise UserError(f"a {what} model cannot be written as a Hugging Face folder")
-    # theirs then looks for the last token that is no padding
+    # does transformers' class look for the last token that is no padding?
     finds_last = c.family != "ours" and c.n_classes and c.pooling == "last"
     ids, roles = special_tokens(tokenizer_json, finds_last)
     config = {"model_type": "textcls", "model_config": vars(c), "scaling": scaling or {}}
     if c.family != "ours":
-        # without a token for padding, theirs reads one text at a time
         config = their_config(c, ids.get(roles.get("pad_token"), None if finds_last else 0))
         if finds_last and "pad_token" not in roles:
             print(f"{folder}: has no token for padding, so transformers reads one text at a time",
