@@ -52,13 +52,17 @@ class Machine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(cfg.deterministic)
         self.dtype = computing_dtype(cfg, self.device)
+        native = bf16_is_native(self.device)
         if on_cuda:
             exact = self.dtype == torch.float32
-            if not exact and not bf16_is_native(self.device):
+            if not exact and not native:
                 raise UserError(f"--dtype=bfloat16: {torch.cuda.get_device_name()} does not "
                                 "compute in it: leave --dtype out")
             # high: TF32, of what stays in float32 all the same
             torch.set_float32_matmul_precision("highest" if exact else "high")
+        elif self.device.type == "cpu" and self.dtype == torch.bfloat16 and not native:
+            self.print("--dtype=bfloat16: this processor has no instructions for it, which makes "
+                       "it several times slower than float32")
         self.compile = cfg.compile
         if cfg.compile == "auto":  # only for the bfloat16 kernel have packed texts one shape
             self.compile = (on_cuda and cfg.model == "transformer"
@@ -75,6 +79,10 @@ class Machine:
                 dist.init_process_group("gloo", timeout=PATIENCE, **where)
             # of numbers that are on the CPU, so that no sum of them waits for the device
             self.cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            dtypes = sorted(set(self.gather(str(self.dtype))))
+            if len(dtypes) > 1:
+                self.refuse(f"--dtype=auto is {' or '.join(dtypes)}, by the processor, on the "
+                            "machines of this run: give --dtype=float32 on all")
         if self.sharded:
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 

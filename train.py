@@ -248,6 +248,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     if checkpoint:
         progress = restore(checkpoint, cfg.out_dir, machine, model, optimizers, ema)
         machine.print(f"{cfg.out_dir}: continuing at step {progress.step}")
+        before = checkpoint.get("dtype", str(machine.dtype))
+        if before != str(machine.dtype):
+            machine.print(f"{cfg.out_dir}: in {machine.dtype} from here on, which is --dtype=auto "
+                          f"on this machine; until here it was {before}")
     wandb_run = None
     if machine.rank == 0:
         begin_run(given, checkpoint, lock)
@@ -306,7 +310,8 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         "max_len": run_data.max_len, "kind": meta["kind"], "scaling": meta["scaling"],
         "data_sha256": meta["sha256"], "mix_sha256": run_data.mix_sha256,
         "data_folder": folder.name,
-        "micro_batch_tokens": cfg.micro_batch_tokens}, model, optimizers, ema, state_for_best)
+        "micro_batch_tokens": cfg.micro_batch_tokens, "dtype": str(machine.dtype),
+    }, model, optimizers, ema, state_for_best)
     tokens_per_unit = run_data.max_len if meta["kind"] == "image" else 1  # rates count images
     log = Log(cfg, machine, progress, total_steps, lambda rate: flops * rate * tokens_per_unit,
               "tok" if meta["kind"] == "text" else "ex", wandb_run)

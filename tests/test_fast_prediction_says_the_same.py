@@ -18,9 +18,10 @@ from tests.test_published_weights_mean_the_same import reference
 from weights import from_pretrained
 
 BF16 = torch.cpu._is_avx512_bf16_supported()
+INT8_ERROR = 0.06 if torch.cpu._is_vnni_supported() else 0.1  # inputs in 8 bits, or in 7
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.int8, 0.06)])
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.int8, INT8_ERROR)])
 @pytest.mark.parametrize(
     "name",
     # random weights of more layers are further off, transformers' own in bfloat16 too
@@ -87,6 +88,7 @@ def test_int8_is_refused_where_it_cannot_be(toy):
         Classifier(toy["out_dir"], dtype=torch.int8)
 
 
+@pytest.mark.skipif(not BF16, reason="this processor computes no bfloat16")
 @pytest.mark.parametrize("std", [0.02, 0.3])
 def test_our_own_trunk_says_the_same_from_small_embeddings_too(std):
     """The residual stream is in bfloat16 then, and so small that the norm's eps matters."""
@@ -95,7 +97,7 @@ def test_our_own_trunk_says_the_same_from_small_embeddings_too(std):
     torch.nn.init.normal_(model.embedding.weight, std=std)
     batch = packed(random_documents())
     low = copy.deepcopy(model)
-    quantize_for_inference(low, torch.bfloat16, BF16)
+    quantize_for_inference(low, torch.bfloat16, True)
     with torch.no_grad():
         exact, got = model(*batch), low(*batch)
     assert (got - exact).square().mean().sqrt() < 0.03 * exact.std()

@@ -94,6 +94,14 @@ def test_processes_that_disagree_are_told_so(toy, tmp_path, what, before):
     assert not (Path(toy["out_dir"]) / "last.pt").exists()
 
 
+def test_processors_of_two_kinds_do_not_mix_dtypes(toy, tmp_path):
+    before = "import distributed; distributed.bf16_is_native = lambda device: rank == 0"
+    _, err, status = ended(launch(2, toy | dict(dtype="auto"), tmp_path, before))
+    lines = [line for line in err.splitlines() if "started.py: error: " in line]
+    assert status != 0 and len(lines) == 1
+    assert "--dtype=auto is torch.bfloat16 or torch.float32" in lines[0]
+
+
 def test_the_code_and_the_version_of_torch_are_among_what_is_compared():
     facts = runs.facts_of(train.Config())
     assert {"code", "version of torch", "--learning_rate"} <= facts.keys()

@@ -13,9 +13,10 @@ from configurator import UserError
 import pytest
 import torch
 
+import distributed
 import runs
 import train
-from tests.conftest import ROOT, script
+from tests.conftest import ROOT, interrupted, script
 from tests.test_evaluating_changes_nothing import records
 from weights import load_checkpoint
 
@@ -70,6 +71,18 @@ def test_killed_and_continued_equals_uninterrupted(toy):
 
     again = script("train.py", **toy)  # finished: says so, and changes nothing
     assert again.returncode == 0 and "finished" in again.stdout and "eval.py" in again.stdout
+
+
+def test_a_run_that_goes_on_in_another_dtype_says_so(toy, monkeypatch, capsys):
+    toy |= dict(dtype="auto", eval_interval=2, save_interval=2)
+    monkeypatch.setattr(distributed, "bf16_is_native", lambda device: True)
+    with interrupted(5):
+        train.train(train.Config(**toy))
+    monkeypatch.setattr(distributed, "bf16_is_native", lambda device: False)
+    train.train(train.Config(**toy))
+    said = capsys.readouterr().out
+    assert "continuing at step 4" in said
+    assert "in torch.float32 from here on" in said and "it was torch.bfloat16" in said
 
 
 def test_a_run_that_is_older_than_a_setting_is_still_its_run(toy, capsys):
