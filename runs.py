@@ -181,10 +181,11 @@ class FolderLock:
 
 class StopSignal:
     """Remembers SIGTERM and SIGINT (Ctrl-C), so that a run can save and stop after its step. A
-    second signal stops it at once. That torchrun is gone counts as SIGTERM."""
+    second signal stops it at once, but not within two seconds: Slurm tells torchrun and all its
+    processes, and torchrun tells these again. That torchrun is gone counts as SIGTERM."""
 
     def __init__(self):
-        self.number, self.handlers = 0, {}
+        self.number, self.since, self.handlers = 0, 0.0, {}
         self.parent = os.getppid()
 
     def listen(self):
@@ -198,8 +199,11 @@ class StopSignal:
         return self.number > 0
 
     def remember(self, number, frame):
-        self.number = number
-        self.restore()
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 2:
+            self.restore()
+            signal.raise_signal(number)
 
     def restore(self):
         for number, handler in self.handlers.items():

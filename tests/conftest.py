@@ -4,8 +4,6 @@ second."""
 import contextlib
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,28 +134,3 @@ def report_of(clf, split):
     """What eval.py would report of a Classifier on a split, without intervals."""
     examples = open_data(clf, split)
     return basic_report(clf, clf.logits(examples).double().numpy(), examples.labels)
-
-
-def script(name, *args, torchrun=0, **settings):
-    """Runs a script of ours in a process of its own (or `torchrun` of them); returns the
-    CompletedProcess."""
-    launch = (
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={torchrun}",
-        ]
-        if torchrun
-        else [sys.executable]
-    )
-    command = [*launch, str(ROOT / name), *args, *(f"--{k}={v}" for k, v in settings.items())]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-    )

@@ -17,7 +17,8 @@ import data
 import eval as eval_script
 import train
 from predict import Classifier, open_data
-from tests.conftest import ROOT, script
+from tests.conftest import ROOT
+from tests.forks import script
 from weights import load_checkpoint, save_checkpoint
 
 GOOD = "label,text\n" + "".join(f"{'ab'[i % 2]},text number {i}\n" for i in range(40))
@@ -490,6 +491,8 @@ def test_a_reader_that_has_ended_stops_the_script_quietly():
 def test_a_compiler_that_is_missing_is_said_to_be(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    done = script("train.py", **toy | dict(compile=True))
+    options = [f"--{key}={value}" for key, value in (toy | dict(compile=True)).items()]
+    command = [sys.executable, str(ROOT / "train.py"), *options]  # inductor reads CXX on import
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "a C++ compiler, as gcc is: install one, or --compile=False" in done.stderr

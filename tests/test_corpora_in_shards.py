@@ -18,7 +18,8 @@ from configurator import UserError
 import numpy as np
 import pyarrow
 import pytest
-from conftest import ROOT, interrupted, script
+from conftest import ROOT, interrupted
+from forks import script
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 
 import corpus

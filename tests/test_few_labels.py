@@ -21,7 +21,8 @@ import tasks
 import train
 from huggingface import save_hf
 from predict import Classifier, open_data
-from tests.conftest import interrupted, open_split, script, write_toy
+from tests.conftest import interrupted, open_split, write_toy
+from tests.forks import script
 from weights import from_pretrained, load_checkpoint
 
 hf = pytest.importorskip("transformers")

@@ -14,7 +14,8 @@ import finetune
 import optim
 from export import export
 from predict import Classifier, open_data
-from tests.conftest import class_task, interrupted, packed, script
+from tests.conftest import class_task, interrupted, packed
+from tests.forks import script
 from tests.test_evaluating_changes_nothing import records
 from weights import from_pretrained, load_checkpoint
 

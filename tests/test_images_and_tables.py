@@ -29,7 +29,8 @@ import train
 from labelling import file_settings
 from model import ModelConfig, Transformer
 from predict import Classifier
-from tests.conftest import open_split, report_of, script, task_of
+from tests.conftest import open_split, report_of, task_of
+from tests.forks import script
 from tests.test_one_gradient_many_ways import compiling_keeps_the_gradient
 from weights import from_pretrained
 

@@ -396,14 +396,14 @@ def test_gpt2s_language_model_is_transformers(tmp_path):
 
 
 def test_two_processes_pretrain_as_one(toy):
-    from tests.conftest import script
+    from tests.forks import script
 
     losses = []
-    for torchrun, objective in ((0, "mlm"), (2, "mlm"), (0, "clm"), (2, "clm")):
-        out = f"{toy['out_dir']}-{objective}-{torchrun}"
+    for processes, objective in ((0, "mlm"), (2, "mlm"), (0, "clm"), (2, "clm")):
+        out = f"{toy['out_dir']}-{objective}-{processes}"
         done = script(
             "train.py",
-            torchrun=torchrun,
+            processes=processes,
             **toy
             | dict(
                 objective=objective,

@@ -1,5 +1,6 @@
 """Processes that die, disagree, or have no common disk; checkpoints in parts."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from configurator import UserError
 
 import pytest
 import torch
-from conftest import ROOT, script
-from test_resume_is_bitwise import started
+from conftest import ROOT
+from forks import Script, free_port, script
+from test_resume_is_bitwise import wait_for_losses
 from test_sharded_training_equals_plain import assert_same, run
 from torch.utils._pytree import tree_leaves
 
@@ -22,21 +24,37 @@ import train
 from weights import load_checkpoint, save_checkpoint
 
 
-def launch(n, toy, cwd, before="", torchrun=("--standalone",)):
-    """Starts n processes under torchrun that train, after running the code `before`."""
+def program(toy, cwd, before):
+    """A script that trains, after running the code `before`."""
     path = Path(cwd) / "started.py"
     path.write_text(
         "import os, configurator, runs, train\n"
         "rank = int(os.environ['RANK'])\n"
-        "restart = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))\n"
         f"{before}\n"
         f"configurator.run(lambda: train.train(train.Config(**{toy!r})))"
     )
+    return str(path)
+
+
+def in_two(toy, cwd, before):
+    """Runs that in two processes. Returns (standard output, standard error, exit status)."""
+    with contextlib.chdir(cwd):
+        done = script(program(toy, cwd, before), processes=2)
+    return done.stdout, done.stderr, done.returncode
+
+
+def launch(n, toy, cwd, before="", torchrun=("--standalone",)):
+    """Starts that in n processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={n}"]
     return subprocess.Popen(
-        [*command, str(path)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*command, program(toy, cwd, before)],
+        cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def ended(running):
@@ -87,7 +105,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line(toy, tmp_path, parall
                  "train.data.open_or_build = other"),
 ])  # fmt: skip
 def test_processes_that_disagree_are_told_so(toy, tmp_path, what, before):
-    _, err, status = ended(launch(2, toy, tmp_path, before))
+    _, err, status = in_two(toy, tmp_path, before)
     lines = [line for line in err.splitlines() if "error: " in line and "started.py" in line]
     assert status != 0 and len(lines) == 1
     assert f"process 1 has another {what} than process 0" in lines[0]
@@ -96,7 +114,7 @@ def test_processes_that_disagree_are_told_so(toy, tmp_path, what, before):
 
 def test_processors_of_two_kinds_do_not_mix_dtypes(toy, tmp_path):
     before = "import distributed; distributed.bf16_is_native = lambda device: rank == 0"
-    _, err, status = ended(launch(2, toy | dict(dtype="auto"), tmp_path, before))
+    _, err, status = in_two(toy | dict(dtype="auto"), tmp_path, before)
     lines = [line for line in err.splitlines() if "started.py: error: " in line]
     assert status != 0 and len(lines) == 1
     assert "--dtype=auto is torch.bfloat16 or torch.float32" in lines[0]
@@ -107,17 +125,9 @@ def test_the_code_and_the_version_of_torch_are_among_what_is_compared():
     assert {"code", "version of torch", "--learning_rate"} <= facts.keys()
 
 
-def port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def on_two_machines(toy, tmp_path, crash=""):
     """Runs with one process on each of two machines, which are working folders here."""
-    end = f"127.0.0.1:{port()}"
+    end = f"127.0.0.1:{free_port()}"
     rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={end}"]
     machines = []
     for name in "ab":
@@ -171,7 +181,7 @@ def test_machines_may_join_and_leave(toy, tmp_path, monkeypatch):
         "train.compute_gradient = compute_gradient"
     )
     rendezvous = ["--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d",
-                  f"--rdzv-endpoint=localhost:{port()}",
+                  f"--rdzv-endpoint=localhost:{free_port()}",
                   "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1"]  # fmt: skip
     machines = []
     for name in "ab":
@@ -199,7 +209,7 @@ def test_sharded_weights_are_gathered_as_they_are_computed(toy, tmp_path):
         "    model.blocks[1].register_forward_pre_hook(look)\n"
         "train.shard = shard"
     )
-    out, err, status = ended(launch(2, toy, tmp_path, look))
+    out, err, status = in_two(toy, tmp_path, look)
     assert status == 0, err[-3000:]
     assert "gathered torch.bfloat16" in out and "gathered torch.float32" not in out
     saved = load_checkpoint(f"{toy['out_dir']}/last.pt")["model"]
@@ -232,7 +242,7 @@ def test_a_step_is_saved_once(toy, tmp_path):
         "    return real(path, **more)\n"
         "dcp.HuggingFaceStorageWriter = writer"
     )
-    out, err, _ = ended(launch(2, toy, tmp_path, note))
+    out, err, _ = in_two(toy, tmp_path, note)
     wrote = [line for line in out.splitlines() if line.startswith("wrote")]
     assert wrote == ["wrote last-4", "wrote last-8", "wrote last-12"], err[-2000:]
 
@@ -266,7 +276,7 @@ def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
         "    if before and not self.future: print('written after', len(steps), flush=True)\n"
         "runs.ShardedSaver.poll = note"
     )  # fmt: skip
-    out, err, status = ended(launch(2, toy | dict(save_interval=4), tmp_path, slow))
+    out, err, status = in_two(toy | dict(save_interval=4), tmp_path, slow)
     assert status == 0, err[-3000:]
     found = load_checkpoint(f"{toy['out_dir']}/last.pt")
     assert found["step"] == 4
@@ -279,7 +289,7 @@ def test_what_is_saved_is_the_step_and_not_what_follows(toy, tmp_path):
         "    if checkpoint['step'] == 4: os._exit(0)\n"
         "runs.ShardedSaver.save = once"
     )
-    ended(launch(2, whole, tmp_path, stop))
+    in_two(whole, tmp_path, stop)
     then = load_checkpoint(f"{whole['out_dir']}/last.pt")
     assert then["step"] == 4
     for key in ("model", "optimizers"):
@@ -293,10 +303,10 @@ def test_parts_on_one_machine_are_sent_to_the_others(toy, tmp_path):
     stop = "real = train.compute_gradient\nimport signal\n" + CRASH.partition("\n")[2].replace(
         "os._exit(7)", "os.kill(os.getpid(), signal.SIGTERM)"
     )
-    out, err, status = ended(launch(2, toy, tmp_path, "calls = []\n" + stop))
+    out, err, status = in_two(toy, tmp_path, "calls = []\n" + stop)
     assert (tmp_path / "out/last-11").is_dir(), out + err
     away = "if rank == 1: os.makedirs('away'); os.chdir('away')"
-    out, err, status = ended(launch(2, toy, tmp_path, away))
+    out, err, status = in_two(toy, tmp_path, away)
     assert status == 0 and "continuing at step 11" in out, err[-3000:]
     assert (tmp_path / "away/data").is_dir() and not (tmp_path / "away/out").exists()
 
@@ -314,13 +324,13 @@ def test_a_full_disk_during_a_save_leaves_the_last_checkpoint(toy, tmp_path, par
         "    save(self, progress)\n"
         "runs.Checkpoints.save_last = fill"
     )
-    _, err, status = ended(launch(2, toy, tmp_path, full))
+    _, err, status = in_two(toy, tmp_path, full)
     assert status != 0 and 'started.py", line' not in err, err[-3000:]  # no traceback of ours
     lines = [line for line in err.splitlines() if line.startswith("started.py: error")]
     (said,) = {line for line in lines if "cannot be written" in line}
     assert what in said and "File too large" in said, err[-3000:]
     assert load_checkpoint(f"{toy['out_dir']}/last.pt")["step"] == 4
-    done = script("train.py", torchrun=2, **toy)
+    done = script("train.py", processes=2, **toy)
     assert done.returncode == 0 and "continuing at step 4" in done.stdout
     assert not (Path(toy["out_dir"]) / "last-8").exists()
 
@@ -328,13 +338,10 @@ def test_a_full_disk_during_a_save_leaves_the_last_checkpoint(toy, tmp_path, par
 def test_a_kill_while_parts_are_written_leaves_the_last_checkpoint(toy):
     toy |= dict(n_layer=2, epochs=300.0, eval_interval=9999, save_interval=1, parallel="fsdp")
     for n_losses in (3, 9):
-        running = started(toy, 2, n_losses)
-        os.killpg(os.getpgid(running.pid), 0)
-        for pid in subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True,
-                                  text=True).stdout.split():  # fmt: skip
-            os.kill(int(pid), signal.SIGKILL)
-        running.kill()
-        running.communicate()
+        running = Script("train.py", processes=2, **toy)
+        wait_for_losses(toy, n_losses, running.is_running)
+        running.send_signal(signal.SIGKILL)
+        running.ended()
         assert load_checkpoint(f"{toy['out_dir']}/last.pt")["step"] >= 1
 
 

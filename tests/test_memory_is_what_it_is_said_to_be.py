@@ -38,8 +38,8 @@ def settings_of(toy, **changes):
     with open(toy["train_file"], "w") as file:
         file.write("label,text\n")
         file.writelines(f"{'ab'[i % 2]},{words} {i}\n" for i in range(80))
-    large = dict(n_layer=3, d_model=384, n_head=6, max_len=256, batch_size=24, max_steps=3)
-    return toy | large | dict(eval_interval=3, vocab_size=300, dedup=False, epochs=9.0) | changes
+    large = dict(n_layer=3, d_model=384, n_head=6, max_len=256, batch_size=24, max_steps=2)
+    return toy | large | dict(eval_interval=2, vocab_size=300, dedup=False, epochs=9.0) | changes
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measured on Linux")

@@ -9,7 +9,8 @@ import pytest
 import metrics
 import train
 from predict import Classifier
-from tests.conftest import report_of, script, write_toy
+from tests.conftest import report_of, write_toy
+from tests.forks import script
 
 sk = pytest.importorskip("sklearn.metrics")
 

@@ -10,7 +10,8 @@ import data
 import examples
 import run_data
 import train
-from tests.conftest import open_split, script
+from tests.conftest import open_split
+from tests.forks import script
 
 
 @pytest.mark.parametrize("seed", [0, 1])

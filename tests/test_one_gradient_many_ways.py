@@ -8,7 +8,8 @@ import torch
 
 import optim
 import train
-from tests.conftest import class_task, labelled, packed, script
+from tests.conftest import class_task, labelled, packed
+from tests.forks import script
 from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
 
 
@@ -113,9 +114,9 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(toy, kw):
     toy |= dict(val_fraction=0.1, test_fraction=0.09) | kw
     expected = train.train(train.Config(**toy)) or losses(toy["out_dir"])
     assert len(expected[0]) == 14
-    for name, torchrun, tokens in (("two", 2, 16384), ("accumulated", 0, 64), ("both", 2, 64)):
+    for name, processes, tokens in (("two", 2, 16384), ("accumulated", 0, 64), ("both", 2, 64)):
         settings = toy | dict(out_dir=f"{toy['out_dir']}-{name}", micro_batch_tokens=tokens)
-        done = script("train.py", torchrun=torchrun, **settings)
+        done = script("train.py", processes=processes, **settings)
         assert done.returncode == 0, done.stderr
         for got, want in zip(losses(f"{toy['out_dir']}-{name}"), expected):
             torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

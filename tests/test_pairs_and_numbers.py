@@ -19,7 +19,8 @@ from format import pair_template
 from labelling import label_file
 from predict import Classifier, open_data
 from predict import Config as PredictConfig
-from tests.conftest import open_split, packed, script
+from tests.conftest import open_split, packed
+from tests.forks import script
 from weights import from_pretrained
 
 hf = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 import train
-from tests.conftest import script
+from tests.forks import script
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),

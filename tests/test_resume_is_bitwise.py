@@ -16,7 +16,8 @@ import torch
 import distributed
 import runs
 import train
-from tests.conftest import ROOT, interrupted, script
+from tests.conftest import ROOT, interrupted
+from tests.forks import script
 from tests.test_evaluating_changes_nothing import records
 from weights import load_checkpoint
 
@@ -106,11 +107,16 @@ def started(toy, torchrun=0, n_losses=5):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    wait_for_losses(toy, n_losses, lambda: running.poll() is None)
+    return running
+
+
+def wait_for_losses(toy, n_losses, is_running):
+    """Until a run has logged so many losses."""
     metrics = f"{toy['out_dir']}/metrics.jsonl"
     while not (os.path.exists(metrics) and open(metrics).read().count("loss") >= n_losses):
-        assert running.poll() is None
+        assert is_running()
         time.sleep(0.01)
-    return running
 
 
 @pytest.mark.parametrize(
@@ -131,9 +137,24 @@ def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number, torc
     assert f"told to stop: {toy['out_dir']} is saved at step {stopped_at['step']}" in out
     assert not os.path.exists(f"{toy['out_dir']}/best.pt")
     for folder in (toy["out_dir"], toy["out_dir"] + "-whole"):
-        done = script("train.py", torchrun=torchrun, **toy | dict(out_dir=folder))
+        done = script("train.py", processes=torchrun, **toy | dict(out_dir=folder))
         assert done.returncode == 0, done.stderr
     assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
+
+
+def test_told_again_it_stops_at_once():
+    """But not if the second signal follows the first, as when Slurm tells torchrun and the run."""
+    stop = runs.StopSignal()
+    stop.listen()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        stop.since -= 3  # seconds
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
 
 
 def test_save_interval_saves_between_evaluations(toy):

@@ -15,7 +15,8 @@ import pytest
 import eval as eval_script
 import finetune
 import train
-from tests.conftest import ROOT, script
+from tests.conftest import ROOT
+from tests.forks import script
 
 
 @dataclass

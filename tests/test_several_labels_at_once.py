@@ -20,7 +20,8 @@ import metrics
 import tasks
 import train
 from predict import Classifier, open_data
-from tests.conftest import WORDS, labelled, open_split, report_of, script
+from tests.conftest import WORDS, labelled, open_split, report_of
+from tests.forks import script
 from tests.test_packed_equals_one_at_a_time import LENGTHS, random_documents, random_model
 
 sk = pytest.importorskip("sklearn.metrics")

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import train
-from tests.conftest import script
-from tests.test_resume_is_bitwise import started
+from tests.forks import Script, script
+from tests.test_resume_is_bitwise import wait_for_losses
 from weights import load_checkpoint
 
 
 def run(toy, n, out, script_name="train.py", **changes):
     """Trains in n processes; returns (the losses of steps and on val, last.pt, best.pt)."""
     settings = toy | dict(out_dir=f"{toy['out_dir']}-{out}", parallel="fsdp") | changes
-    done = script(script_name, torchrun=n, **settings)
+    done = script(script_name, processes=n, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in open(f"{settings['out_dir']}/metrics.jsonl")]
     losses = [row.get("loss", row.get("val_loss")) for row in rows]
@@ -69,9 +69,10 @@ def test_any_number_of_processes_trains_as_one(toy, changes):
 
 def stopped(settings, n, n_losses):
     """The step at which a run of n processes was told to stop."""
-    running = started(settings, n, n_losses)
+    running = Script("train.py", processes=n, **settings)
+    wait_for_losses(settings, n_losses, running.is_running)
     running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=60)
+    running.ended()
     return load_checkpoint(f"{settings['out_dir']}/last.pt")["step"]
 
 

@@ -14,7 +14,7 @@ import finetune
 import train
 from model import ModelConfig, Transformer
 from speed import flops_per_token, peak_flops
-from tests.conftest import script
+from tests.forks import script
 
 TEXT = dict(vocab_size=1000, n_layer=3, d_model=64, d_ff=256, n_head=4)
 CLASSES = TEXT | {"n_classes": 5}

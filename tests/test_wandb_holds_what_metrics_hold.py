@@ -10,7 +10,7 @@ import time
 import pytest
 
 import train
-from tests.conftest import script
+from tests.forks import script
 from tests.test_evaluating_changes_nothing import records
 from weights import load_checkpoint
 

@@ -12,7 +12,7 @@ import generate as g
 import predict
 import train
 from model import ModelConfig, Transformer
-from tests.conftest import script
+from tests.forks import script
 
 hf = pytest.importorskip("transformers")
 
