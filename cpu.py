@@ -24,6 +24,7 @@ import math
 import os
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -78,8 +79,9 @@ class DocumentLengths:
     """The lengths of a packed batch's documents as Python ints, and what follows from them."""
 
     def __init__(self, cu_seqlens):
-        self.starts = cu_seqlens[:-1].tolist()
-        self.lengths = cu_seqlens.diff().tolist()
+        bounds = cu_seqlens.tolist()
+        self.starts = bounds[:-1]
+        self.lengths = [end - start for start, end in itertools.pairwise(bounds)]
 
     @functools.cached_property
     def runs(self):
@@ -106,20 +108,20 @@ class LengthGroups:
         for documents in members:
             B = len(documents)
             L = lengths[documents[0]]
-            valid = torch.arange(L) < torch.tensor([lengths[d] for d in documents])[:, None]
-            token = torch.tensor([starts[d] for d in documents])[:, None] + torch.arange(L)
-            tokens.append(token.where(valid, 0).flatten())
-            masks.append(valid.flatten())
-            self.blocks.append((B, L, None if valid.all() else valid))
+            valid = np.arange(L) < np.array([lengths[d] for d in documents])[:, None]
+            token = np.array([starts[d] for d in documents])[:, None] + np.arange(L)
+            tokens.append(np.where(valid, token, 0).ravel())
+            masks.append(valid.ravel())
+            self.blocks.append((B, L, None if valid.all() else torch.from_numpy(valid)))
         self.sizes = [B * L for B, L, _ in self.blocks]
-        self.token = torch.cat(tokens)
-        is_token = torch.cat(masks)
-        self.row = torch.empty(int(is_token.sum()), dtype=torch.int64)
-        self.row[self.token[is_token]] = is_token.nonzero()[:, 0]
-        self.padding = (~is_token).nonzero()[:, 0]
-        self.order = torch.zeros(len(lengths), dtype=torch.int64)
-        documents = torch.tensor([d for block in members for d in block])
-        self.order[documents] = torch.arange(len(documents))
+        token, is_token = np.concatenate(tokens), np.concatenate(masks)
+        row = np.empty(is_token.sum(), np.int64)
+        row[token[is_token]] = np.flatnonzero(is_token)
+        order = np.zeros(len(lengths), np.int64)
+        documents = [d for block in members for d in block]
+        order[documents] = np.arange(len(documents))
+        self.token, self.row, self.order = map(torch.from_numpy, (token, row, order))
+        self.padding = torch.from_numpy(np.flatnonzero(~is_token))
 
     @staticmethod
     def assign(lengths):

@@ -66,11 +66,10 @@ def measure_step(cfg, make_model, model_with_loss, train_set, machine, lr_scale,
         raise UserError("--dry_run and --micro_batch_tokens=auto are for transformers, and not for "
                         "--optimizer=lbfgs or --objective=contrastive")
     own_share = ceil_div(cfg.batch_size, machine.world)
-    n_examples, batch = longest_batch(train_set, n_tokens, own_share)
+    n_examples, batch = longest_batch(train_set, n_tokens, own_share, machine.device)
     n_micro_batches = 2 if n_examples < own_share else 1
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, PeakMemory() as memory:
-        batch = batch._replace(inputs=tuple(map(without_values(mode), batch.inputs)),
-                               targets=without_values(mode)(batch.targets)).to(machine.device)
+        batch = without_values(batch, mode).to(machine.device)
         with SkipInit(), machine.device:
             model = make_model()
         optimizers = optim.make_optimizers(model, cfg, machine.device, lr_scale, machine.dtype)
@@ -119,21 +118,32 @@ def freeze_sparse_embedding(model, batch):
     return {"gradients": rows, "optimizer": 2 * weight.numel() * weight.element_size()}
 
 
-def longest_batch(train_set, n_tokens, batch_size):
+def longest_batch(train_set, n_tokens, batch_size, device):
     """(n, a Batch of n copies of the longest example): what a micro-batch of n_tokens tokens holds
-    at the most."""
+    at the most. Off CPUs it is not packed, as attention would need the values of cu_seqlens."""
     longest = int(np.argmax(train_set.lengths))
     length = int(train_set.lengths[longest])
     n = max(1, min(n_tokens // length, batch_size))
     batch = train_set.batch(0, np.full(n, longest))
-    if len(batch.inputs) > 1 and isinstance(batch.inputs[1], torch.Tensor):  # packed text
+    if is_packed(batch) and device.type != "cpu":
         tokens, _, _, *more = batch.inputs + (None,) * (3 - len(batch.inputs))
         batch = batch._replace(inputs=(tokens, None, length, *more[:1]))
     return n, batch
 
 
-def without_values(mode):
-    return lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+def is_packed(batch):
+    return len(batch.inputs) > 1 and isinstance(batch.inputs[1], torch.Tensor)
+
+
+def without_values(batch, mode):
+    """The batch, its tensors without their values."""
+    def fake(x):
+        return mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+    inputs = [fake(x) for x in batch.inputs]
+    if is_packed(batch):  # attention on CPUs groups documents by the values of cu_seqlens
+        bounds = batch.inputs[1].tolist()
+        inputs[1].tolist = lambda: bounds
+    return batch._replace(inputs=tuple(inputs), targets=fake(batch.targets))
 
 
 def describe(found):
