@@ -326,13 +326,15 @@ def cannot_write(path, error):
 
 def try_lock(folder):
     """A descriptor that holds a folder until it is closed or the process ends; None where another
-    process holds it."""
+    process holds it. Raises OSError where the disk knows no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        return None
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
     return descriptor
 
 
@@ -352,8 +354,12 @@ def scratch_folder(path):
                     os.close(stale)
         while held is None or not os.path.isdir(folder):  # until no other process swept it away
             folder = tempfile.mkdtemp(prefix=prefix, dir=path.parent)
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 held = try_lock(folder)
+            except FileNotFoundError:
+                continue
+            except OSError:  # no locks here, so nobody sweeps
+                break
         yield Path(folder)
     except OSError as error:
         raise cannot_write(path, error) from error

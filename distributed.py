@@ -6,11 +6,14 @@ what rank 0 reads of a run's folder it tells the others.
 import contextlib
 import datetime
 import os
+import socket
 import sys
+import tempfile
 import time
 import uuid
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from configurator import UserError
 
@@ -83,6 +86,7 @@ class Machine:
             if len(dtypes) > 1:
                 self.refuse(f"--dtype=auto is {' or '.join(dtypes)}, by the processor, on the "
                             "machines of this run: give --dtype=float32 on all")
+        self.launchers = self.gather(launcher())
         if self.sharded:
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
@@ -204,16 +208,38 @@ class Machine:
             return
         found = self.gather(facts())
         for rank, other in enumerate(found):
-            for name in found[0]:
-                if other[name] != found[0][name]:
+            for name, value in found[0].items():
+                if other.get(name) != value:
                     self.refuse(f"process {rank} has another {name} than process 0 "
-                                f"({other[name]!r}, not {found[0][name]!r}): give all machines "
-                                "the same code, command and data")
+                                f"({other.get(name)!r}, not {value!r}): give all machines the same "
+                                "code, command and data")
 
-    def sees(self, path):
-        """Do all processes see a file that rank 0 has written?"""
-        dist.barrier(group=self.cpu_group)
-        return all(self.gather(os.path.exists(path)))
+    def sees(self, folder):
+        """Do all processes see the folder that rank 0 sees? It leaves a new file there for a
+        moment: another disk may hold older files of the same names."""
+        def leave():
+            try:
+                descriptor, path = tempfile.mkstemp(prefix=".seen-", dir=folder)
+            except OSError:
+                return None
+            os.close(descriptor)
+            return os.path.basename(path)
+        name = self.on_rank0(leave)
+        path = Path(folder) / (name or ".seen")
+        seen = all(self.gather(path.exists()))
+        if self.rank == 0:
+            path.unlink(missing_ok=True)
+        return seen
+
+
+def launcher():
+    """What tells the torchrun that started this process from all others; None without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    began, parent = None, os.getppid()
+    if os.path.exists(f"/proc/{parent}/stat"):  # process numbers are used again
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {parent} {began}"
 
 
 def fresh_store():

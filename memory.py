@@ -8,8 +8,11 @@ at its peak are added up. An allocator that keeps freed memory takes more: on Li
 times as much, and nearly this with MALLOC_MMAP_THRESHOLD_=1000000 in the environment, a little
 slower.
 """
+import contextlib
+import math
 import os
 import weakref
+from pathlib import Path
 
 from configurator import UserError
 
@@ -184,8 +187,32 @@ def free_memory(device):
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return min(int(lines["MemAvailable"].split()[0]) * 1024, free_in_group())
     return None
+
+
+def free_in_group(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
+    """Bytes that this process's control group, of a container or a Slurm job, leaves it, and the
+    groups above; infinity without a limit. What only caches files is free."""
+    free = math.inf
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):  # version 1
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max"
+                most = int((folder / limit).read_text())
+                taken = int((folder / used).read_text())
+                rows = (folder / "memory.stat").read_text().splitlines()
+                stat = dict(row.split() for row in rows)
+                free = min(free, most - taken + int(stat.get(cached, 0)))
+    return free
 
 
 def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):

@@ -278,11 +278,21 @@ def qkv_rows(c):
     return tuple(n_head * c.head_width for n_head in (c.n_head, n_kv_head, n_kv_head))
 
 
+class LayerNorm(nn.LayerNorm):
+    """Also of float32 where FSDP has made its weights bfloat16, which torch refuses on CPUs."""
+
+    def forward(self, x):
+        def widened(p):
+            return p if p is None else p.to(torch.promote_types(p.dtype, x.dtype))
+        return F.layer_norm(x, self.normalized_shape, widened(self.weight), widened(self.bias),
+                            self.eps)
+
+
 def make_norm(c, width=None):
     width = width or c.d_model
     if c.norm == "rms":
         return RMSNorm(width, eps=c.norm_eps)
-    return nn.LayerNorm(width, eps=c.norm_eps or 1e-5, bias=c.norm_bias)
+    return LayerNorm(width, eps=c.norm_eps or 1e-5, bias=c.norm_bias)
 
 
 def apply_rope(x, cos, sin):

@@ -115,27 +115,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = {}  # → the directions of the steps of matrices, to be made orthogonal
-            directions = []  # of each parameter
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
+            together = {}  # of sharded parameters, which are gathered, only those of one shape
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = p.grad.lerp(momentum, group["momentum"])
-                if is_sharded(nesterov):
-                    nesterov = nesterov.full_tensor()
-                directions.append(nesterov)
-                for matrix in nesterov.split(list(group["rows"]) or [len(p)]):
-                    same_shape.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in same_shape.items():
-                updates = orthogonal(torch.stack(matrices).to(self.dtype))
-                for matrix, update in zip(matrices, updates):
-                    matrix.copy_(update).mul_(0.2 * max(shape) ** 0.5)
-            for p, direction in zip(parameters, directions):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(shard_like(direction.mul_(group["lr"]), p))
+                together.setdefault(p.shape if is_sharded(p) else None, []).append(p)
+            for parameters in together.values():
+                self.step_matrices(parameters, group)
+
+    def step_matrices(self, parameters, group):
+        same_shape = {}  # → the directions of the steps of matrices, to be made orthogonal
+        directions = []  # of each parameter
+        for p in parameters:
+            momentum = self.state[p]["momentum"]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            nesterov = p.grad.lerp(momentum, group["momentum"])
+            if is_sharded(nesterov):
+                nesterov = nesterov.full_tensor()
+            directions.append(nesterov)
+            for matrix in nesterov.split(list(group["rows"]) or [len(p)]):
+                same_shape.setdefault(matrix.shape, []).append(matrix)
+        for shape, matrices in same_shape.items():
+            updates = orthogonal(torch.stack(matrices).to(self.dtype))
+            for matrix, update in zip(matrices, updates):
+                matrix.copy_(update).mul_(0.2 * max(shape) ** 0.5)
+        for p, direction in zip(parameters, directions):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(shard_like(direction.mul_(group["lr"]), p))
 
 
 def orthogonal(x):

@@ -51,8 +51,6 @@ def open_run(cfg, parts=True):
     """Check out_dir. Returns the checkpoint to resume from (parts: see load_checkpoint), or None to
     begin; writes nothing."""
     out = Path(cfg.out_dir)
-    if begins_anew(cfg):
-        return None
     if not (out / "config.json").exists():
         for name in ("best.pt", "last.pt"):
             if (out / name).exists():
@@ -77,36 +75,39 @@ def open_checkpoint(cfg, machine):
     """What open_run returns on rank 0, on all processes. Tensors that lie in parts are left there
     if weights are spread and all processes see the parts."""
     checkpoint = machine.on_rank0(lambda: open_run(cfg, parts=not machine.sharded))
-    if checkpoint and "shards" in checkpoint:
-        folder = Path(cfg.out_dir) / Path(checkpoint["shards"]["folder"]).name
-        if not machine.sees(folder):
-            return machine.on_rank0(lambda: open_run(cfg))
+    if checkpoint and "shards" in checkpoint and not machine.sees(cfg.out_dir):
+        return machine.on_rank0(lambda: open_run(cfg))
     return checkpoint
 
 
-def begins_anew(cfg):
-    """Does a run pay no heed to what is in its out_dir?"""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: goes on
-    return cfg.overwrite and not restarted or cfg.lr_find
+def begins_anew(cfg, machine):
+    """Is what out_dir holds of an earlier run passed over? With --lr_find, and with --overwrite,
+    but not what this very torchrun has begun: it starts its processes again after a crash, and when
+    machines join or leave."""
+    if cfg.lr_find:
+        return True
+    before = saved_fact(Path(cfg.out_dir) / "last.pt", "launchers", [])
+    goes_on = any(name and name in before for name in machine.launchers)
+    return cfg.overwrite and not any(machine.gather(goes_on))
 
 
 def check_nothing_later(cfg, machine, checkpoint):
     """Raise UserError where the out_dir of another machine holds a later last.pt than that of rank
     0, which is continued: torchrun may number the machines anew when it restarts."""
-    steps = machine.gather(saved_step(Path(cfg.out_dir) / "last.pt"))
+    steps = machine.gather(saved_fact(Path(cfg.out_dir) / "last.pt", "step", 0))
     own, latest = checkpoint["step"] if checkpoint else 0, max(steps)
-    if latest > own and not begins_anew(cfg):
+    if latest > own:
         machine.refuse(f"the machine of process {steps.index(latest)} holds a later {cfg.out_dir} "
                        f"(step {latest}) than that of process 0 (step {own}): copy it there, or "
                        "begin anew with --overwrite=True")
 
 
-def saved_step(path):
-    """The step of a last.pt; 0 where there is none, or none that can be read."""
+def saved_fact(path, name, default):
+    """What a last.pt says; the default where there is none, or none that can be read."""
     try:
-        return torch.load(path, "meta", mmap=True, weights_only=True)["step"]
+        return torch.load(path, "meta", mmap=True, weights_only=True)[name]
     except Exception:  # damaged bytes can make the unpickler raise anything
-        return 0
+        return default
 
 
 def facts_of(cfg):
@@ -115,8 +116,8 @@ def facts_of(cfg):
     settings = asdict(cfg)
     for name in ("data_dir", "out_dir", "train_file", "val_file", "test_file", "tokenizer"):
         del settings[name]  # each machine may have its own; what is built is compared, too
-    settings = {f"--{name}": value for name, value in settings.items()}
-    return settings | {"version of torch": torch.__version__, "code": hash_of(code)}
+    versions = {"version of torch": torch.__version__, "code": hash_of(code)}
+    return versions | {f"--{name}": value for name, value in settings.items()}
 
 
 def hash_of(content):
@@ -157,7 +158,10 @@ class FolderLock:
         """Does nothing where it is held, or where there is no such folder. Raises UserError."""
         if self.descriptor is not None or not os.path.isdir(self.folder):
             return
-        self.descriptor = try_lock(self.folder)
+        try:
+            self.descriptor = try_lock(self.folder)
+        except OSError:  # a disk without locks
+            return
         if self.descriptor is None:
             raise UserError(f"{self.folder}: another run is at work there{self.holder()}; wait for "
                             "its end, or choose another --out_dir=…")
@@ -229,6 +233,10 @@ class Progress:
 def restore(checkpoint, out_dir, machine, model, optimizers, ema):
     """Load what last.pt holds besides the model's weights, and these, too, where they lie in parts.
     Returns the Progress."""
+    if len(optimizers) != len(checkpoint["optimizers"]):
+        machine.refuse(f"{out_dir}: begun with another --parallel or on another device, where a "
+                       "large embedding has an optimizer of its own: go on as it began, or begin "
+                       "anew with --overwrite=True")
     if "shards" in checkpoint:
         states = [parameters_of_states(*pair)
                   for pair in zip(optimizers, checkpoint["optimizers"])]
@@ -255,7 +263,7 @@ class Checkpoints:
         self.model, self.optimizers, self.ema = model, optimizers, ema
         self.state_for_best = state_for_best
         self.in_parts = None
-        if machine.sharded and machine.sees(self.out / "config.json"):  # a common disk
+        if machine.sharded and machine.sees(self.out):
             self.in_parts = ShardedSaver(self.out, machine, lambda found: self.write("last", found))
 
     def save_best(self, progress):

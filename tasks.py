@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model import at_least_float32
-from sharding import is_sharded
 
 
 def task_class(cfg, source):
@@ -361,8 +360,6 @@ class LanguageTask(Task):
         """Logits of many tokens and a large vocabulary would take most of the memory, so a part of
         them is made at a time, and again for its gradient. torch.compile keeps them in bfloat16:
         there more are made at once."""
-        if is_sharded(model.output_weight()):
-            return super().batch_loss(model, inputs, targets)
         x, weight = model(*inputs, with_head=False)
         n_words = len(weight)
         if x.is_cuda:  # whose matrix products are faster by far in sizes that 64 divides

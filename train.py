@@ -8,6 +8,7 @@ are seeded anew at each step.
 import dataclasses
 import functools
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ from runs import (
     Progress,
     StopSignal,
     begin_run,
+    begins_anew,
     check_nothing_later,
     facts_of,
     finish_wandb,
@@ -158,7 +160,8 @@ def train(cfg, **hooks):
     """Run the training that `cfg` describes. hooks: what finetune.py replaces, see train_locked."""
     check_settings(cfg)
     if cfg.folds and not cfg.dry_run:
-        open_run(cfg, parts=False)  # refuses another run's folder before it takes long
+        if not cfg.overwrite:
+            open_run(cfg, parts=False)  # refuses another run's folder before it takes long
         cross_validate(cfg, functools.partial(run_training, **hooks))
     run_training(cfg, **hooks)
 
@@ -191,8 +194,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     machine.check_agreement(lambda: facts_of(cfg))
     checkpoint = None
     if not cfg.dry_run:
-        checkpoint = open_checkpoint(cfg, machine)
-        check_nothing_later(cfg, machine, checkpoint)
+        if not begins_anew(cfg, machine):
+            checkpoint = open_checkpoint(cfg, machine)
+            check_nothing_later(cfg, machine, checkpoint)
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint['best'])}); "
                       f"evaluate it with: python eval.py {cfg.out_dir}   "
@@ -298,6 +302,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         step = Graphs(step) if optim.can_be_recorded(optimizers) else step
 
     def gradient_of(micro_batches):
+        micro_batches = machine.evened(micro_batches, run_data.train_set.empty_batch)
         return compute_gradient(model_with_loss, micro_batches, task, machine, add)
     if cfg.lr_find:
         find_learning_rate(cfg, gradient_of, optimizers, loader, machine)
@@ -311,6 +316,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         "data_sha256": meta["sha256"], "mix_sha256": run_data.mix_sha256,
         "data_folder": folder.name,
         "micro_batch_tokens": cfg.micro_batch_tokens, "dtype": str(machine.dtype),
+        "launchers": machine.launchers,
     }, model, optimizers, ema, state_for_best)
     tokens_per_unit = run_data.max_len if meta["kind"] == "image" else 1  # rates count images
     log = Log(cfg, machine, progress, total_steps, lambda rate: flops * rate * tokens_per_unit,
@@ -322,7 +328,6 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     # the loop
     stop.listen()
     for micro_batches in loader:
-        micro_batches = machine.evened(micro_batches, run_data.train_set.empty_batch)
         machine.seed_step(cfg.seed, progress.step)
         lr = optim.learning_rate_at(cfg, progress.step, total_steps)
         if cfg.optimizer == "lbfgs":  # moves, and computes gradients on the way
@@ -382,6 +387,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             finite_check.check()
             checkpoints.save_last(progress)
         if stopped:
+            stop.number = stop.number or signal.SIGTERM  # no process ends as if all were done
             machine.print(f"told to stop: {cfg.out_dir} is saved at step {progress.step}; the same "
                           "command goes on from there")
             break

@@ -50,9 +50,9 @@ class Script:
             self.processes.append(FORKS.Process(target=run_here, args=where))
             self.processes[-1].start()
 
-    def send_signal(self, number):
+    def send_signal(self, number, processes=None):
         self.told = True
-        for process in self.processes:
+        for process in processes or self.processes:
             os.kill(process.pid, number)
 
     def is_running(self):
@@ -80,7 +80,7 @@ class Script:
 def as_of_torchrun(rank, processes, port):
     """The environment that torchrun gives to a process."""
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "tests",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": str(port),
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
     }  # fmt: skip
@@ -90,6 +90,7 @@ def start_server():
     """The process that the others are forked from."""
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
     multiprocessing.forkserver.ensure_running()
     del os.environ["PYTHONPATH"]
     if path is not None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import runs
 import train
+from distributed import Machine
 from weights import load_checkpoint, save_checkpoint
 
 
@@ -120,6 +121,14 @@ def test_processors_of_two_kinds_do_not_mix_dtypes(toy, tmp_path):
     assert "--dtype=auto is torch.bfloat16 or torch.float32" in lines[0]
 
 
+def test_what_one_process_alone_knows_of_is_a_disagreement():
+    machine = object.__new__(Machine)
+    machine.world, machine.rank = 2, 0
+    machine.gather = lambda facts: [facts, {"code": "a"}]
+    with pytest.raises(UserError, match="process 1 has another --new than process 0"):
+        machine.check_agreement(lambda: {"code": "a", "--new": 1})
+
+
 def test_the_code_and_the_version_of_torch_are_among_what_is_compared():
     facts = runs.facts_of(train.Config())
     assert {"code", "version of torch", "--learning_rate"} <= facts.keys()
@@ -163,8 +172,10 @@ def test_machines_without_a_common_disk_train_and_go_on(toy, tmp_path, parallel)
 def test_machines_may_join_and_leave(toy, tmp_path, monkeypatch):
     """One begins, another joins it after step 4, and dies in step 8: the first goes on alone."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see SCALING.md
-    toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=2)
+    toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=2, overwrite=True)
     whole = run(toy, 0, "whole", parallel="ddp")
+    run(toy | dict(max_steps=3), 0, "older", parallel="ddp")
+    os.rename(f"{toy['out_dir']}-older", toy["out_dir"])  # is overwritten once
     starts = tmp_path / "starts"
     change = (
         "import signal, time; from pathlib import Path\n"
@@ -314,6 +325,16 @@ def test_parts_on_one_machine_are_sent_to_the_others(toy, tmp_path):
     out, err, status = in_two(toy, tmp_path, away)
     assert status == 0 and "continuing at step 11" in out, err[-3000:]
     assert (tmp_path / "away/data").is_dir() and not (tmp_path / "away/out").exists()
+
+
+def test_an_older_run_elsewhere_makes_no_common_disk(toy, tmp_path):
+    toy |= dict(n_layer=2, max_steps=4, parallel="fsdp", data_dir="data", out_dir="out")
+    (tmp_path / "away/out").mkdir(parents=True)
+    (tmp_path / "away/out/config.json").write_text("{}")
+    _, err, status = in_two(toy, tmp_path, "if rank == 1: os.chdir('away')")
+    assert status == 0, err[-3000:]
+    assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 4
+    assert os.listdir(tmp_path / "away/out") == ["config.json"]
 
 
 @pytest.mark.parametrize("parallel, what", [("fsdp", "last-8"), ("ddp", "last.pt")])

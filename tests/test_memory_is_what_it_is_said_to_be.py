@@ -124,6 +124,24 @@ def test_auto_takes_what_fits_and_keeps_it(toy, monkeypatch, capsys):
         train.train(train.Config(**settings | dict(dry_run=True)))
 
 
+def test_a_container_has_as_much_memory_as_it_is_given(tmp_path):
+    own = tmp_path / "cgroup"
+    for line, group, limit, used, cached in (
+        ("0::/job/step", "job", "memory.max", "memory.current", "inactive_file"),
+        ("4:cpu,memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes",
+         "total_inactive_file"),
+    ):  # fmt: skip
+        own.write_text(f"1:cpu:/\n{line}\n")
+        root = tmp_path / line.partition(":")[0]
+        assert memory.free_in_group(root, own) == float("inf")
+        (root / group / "step").mkdir(parents=True)
+        (root / group / limit).write_text("1000\n")
+        (root / group / used).write_text("700\n")
+        (root / group / "memory.stat").write_text(f"anon 5\n{cached} 100\n")
+        (root / group / "step" / limit).write_text("max\n")
+        assert memory.free_in_group(root, own) == 400
+
+
 def test_a_dry_run_of_our_own_weights(toy, capsys):
     settings = settings_of(toy, n_layer=2, d_model=96, n_head=4, max_steps=2, eval_interval=2)
     train.train(train.Config(**settings))

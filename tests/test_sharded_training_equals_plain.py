@@ -9,7 +9,9 @@ from configurator import UserError
 import pytest
 import torch
 
+import optim
 import train
+from tests.conftest import interrupted
 from tests.forks import Script, script
 from tests.test_resume_is_bitwise import wait_for_losses
 from weights import load_checkpoint
@@ -56,7 +58,7 @@ def assert_same(a, b, tolerance):
         ),
         dict(optimizer="muon", objective="clm", micro_batch_tokens=64),
         dict(optimizer="muon", objective="mlm", mask_prob=0.3, weight_decay=0.0),
-        dict(dtype="bfloat16", checkpoint_activations=True, learning_rate=0.0005),
+        dict(dtype="bfloat16", norm="layer", checkpoint_activations=True, learning_rate=0.0005),
     ],
 )
 def test_any_number_of_processes_trains_as_one(toy, changes):
@@ -71,8 +73,9 @@ def stopped(settings, n, n_losses):
     """The step at which a run of n processes was told to stop."""
     running = Script("train.py", processes=n, **settings)
     wait_for_losses(settings, n_losses, running.is_running)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(signal.SIGTERM, running.processes[-1:])  # the others stop with it
     running.ended()
+    assert {process.exitcode for process in running.processes} == {128 + signal.SIGTERM}
     return load_checkpoint(f"{settings['out_dir']}/last.pt")["step"]
 
 
@@ -92,6 +95,23 @@ def test_as_many_processes_go_on_bit_for_bit(toy):
     whole = run(toy, 2, "whole")
     assert 0 < stopped(toy | dict(out_dir=f"{toy['out_dir']}-cut"), 2, 4) < 18
     assert_same(whole, run(toy, 2, "cut"), 0.0)
+
+
+def test_the_range_test(toy):
+    """Batches of few tokens leave the processes with different numbers of them."""
+    toy |= dict(parallel="fsdp", micro_batch_tokens=40, lr_find=True)
+    done = script("train.py", processes=2, **toy)
+    assert done.returncode == 0 and "lr_find.json" in done.stdout, done.stderr[-3000:]
+
+
+def test_another_number_of_optimizers_is_refused(toy, monkeypatch):
+    """As after --parallel=ddp on CPUs, where a large embedding has one of its own."""
+    toy |= dict(save_interval=2, eval_interval=99)
+    with monkeypatch.context() as patched, interrupted(3):
+        patched.setattr(optim, "LARGE_EMBEDDING", 10)
+        train.train(train.Config(**toy))
+    with pytest.raises(UserError, match="begun with another --parallel .* go on as it began"):
+        train.train(train.Config(**toy))
 
 
 def test_low_rank_updates(toy, tmp_path):
