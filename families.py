@@ -4,6 +4,8 @@ A family is an entry of FAMILIES: names and settings, which reading and writing 
 (huggingface.py). What names alone do not say is a function in READ, and, where it is written too,
 in WRITE. What we would not compute exactly is refused by name.
 """
+import math
+import sys
 from dataclasses import dataclass, field, replace
 
 from configurator import UserError, read_json
@@ -107,7 +109,8 @@ MODERNBERT = Family(
     defaults={"norm_eps": 1e-5, "mlp_dropout": 0.0, "attention_bias": False,
               "classifier_pooling": "cls", "classifier_bias": False, "classifier_dropout": 0.0},
     only={"hidden_activation": ("gelu",), "classifier_activation": ("gelu",),
-          "norm_bias": (False, None), "position_embedding_type": ("absolute", "sans_pos", None)},
+          "norm_bias": (False, None), "position_embedding_type": ("absolute", "sans_pos", None),
+          "rope_scaling": (None,)},
     poolings=("cls", "mean"))
 
 # --------------------------------------------------------------------------------------------------
@@ -245,7 +248,8 @@ FAMILIES = {
     "camembert": replace(ROBERTA, classifier="CamembertForSequenceClassification"),
 }
 ONLY = {"is_decoder": (False, None), "add_cross_attention": (False, None),
-        "is_encoder_decoder": (False, None), "position_embedding_type": ("absolute", None)}
+        "is_encoder_decoder": (False, None), "position_embedding_type": ("absolute", None),
+        "partial_rotary_factor": (None, 1)}
 BASE = {"qk_norm": False, "norm": "layer", "norm_bias": True, "bias": True, "mlp": "gelu",
         "position": "learned", "pooling": "cls"}  # ModelConfig's, where a family does not say
 
@@ -280,15 +284,26 @@ def read_config(hf, folder):
         value = hf.get(theirs)
         if value is None:
             value = family.defaults[theirs]
+        if ours == "patch" and isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, str) and value.replace(".", "", 1).isdigit():
+            raise UserError(f"{folder}/config.json: {theirs} is the text {value!r}, not a number")
         settings[ours] = value
     if not 0 <= settings["n_layer"] <= 1000:
         raise UserError(f"{folder}: n_layer={settings['n_layer']} cannot be true")
     config = ModelConfig(**settings)
+    if config.causal and not hf.get("is_causal", True):
+        raise UserError(f"{folder}: is_causal={hf['is_causal']} is not supported for {name}, whose "
+                        "tokens see only what is before them")
+    if config.pooling not in family.poolings and "classifier_pooling" in hf:
+        raise UserError(f"{folder}: classifier_pooling={config.pooling!r} is not supported, only "
+                        f"{' and '.join(family.poolings)} are")
     if family.pads_positions:
         config.max_len -= n_unused_positions(hf, folder)
     if name in READ:
         READ[name](config, hf, folder)
-    if config.max_len < 1 or config.norm_eps < 0 or config.rope_theta <= 1:
+    possible = config.max_len >= 1 and 0 <= config.norm_eps < math.inf and config.rope_theta > 1
+    if not possible:  # NaN is not, either
         raise UserError(f"{folder}: max_len={config.max_len}, norm_eps={config.norm_eps} and "
                         f"rope_theta={config.rope_theta} cannot all be true")
     if config.head_dropout is None:
@@ -391,7 +406,7 @@ def read_gemma3(c, hf, folder):
     read_two_ropes(c, hf, folder)
     c.rope_theta = c.rope_theta or hf.get("rope_theta", 1_000_000.0)
     c.window_rope_theta = c.window_rope_theta or hf.get("rope_local_base_freq", 10_000.0)
-    every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
+    every = hf.get("sliding_window_pattern") or 6
     reach = (hf["sliding_window"] or 0) - 1
     read_windows(c, hf, folder, reach, lambda layer: (layer + 1) % every)
 
@@ -407,13 +422,21 @@ def read_image(c, hf, folder):
     size = hf["image_size"]
     height, width = size if isinstance(size, list) else (size, size)
     c.image_size = hf["num_channels"], height, width
-    c.d_ff = c.d_ff if "intermediate_size" in hf else int(hf["mlp_ratio"] * c.d_model)
-    path = folder / "preprocessor_config.json"
-    found = read_json(path) if path.exists() else {}
+    if "d_ff" not in FAMILIES[c.family].settings:
+        c.d_ff = int(hf["mlp_ratio"] * c.d_model)
+    path, found = folder / "preprocessor_config.json", {}
+    if path.exists():
+        found = read_json(path)
+    elif (folder / "processor_config.json").exists():
+        path = folder / "processor_config.json"
+        found = read_json(path).get("image_processor") or {}
+    else:
+        print(f"{folder}: there is no preprocessor_config.json; pixels of 0 to 1 are taken to have "
+              "mean and deviation 0.5", file=sys.stderr)
     # theirs: (pixels of 0 to 255 · factor − mean) / std; ours: (pixels of 0 to 1 − mean) / std
     factor = 255.0
     if found.get("do_rescale") is not False:
-        factor *= found.get("rescale_factor") or 1 / 255
+        factor *= number(found.get("rescale_factor") or 1 / 255, "rescale_factor", path)
     for ours, theirs, neutral in (("pixel_mean", "image_mean", 0), ("pixel_std", "image_std", 1)):
         values = found.get(theirs)
         if found.get("do_normalize") is False:
@@ -421,13 +444,19 @@ def read_image(c, hf, folder):
         elif values is None:
             values = 0.5
         values = values if isinstance(values, list) else [values]
-        values = tuple(float(value) / factor for value in values)
+        values = tuple(number(value, theirs, path) / factor for value in values)
         if len(values) not in (1, c.image_size[0]):
             raise UserError(f"{path}: {theirs} has {len(values)} values, for {c.image_size[0]} "
                             "channels")
         if theirs == "image_std" and min(values) <= 0:
             raise UserError(f"{path}: {theirs}={found[theirs]} must be above 0")
         setattr(c, ours, values[0] if len(set(values)) == 1 else values)
+
+
+def number(value, key, path):
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UserError(f"{path}: {key}: {value!r} is not a number")
+    return float(value)
 
 
 READ = {"electra": read_electra, "gpt2": read_gpt2, "modernbert": read_modernbert,
@@ -479,7 +508,15 @@ def read_rope(c, hf, folder):
     theta = (parameters.get("rope_theta") or (hf.get("rope_scaling") or {}).get("rope_theta")
              or hf.get("rope_theta") or 10000.0)
     c.rope_theta = float(theta)
+    if old := hf.get("rope_scaling"):
+        its_theta = old.get("rope_theta") or hf.get("rope_theta")
+        if parameters.get("rope_theta") not in (None, its_theta):
+            raise UserError(f"{folder}/config.json: rope_theta, rope_scaling and rope_parameters "
+                            "say different things; write what is meant into rope_parameters alone")
     c.rope_scaling = read_scaling(parameters, hf, c, folder)
+    original = "original_max_position_embeddings"
+    if hf.get(original) and c.rope_scaling.get("rope_type") in ("llama3", "yarn"):
+        c.rope_scaling[original] = hf[original]  # goes before what stands beside the factor
 
 
 def write_rope(c):

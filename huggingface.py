@@ -89,10 +89,11 @@ def read_hf(folder, pooling=None):
         if own and pooling is None:
             config = replace(config, **own)
     except FileNotFoundError as error:
-        missing = Path(error.filename or str(error)).name
-        raise UserError(f"{folder}: there is no {missing}; a folder with config.json and "
-                        "model.safetensors is needed (older .bin files can run code: "
-                        "convert them)") from None
+        missing = os.path.relpath(error.filename or str(error), folder)
+        hint = "a folder with config.json and model.safetensors is needed"
+        if list(folder.glob("*.bin")):
+            hint += " (.bin files can run code: convert them)"
+        raise UserError(f"{folder}: there is no {missing}; {hint}") from None
     except KeyError as error:
         raise UserError(f"{folder}/config.json: {error} is missing") from None
     except UserError:
@@ -119,21 +120,22 @@ def read_label_names(folder):
 
 def read_sentence_settings(folder):
     """What a sentence-transformers folder says of its vectors, as settings of ModelConfig; {} of
-    another folder. Raises UserError for what we would not compute exactly."""
+    another folder, and where modules.json names no pooling. Raises UserError for what we would not
+    compute exactly."""
     path = folder / "modules.json"
     if not path.exists():
         return {}
-    found = {"pooling": "mean", "normalize": False, "head_dense": None, "head_norm": False}
+    found = {"pooling": None, "normalize": False, "head_dense": None, "head_norm": False}
     for module in json.loads(path.read_text(encoding="utf-8")):
         kind = module["type"].rpartition(".")[2]
         if kind == "Normalize":
             found["normalize"] = True
         elif kind == "Pooling":
-            found["pooling"] = read_pooling(folder / module["path"] / "config.json")
+            found["pooling"] = read_pooling(folder / module.get("path", "") / "config.json")
         elif kind != "Transformer":
             raise UserError(f"{path}: its {kind} layer is not supported; to begin with what stands "
                             "before it, delete modules.json")
-    return found
+    return found if found["pooling"] else {}
 
 
 def read_pooling(path):
@@ -162,16 +164,24 @@ def ends_with_padding(folder):
 def read_safetensors(folder):
     shards = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if index.exists() and not (folder / shards[0]).exists():
         shards = sorted({Path(shard).name for shard in read_json(index)["weight_map"].values()})
     weights = {}
-    for shard in shards:
-        with safe_open(folder / shard, "pt") as file:
+    for path in [folder / shard for shard in shards]:
+        try:
+            file = safe_open(path, "pt")
+        except FileNotFoundError:
+            raise
+        except (OSError, SafetensorError) as error:
+            reason = f"damaged ({error}): fetch it again"
+            if path.is_file() and path.read_bytes()[:20].startswith(b"version https://git"):
+                reason = "only names the file that Git LFS keeps: fetch that with git lfs pull"
+            raise UserError(f"{path}: {reason}") from None
+        with file:
             for name in file.keys():  # noqa: SIM118
                 stored = file.get_slice(name)
                 shape = tuple(stored.get_shape())
-                part = folder / shard, name, shape
-                weights[name] = StoredWeight([part], shape, stored.get_dtype())
+                weights[name] = StoredWeight([(path, name, shape)], shape, stored.get_dtype())
     return weights
 
 
@@ -320,8 +330,11 @@ def current_name(name):
 def is_of_another_task(name, hf):
     """Is it of a head for tokens, choices or answers? Its name may be that of a classifier's."""
     others = "TokenClassification", "MultipleChoice", "QuestionAnswering"
-    saved_as = str((hf.get("architectures") or [""])[0])
-    return saved_as.endswith(others) and name.startswith(("classifier.", "score.", "qa_outputs."))
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return False
+    heads = "classifier.", "score.", "qa_outputs."
+    return str(architectures[0]).endswith(others) and name.startswith(heads)
 
 
 def stack(weights, folder):
@@ -329,7 +342,9 @@ def stack(weights, folder):
     first = weights[0]
     for w in weights:
         (_, name, shape), = w.parts
-        if w.kind not in KINDS or not shape:
+        if not shape:
+            raise UserError(f"{folder}: {name} is a single number, which no weight of the model is")
+        if w.kind not in KINDS:
             raise UserError(f"{folder}: {name} is stored as {w.kind}, which is not supported: only "
                             f"{', '.join(KINDS)} are; save the weights in one of them")
         if shape[1:] != first.shape[1:]:

@@ -292,7 +292,7 @@ def make_norm(c, width=None):
     width = width or c.d_model
     if c.norm == "rms":
         return RMSNorm(width, eps=c.norm_eps)
-    return LayerNorm(width, eps=c.norm_eps or 1e-5, bias=c.norm_bias)
+    return LayerNorm(width, eps=1e-5 if c.norm_eps is None else c.norm_eps, bias=c.norm_bias)
 
 
 def apply_rope(x, cos, sin):

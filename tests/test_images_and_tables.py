@@ -473,10 +473,15 @@ def test_pixels_are_scaled_as_the_folder_says(tmp_path, how, scaled):
     with torch.no_grad():
         got, expected = from_pretrained(tmp_path)(x), model(scaled(x.double()).float()).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    wrong = how | {"image_std": [0.0] * 3, "do_normalize": True}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
-    with pytest.raises(UserError, match="image_std"):
-        from_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "other.json")
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": how}))
+    with torch.no_grad():
+        torch.testing.assert_close(from_pretrained(tmp_path)(x), got, atol=0, rtol=0)
+    for std in (0.0, float("nan"), "x"):
+        wrong = how | {"image_std": [std] * 3, "do_normalize": True}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="preprocessor_config.json: image_std"):
+            from_pretrained(tmp_path)
 
 
 def test_pixels_that_fill_no_patch_are_left_out(tmp_path):

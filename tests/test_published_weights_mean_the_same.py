@@ -284,6 +284,67 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path, name):
     assert found.n_kv_head == assumed.num_key_value_heads and found.window == 4095
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("bert", dict(layer_norm_eps=0.0)),
+        ("bert", dict(architectures=5)),
+        ("llama", dict(original_max_position_embeddings=15)),  # before that beside the factor
+    ],
+)
+def test_a_changed_config_means_what_transformers_takes_it_for(tmp_path, name, change):
+    reference(name).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    if name == "llama":
+        yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=60)
+        change = change | dict(rope_parameters=yarn | dict(rope_theta=1e3))
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    found = from_pretrained(tmp_path)
+    if change.get("architectures"):  # which transformers wants to be a list
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    docs = documents(60)
+    for got, want in zip(ours(found, docs), theirs(model, docs, 0)):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(classifier_pooling="x"), "classifier_pooling='x'"),
+        (dict(rope_scaling=dict(type="linear", factor=4.0)), "rope_scaling=.* is not supported"),
+    ],
+)
+def test_what_a_modernbert_does_not_support_is_refused_by_name(tmp_path, change, says):
+    reference("modernbert").save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=says):
+        from_pretrained(tmp_path)
+
+
+def test_modules_without_a_pooling_leave_the_classifier_its_head(tmp_path):
+    model = reference("bert")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "a.Transformer", "path": ""}]))
+    docs = documents(60)
+    got, want = ours(from_pretrained(tmp_path), docs)[0], theirs(model, docs, 0)[0]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_whole_file_goes_before_shards_that_are_left(tmp_path):
+    model = reference("bert")
+    reference("bert").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    with torch.no_grad():
+        model.classifier.bias += 1
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole/model.safetensors").rename(tmp_path / "model.safetensors")
+    docs = documents(60)
+    got, want = ours(from_pretrained(tmp_path), docs)[0], theirs(model, docs, 0)[0]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_norms_may_have_the_names_of_googles_bert(tmp_path):
     model = reference("bert")
     model.save_pretrained(tmp_path)
@@ -391,6 +452,11 @@ def test_a_trunk_without_its_output_layer_is_no_language_model(tmp_path):
         (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
         (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=1)), "rope_theta=1.0"),
         (dict(rms_norm_eps=-1), "norm_eps=-1"),
+        (dict(rms_norm_eps=float("nan")), "norm_eps=nan"),
+        (dict(is_causal=False), "is_causal=False"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        (dict(num_hidden_layers="4"), "num_hidden_layers is the text '4'"),
+        (dict(rope_scaling=dict(rope_type="default"), rope_theta=99), "say different things"),
         (dict(model_type="mistral", sliding_window=1), "each token sees itself alone"),
         (dict(model_type="qwen3", attention_bias=True), "attention_bias=True is not supported"),
         (dict(quantization_config=dict(load_in_8bit=True)), "quantized"),
@@ -443,7 +509,10 @@ def test_damaged_weights_are_refused(tmp_path):
         with pytest.raises(UserError, match=says):
             from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="model.safetensors: damaged .* fetch it again"):
+        from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="git lfs pull"):
         from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
