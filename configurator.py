@@ -343,17 +343,12 @@ def scratch_folder(path):
     """Yields a new folder beside `path` to write it in, which is gone at the end, as are those that
     killed processes have left. Raises UserError where nothing can be written."""
     path = Path(path)
-    prefix = f".{path.name}.tmp-"
     folder = held = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{prefix}*"):
-            with contextlib.suppress(OSError):
-                if (stale := try_lock(left)) is not None:
-                    shutil.rmtree(left, ignore_errors=True)
-                    os.close(stale)
+        sweep(path)
         while held is None or not os.path.isdir(folder):  # until no other process swept it away
-            folder = tempfile.mkdtemp(prefix=prefix, dir=path.parent)
+            folder = tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent)
             try:
                 held = try_lock(folder)
             except FileNotFoundError:
@@ -368,6 +363,15 @@ def scratch_folder(path):
             shutil.rmtree(folder, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def sweep(path):
+    """Remove the scratch folders of `path` that killed processes have left."""
+    for left in path.parent.glob(f".{path.name}.tmp-*"):
+        with contextlib.suppress(OSError):
+            if (held := try_lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
 
 
 def write_text(path, text):

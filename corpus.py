@@ -38,6 +38,7 @@ from configurator import (
     mismatch,
     read_json,
     scratch_folder,
+    sweep,
     try_lock,
     write_json,
     write_text,
@@ -357,6 +358,8 @@ def build_shards(plan):
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            for number in missing:
+                sweep(plan.shard(number)[0])
 
 
 def begin_worker(parent):
@@ -464,9 +467,9 @@ def join(plan, work, build):
             hashes |= of_files
     n_bad = sum(found["bad_rows"] for _, found in shards)
     if "train" not in splits:
-        raise UserError(f"{plan.source.train_file}: holds no texts for train, but {n_bad} bad rows "
-                        f"(is --text_column the right one?); before another try delete "
-                        f"{plan.folder}")
+        hint = f"but {n_bad} bad rows (is --text_column the right one?)" if n_bad else "nor any row"
+        raise UserError(f"{plan.source.train_file}: holds no texts for train, {hint}; before "
+                        f"another try delete {plan.folder}")
     if "val" not in splits and plan.val_fraction:
         print(f"no text fell to val, of which it gets {plan.val_fraction}: for one, build anew "
               "with more of it (--val_fraction), or --lines=True if each line of a .txt is a text",

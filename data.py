@@ -179,7 +179,7 @@ def open_mix(cfg, meta):
             raise UserError(f"--mix={cfg.mix}: {folder} has another tokenizer than "
                             f"{folder_of(cfg)}; build both with one: --tokenizer="
                             f"{folder_of(cfg) / 'tokenizer.json'}")
-        if not same_splits(meta["build"], other["build"]):
+        if folder != folder_of(cfg) and not same_splits(meta["build"], other["build"]):
             print(f"--mix: {folder} was split otherwise than {folder_of(cfg)}, so texts of val may "
                   "be in its train", flush=True)
         found.append(((folder, other), share))

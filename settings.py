@@ -242,6 +242,12 @@ def check_settings(cfg):
     if cfg.patience and cfg.best_by == "last":
         raise UserError("--best_by=last keeps the weights at the end, so --patience, which waits "
                         "for better ones, needs --best_by=val_loss or another figure")
+    if cfg.learning_rate is not None and cfg.min_lr > cfg.learning_rate:
+        raise UserError(f"--min_lr={cfg.min_lr}, where the schedule ends, is above "
+                        f"--learning_rate={cfg.learning_rate}")
+    if cfg.optimizer == "lbfgs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--optimizer=lbfgs runs in one process, without torchrun's "
+                        "--nproc_per_node")
     if cfg.lr_find and cfg.optimizer == "lbfgs":
         raise UserError("--optimizer=lbfgs searches for its rate in each step: there is nothing "
                         "for --lr_find to find")

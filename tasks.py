@@ -418,6 +418,8 @@ def open_device(name, local_rank=0):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if "Expected one of" in reason:  # torch names all that it has ever known
+            reason = "there is no such device; usual ones are auto, cpu, cuda and mps"
         raise UserError(f"--device={name} cannot be used here: {reason}") from None
     return device
 

@@ -231,7 +231,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             machine.print(memory.describe(measure(cfg.micro_batch_tokens)))
             machine.leave()
             return
-    steps_per_epoch, eval_interval, total_steps = count_steps(cfg, len(run_data.train_set), machine)
+    steps_per_epoch, eval_interval, total_steps = count_steps(cfg, len(run_data.train_set))
 
     # model, optimizers, where the run stands
     def begin():
@@ -406,12 +406,9 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                       f"{next_step}")
 
 
-def count_steps(cfg, n_train, machine):
+def count_steps(cfg, n_train):
     """(steps in an epoch, between evaluations, in all). Raises UserError for a run that its
     settings do not fit."""
-    if cfg.optimizer == "lbfgs" and machine.world > 1:
-        raise UserError("--optimizer=lbfgs runs in one process, without torchrun's "
-                        "--nproc_per_node")
     if cfg.optimizer == "lbfgs" and cfg.batch_size < n_train:
         raise UserError(f"--optimizer=lbfgs needs all {n_train} examples in each step: "
                         f"--batch_size={n_train}")

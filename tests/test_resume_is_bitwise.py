@@ -187,10 +187,16 @@ def test_two_runs_in_one_folder_are_one_too_many(toy):
 
 
 def test_a_restart_by_torchrun_goes_on_though_it_was_told_to_overwrite(toy, monkeypatch, capsys):
-    train.train(train.Config(**toy))
+    """But another torchrun does, though it may have crashed before it could."""
+    toy |= dict(overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    for finished in (False, True):
+        train.train(train.Config(**toy))
+        assert ("this run is finished" in capsys.readouterr().out) == finished
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train.train(train.Config(**toy | dict(overwrite=True)))
-    assert "this run is finished" in capsys.readouterr().out
+    train.train(train.Config(**toy))
+    assert "this run is finished" not in capsys.readouterr().out
 
 
 def test_two_runs_are_bitwise_identical(toy):

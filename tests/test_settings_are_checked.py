@@ -212,6 +212,7 @@ def test_eval_says_where_labelling_went(option):
         (dict(teacher_spans=5), "texts that a --teacher labels: there is none"),
         (dict(unlabelled_file="more.txt"), "texts that a --teacher labels: there is none"),
         (dict(folds=2, lr_find=True), "are three things to do: one at a time"),
+        (dict(min_lr=0.1), "is above --learning_rate=0.003"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_built(toy, change, says):
