@@ -98,7 +98,7 @@ def read_hf(folder, pooling=None):
         raise UserError(f"{folder}/config.json: {error} is missing") from None
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError,
+    except (ArithmeticError, AttributeError, OSError, RecursionError, TypeError, ValueError,
             SafetensorError) as error:
         raise UserError(f"{folder}: damaged: {error}") from None
     types = {field.name: field.type for field in fields(ModelConfig)}
@@ -170,11 +170,11 @@ def read_safetensors(folder):
     for path in [folder / shard for shard in shards]:
         try:
             file = safe_open(path, "pt")
-        except FileNotFoundError:
-            raise
         except (OSError, SafetensorError) as error:
+            with open(path, "rb") as beginning:
+                is_pointer = beginning.read(20).startswith(b"version https://git")
             reason = f"damaged ({error}): fetch it again"
-            if path.is_file() and path.read_bytes()[:20].startswith(b"version https://git"):
+            if is_pointer:
                 reason = "only names the file that Git LFS keeps: fetch that with git lfs pull"
             raise UserError(f"{path}: {reason}") from None
         with file:

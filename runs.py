@@ -165,6 +165,7 @@ class FolderLock:
         if self.descriptor is None:
             raise UserError(f"{self.folder}: another run is at work there{self.holder()}; wait for "
                             "its end, or choose another --out_dir=…")
+        os.register_at_fork(after_in_child=self.release)  # else a worker that outlives us holds it
 
     def holder(self):
         """The process that holds it, in words, where the system says so."""

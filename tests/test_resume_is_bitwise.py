@@ -1,6 +1,8 @@
 """A run that is killed and started again ends as one that was not, bit for bit."""
 
+import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import configurator
 from configurator import UserError
 
 import pytest
@@ -197,6 +200,30 @@ def test_a_restart_by_torchrun_goes_on_though_it_was_told_to_overwrite(toy, monk
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.train(train.Config(**toy))
     assert "this run is finished" not in capsys.readouterr().out
+
+
+def test_a_worker_does_not_hold_the_folder(tmp_path):
+    lock = runs.FolderLock(tmp_path)
+    lock.acquire()
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    with pytest.raises(UserError, match="another run is at work there"):
+        runs.FolderLock(tmp_path).acquire()
+    lock.release()  # as the end of a killed process does
+    runs.FolderLock(tmp_path).acquire()
+    worker.kill()
+
+
+def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(configurator.fcntl, "flock", no_locks)
+    runs.FolderLock(tmp_path).acquire()
+    with configurator.scratch_folder(tmp_path / "new") as one:
+        with configurator.scratch_folder(tmp_path / "new") as other:  # sweeps nothing
+            assert one.is_dir() and other.is_dir() and one != other
+    assert not os.listdir(tmp_path)
 
 
 def test_two_runs_are_bitwise_identical(toy):
