@@ -28,9 +28,10 @@ BOMS = {  # longest first
     b"\xfe\xff": "utf-16"}
 
 
-def decoded_lines(raw, name, encoding, max_row_mb):
+def decoded_lines(raw, name, encoding, max_row_mb, drop_damaged=False):
     """Yield (number, text) of each line of a binary stream, without a byte-order mark. A line ends
-    in \\n, \\r\\n, or, as on old Macs, \\r."""
+    in \\n, \\r\\n, or, as on old Macs, \\r. drop_damaged: a line that cannot be decoded is None,
+    instead of an error."""
     limit = min(max_row_mb * 1_000_000, sys.maxsize)
     number = 0
     try:
@@ -44,13 +45,18 @@ def decoded_lines(raw, name, encoding, max_row_mb):
             if len(line) >= limit:
                 raise UserError(f"{name}, line {number}: longer than {max_row_mb} MB; is the file "
                                 "damaged? If not, raise --max_row_mb")
-            if isinstance(line, bytes):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                line = decode(line, encoding, f"{name}, line {number}")
-            if "\0" in line:
-                raise UserError(f"{name}, line {number}: holds zero bytes: is the file damaged, or "
-                                "UTF-16 without a mark (--encoding=utf-16-le)?")
+            try:
+                if isinstance(line, bytes):
+                    if number == 1:
+                        line = line.removeprefix(b"\xef\xbb\xbf")
+                    line = decode(line, encoding, f"{name}, line {number}")
+                if "\0" in line:
+                    raise UserError(f"{name}, line {number}: holds zero bytes: is the file "
+                                    "damaged, or UTF-16 without a mark (--encoding=utf-16-le)?")
+            except UserError:
+                if not drop_damaged:
+                    raise
+                line = None
             yield number, line
     except UnicodeError as error:
         raise UserError(f"{name}, line {number + 1}: not valid {encoding}: {error}; give "
@@ -110,11 +116,17 @@ def say(message):
 def read_txt(name, raw, cfg):
     """A document a line (--lines=True), or fastText's lines, `__label__x text`, or one document in
     all, whose label is its folder's name."""
-    lines = decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb)
-    if cfg.target == "none" and cfg.lines:
+    each_is_a_row = cfg.target == "none" and cfg.lines
+    lines = decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb,
+                          each_is_a_row and cfg.drop_bad_rows)
+    if each_is_a_row:
         for number, line in lines:
+            where = f"{name}, line {number}"
+            if line is None:
+                yield where, None, ""
+                continue
             text = line.rstrip("\r\n")
-            yield f"{name}, line {number}", [text] if text.strip() else [], ""
+            yield where, [text] if text.strip() else [], ""
         return
     first = []  # the lines up to the first that is not blank
     for number, line in lines:
@@ -415,9 +427,9 @@ def json_records(name, raw, cfg):
 
 
 def json_lines(name, raw, cfg):
-    for number, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb):
-        record = ""
-        if line.strip():
+    for number, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb, cfg.drop_bad_rows):
+        record = "" if line is not None else None
+        if line and line.strip():
             try:
                 record = JSON.decode(line)
             except (ValueError, RecursionError):

@@ -260,6 +260,19 @@ def test_bad_rows_are_counted_when_they_are_left_out(tmp_path):
     assert meta["removed"]["bad_rows"] == 1
 
 
+def test_lines_that_are_no_text_are_bad_rows(tmp_path):
+    records = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in ROWS).encode()
+    damaged = b'{"text": "caf\xe9", "label": "neg"}\n{"text": "\0", "label": "neg"}\n'
+    with pytest.raises(UserError, match=f"line {len(ROWS) + 1}: not valid utf-8"):
+        build(tmp_path, tmp_path / "a.jsonl", records + damaged)
+    meta = build(tmp_path, tmp_path / "a.jsonl", records + damaged, drop_bad_rows=True)
+    assert meta["removed"]["bad_rows"] == 2
+    plain = "".join(f"{t}\n" for t, _ in ROWS).encode() + b"caf\xe9\n"
+    settings = dict(target="none", lines=True, drop_bad_rows=True, dataset="y")
+    meta = build(tmp_path, tmp_path / "a.txt", plain, **settings)
+    assert meta["removed"]["bad_rows"] == 1
+
+
 def test_labels_that_look_alike_are_alike(tmp_path):
     forms = ["café", "cafe\u0301", "caf\u200bé", " café", "café\u00a0"]
     found = [(t, forms[i % 5] if i % 2 else "b b" if i % 4 else "b\u00a0 b") for i, (t, _) in
