@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
@@ -38,11 +39,9 @@ class Script:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environments = [environment]
         if processes:
-            environments = [
-                environment | as_of_torchrun(rank, processes, port)
-                for port in [free_port()]
-                for rank in range(processes)
-            ]
+            port = free_port()
+            ranks = range(processes)
+            environments = [environment | as_of_torchrun(r, processes, port) for r in ranks]
         start_server()
         self.processes, self.told = [], False
         for environment in environments:
@@ -71,6 +70,8 @@ class Script:
         status = next((p.exitcode for p in self.processes if p.exitcode), 0)
         for process in self.processes:
             process.terminate()
+            process.join(20)
+            process.kill()  # if it waits for one that is gone
             process.join()
         said = [path.read_text(encoding="utf-8") for path in self.outputs]
         self.folder.cleanup()
@@ -88,13 +89,9 @@ def as_of_torchrun(rank, processes, port):
 
 def start_server():
     """The process that the others are forked from."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
-    multiprocessing.forkserver.ensure_running()
-    del os.environ["PYTHONPATH"]
-    if path is not None:
-        os.environ["PYTHONPATH"] = path
+    # the number of threads is read when torch is loaded
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"):
+        multiprocessing.forkserver.ensure_running()
 
 
 def run_here(command, environment, folder, outputs):
