@@ -195,7 +195,7 @@ def free_in_group(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
     """Bytes that this process's control group, of a container or a Slurm job, leaves it, and the
     groups above; infinity without a limit. What only caches files is free."""
     free = math.inf
-    for line in own.read_text().splitlines():
+    for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             top, limit, used, cached = root, "memory.max", "memory.current", "inactive_file"

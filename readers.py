@@ -5,6 +5,7 @@ of text, [] for a blank line, None for a row that is left out and counted (--dro
 is text. A new file format is one function in READERS, which takes (the file's name, its binary
 stream, the data settings).
 """
+import contextlib
 import csv
 import functools
 import io
@@ -428,12 +429,12 @@ def json_records(name, raw, cfg):
 
 def json_lines(name, raw, cfg):
     for number, line in decoded_lines(raw, name, cfg.encoding, cfg.max_row_mb, cfg.drop_bad_rows):
-        record = "" if line is not None else None
-        if line and line.strip():
-            try:
+        record = None
+        if line is not None and not line.strip():
+            record = ""
+        elif line is not None:
+            with contextlib.suppress(ValueError, RecursionError):
                 record = JSON.decode(line)
-            except (ValueError, RecursionError):
-                record = None
             record = None if record == "" else record  # which stands for a blank line
         yield f"{name}, line {number}", record
 

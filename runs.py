@@ -84,11 +84,11 @@ def begins_anew(cfg, machine):
     """Is what out_dir holds of an earlier run passed over? With --lr_find, and with --overwrite,
     but not what this very torchrun has begun: it starts its processes again after a crash, and when
     machines join or leave."""
-    if cfg.lr_find:
-        return True
+    if cfg.lr_find or not cfg.overwrite:
+        return cfg.lr_find
     before = saved_fact(Path(cfg.out_dir) / "last.pt", "launchers", [])
     goes_on = any(name and name in before for name in machine.launchers)
-    return cfg.overwrite and not any(machine.gather(goes_on))
+    return not any(machine.gather(goes_on))
 
 
 def check_nothing_later(cfg, machine, checkpoint):

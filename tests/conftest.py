@@ -4,7 +4,6 @@ second."""
 import contextlib
 import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +17,10 @@ import train
 from eval import basic_report
 from predict import open_data
 from sources import rebuild_command, resolve
+from tests.forks import ROOT
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: a core each
     torch.set_num_threads(1)
-ROOT = Path(__file__).parent.parent
 SHARED = (
     ROOT.parent / "shared" / "data"
 )  # real data sets; tests that need them skip where they are not

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow
 import pytest
 from conftest import ROOT, interrupted
-from forks import script
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 
 import corpus
@@ -29,6 +28,7 @@ import language
 import train
 from batches import GlobalBatches, open_split
 from sources import DataConfig
+from tests.forks import script
 from weights import load_checkpoint
 
 WORDS = "goal match chip code laptop shares bank profit the a of and on in it was".split()

@@ -14,7 +14,6 @@ from configurator import UserError
 import pytest
 import torch
 from conftest import ROOT
-from forks import Script, free_port, script
 from test_resume_is_bitwise import wait_for_losses
 from test_sharded_training_equals_plain import assert_same, run
 from torch.utils._pytree import tree_leaves
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import runs
 import train
 from distributed import Machine
+from tests.forks import Script, free_port, script
 from weights import load_checkpoint, save_checkpoint
 
 

@@ -126,6 +126,7 @@ def test_auto_takes_what_fits_and_keeps_it(toy, monkeypatch, capsys):
 
 def test_a_container_has_as_much_memory_as_it_is_given(tmp_path):
     own = tmp_path / "cgroup"
+    assert memory.free_in_group(tmp_path, own) == float("inf")  # a system without groups
     for line, group, limit, used, cached in (
         ("0::/job/step", "job", "memory.max", "memory.current", "inactive_file"),
         ("4:cpu,memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes",
