@@ -6,9 +6,9 @@ in WRITE. What we would not compute exactly is refused by name.
 """
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
-from configurator import UserError, read_json
+from configurator import UserError, mismatch, read_json
 
 from model import ROPE_SCALINGS, ModelConfig
 
@@ -280,13 +280,14 @@ def read_config(hf, folder):
             raise UserError(f"{folder}: {key}={hf[key]!r} is not supported for {name}, "
                             f"only {supported[0]!r} is")
     settings = {"family": name, "vocab_size": hf.get("vocab_size", 0)} | BASE | family.constants
+    types = {field.name: field.type for field in fields(ModelConfig)}
     for ours, theirs in family.settings.items():
         value = hf.get(theirs)
         if value is None:
             value = family.defaults[theirs]
         if ours == "patch" and isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
-        if isinstance(value, str) and value.replace(".", "", 1).isdigit():
+        if isinstance(value, str) and mismatch({ours: value}, {ours: types[ours]}):
             raise UserError(f"{folder}/config.json: {theirs} is the text {value!r}, not a number")
         settings[ours] = value
     if not 0 <= settings["n_layer"] <= 1000:

@@ -456,6 +456,7 @@ def test_a_trunk_without_its_output_layer_is_no_language_model(tmp_path):
         (dict(is_causal=False), "is_causal=False"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
         (dict(num_hidden_layers="4"), "num_hidden_layers is the text '4'"),
+        (dict(rms_norm_eps="1e-5"), "rms_norm_eps is the text '1e-5'"),
         (dict(rope_scaling=dict(rope_type="default"), rope_theta=99), "say different things"),
         (dict(model_type="mistral", sliding_window=1), "each token sees itself alone"),
         (dict(model_type="qwen3", attention_bias=True), "attention_bias=True is not supported"),
