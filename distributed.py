@@ -72,8 +72,10 @@ class Machine:
                             and self.dtype == torch.bfloat16)
         if self.compile and not on_cuda:
             # inductor adds up an embedding's gradient atomically: slowly, and in any order
-            from torch._inductor.decomposition import decompositions
-            decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+            from torch._inductor import decomposition, lowering
+            gradient = torch.ops.aten.embedding_dense_backward.default
+            if decomposition.decompositions.pop(gradient, None):
+                lowering.make_fallback(gradient, warn=False)  # or it is an error where $CI is set
         if self.world > 1:
             where = {"store": fresh_store(), "rank": self.rank, "world_size": self.world}
             if on_cuda:

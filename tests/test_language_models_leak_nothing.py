@@ -196,7 +196,11 @@ def test_all_micro_batches_have_one_shape_for_compiling(unlabelled):
 @pytest.mark.parametrize(
     "dtype, norm, position", [("float32", "layer", "learned"), ("bfloat16", "rms", "rope")]
 )
-def test_a_compiled_models_gradient_is_the_models(unlabelled, dtype, norm, position):
+def test_a_compiled_models_gradient_is_the_models(
+    unlabelled, tmp_path, monkeypatch, dtype, norm, position
+):
+    monkeypatch.setenv("CI", "true")  # where torch refuses what is a warning elsewhere
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     cfg = train.Config(
         **unlabelled
         | dict(dtype=dtype, norm=norm, position=position, n_layer=2, d_model=64, compile=True)
