@@ -1,5 +1,6 @@
 """What a run reads: a data set, or several in shares, all of train or a part of it, and val."""
 from dataclasses import dataclass
+from pathlib import Path
 
 from configurator import UserError
 
@@ -18,12 +19,31 @@ from teacher import teach
 @dataclass
 class RunData:
     """Splits are PackedText, Arrays and so on (examples.py), or LanguageBlocks (language.py)."""
+    folder: Path
+    meta: dict  # its meta.json
     tokenizer: str | None  # as JSON: the file may change while the run goes on
     max_len: int  # tokens of the longest example: what micro_batch_tokens is measured in
     train_set: Examples
     val_set: Examples | None
     head_set: Examples | None  # what Task.fit_head is given; None: there is none
     mix_sha256: str | None  # of all corpora of --mix
+
+
+def open_task(cfg, make_task, machine, checkpoint, fold):
+    """(the task, its RunData), which must be those of the checkpoint."""
+    folder, meta = machine.one_first(lambda: data.open_or_build(cfg))
+    machine.check_agreement(lambda: {"data set": hash_of(meta["sha256"])})
+    if checkpoint and checkpoint["data_sha256"] != meta["sha256"]:
+        raise UserError(f"{cfg.out_dir} holds a run on another data set than {folder} holds now; "
+                        "choose another --out_dir=…, or replace it with --overwrite=True")
+    task = make_task(cfg, meta)
+    task.to(machine.device)
+    run_data = open_run_data(cfg, folder, meta, task, machine, fold)
+    if checkpoint and checkpoint.get("mix_sha256", run_data.mix_sha256) != run_data.mix_sha256:
+        raise UserError(f"{cfg.out_dir} holds a run on other data than --mix={cfg.mix} holds now: "
+                        "a data set of it was built anew; choose another --out_dir=…, or replace "
+                        "it with --overwrite=True")
+    return task, run_data
 
 
 def open_run_data(cfg, folder, meta, task, machine, fold=None):
@@ -80,7 +100,7 @@ def open_run_data(cfg, folder, meta, task, machine, fold=None):
     if cfg.teacher:
         labelled_set = train_set
         train_set = machine.one_first(lambda: teach(labelled_set, cfg, folder, meta, tokenizer))
-    return RunData(tokenizer, max_len, train_set, val_set, head_set, mix_sha256)
+    return RunData(folder, meta, tokenizer, max_len, train_set, val_set, head_set, mix_sha256)
 
 
 def tokens_per_example(cfg, meta):

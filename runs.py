@@ -35,7 +35,7 @@ from sharding import (
     whole,
 )
 from speed import peak_flops
-from weights import load_checkpoint, save_checkpoint
+from weights import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 
 # settings that may differ between a run and its continuation
 FREE = {"overwrite", "save_interval", "lr_find", "folds", "wandb_mode", "wandb_project",
@@ -251,12 +251,25 @@ def restore(checkpoint, out_dir, machine, model, optimizers, ema):
     return Progress(**{field.name: checkpoint[field.name] for field in fields(Progress)})
 
 
+def checkpoint_facts(cfg, micro_batch_tokens, model, run_data, machine):
+    """What checkpoints hold besides tensors and progress. cfg: as it was given;
+    micro_batch_tokens: as they were chosen."""
+    meta = run_data.meta
+    return {
+        "format": CHECKPOINT_FORMAT, "config": asdict(cfg),
+        "model_config": asdict(model.config), "tokenizer": run_data.tokenizer,
+        "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
+        "max_len": run_data.max_len, "kind": meta["kind"], "scaling": meta["scaling"],
+        "data_sha256": meta["sha256"], "mix_sha256": run_data.mix_sha256,
+        "data_folder": run_data.folder.name, "micro_batch_tokens": micro_batch_tokens,
+        "dtype": str(machine.dtype), "launchers": machine.launchers}
+
+
 class Checkpoints:
     """Writes a run's best.pt, and last.pt, which it can be continued from. All processes have to
     call each method.
 
-    facts: what both hold besides tensors and progress. state_for_best(model) → the state dict that
-    best.pt gets.
+    facts: see checkpoint_facts. state_for_best(model) → the state dict that best.pt gets.
     """
 
     def __init__(self, out_dir, machine, facts, model, optimizers, ema, state_for_best):

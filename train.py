@@ -17,7 +17,6 @@ from configurator import UserError, configure, run
 
 import torch
 
-import data
 import memory
 import optim
 from baselines import build_model
@@ -26,7 +25,7 @@ from distributed import Machine, average_gradients, gradient_sync
 from examples import ceil_div
 from graphs import Graphs, are_worth_it
 from model import ModelConfig
-from run_data import open_run_data
+from run_data import open_task
 from runs import (
     Checkpoints,
     FolderLock,
@@ -36,9 +35,9 @@ from runs import (
     begin_run,
     begins_anew,
     check_nothing_later,
+    checkpoint_facts,
     facts_of,
     finish_wandb,
-    hash_of,
     open_checkpoint,
     open_run,
     restore,
@@ -50,7 +49,7 @@ from sources import resolve
 from speed import Profile, flops_per_token, is_worth_compiling
 from tasks import autocast, describe, eval_tokens, run_model, task_class
 from trials import RANGE_TEST_STEPS, cross_validate, find_learning_rate
-from weights import CHECKPOINT_FORMAT, load_weights
+from weights import load_weights
 
 # --------------------------------------------------------------------------------------------------
 # One step, one evaluation
@@ -90,6 +89,17 @@ def compute_gradient(model_with_loss, micro_batches, task, machine, add=None):
         with gradient_sync(model_with_loss, on=i == len(micro_batches) - 1):
             total += add(weight_sum, batch.targets, *batch.inputs)
     return total, n_tokens
+
+
+def figures_on_val(model, task, run_data, cfg, machine):
+    """What the model is worth now, a dict; empty where there is no val. A head that is fitted, not
+    learnt, is fitted first."""
+    if run_data.head_set:
+        task.fit_head(model, *vectors_of(model, run_data.head_set, cfg, machine))
+    if not run_data.val_set:
+        return {}
+    mirror = cfg.flip and run_data.meta["kind"] == "image"
+    return evaluate(model, task, run_data.val_set, cfg, machine, mirror)
 
 
 def evaluate(model, task, examples, cfg, machine, mirror=False):
@@ -193,33 +203,23 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         lock.acquire()
     machine.check_agreement(lambda: facts_of(cfg))
     checkpoint = None
-    if not cfg.dry_run:
-        if not begins_anew(cfg, machine):
-            checkpoint = open_checkpoint(cfg, machine)
-            check_nothing_later(cfg, machine, checkpoint)
+    if not cfg.dry_run and not begins_anew(cfg, machine):
+        checkpoint = open_checkpoint(cfg, machine)
+        check_nothing_later(cfg, machine, checkpoint)
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint['best'])}); "
                       f"evaluate it with: python eval.py {cfg.out_dir}   "
                       "(or train anew: --overwrite=True)")
+        machine.leave()
         return
     given = cfg  # as it is saved
 
     # data and task
-    folder, meta = machine.one_first(lambda: data.open_or_build(cfg))
-    machine.check_agreement(lambda: {"data set": hash_of(meta["sha256"])})
-    if checkpoint and checkpoint["data_sha256"] != meta["sha256"]:
-        raise UserError(f"{cfg.out_dir} holds a run on another data set than {folder} holds now; "
-                        "choose another --out_dir=…, or replace it with --overwrite=True")
-    task = make_task(cfg, meta)
-    task.to(machine.device)
+    task, run_data = open_task(cfg, make_task, machine, checkpoint, fold)
+    meta = run_data.meta
     best_by = cfg.best_by or task.figure_names[-1]
     if best_by not in (*task.figure_names, "last"):
         raise UserError(f"--best_by={best_by}: there are {', '.join(task.figure_names)}, and last")
-    run_data = open_run_data(cfg, folder, meta, task, machine, fold)
-    if checkpoint and checkpoint.get("mix_sha256", run_data.mix_sha256) != run_data.mix_sha256:
-        raise UserError(f"{cfg.out_dir} holds a run on other data than --mix={cfg.mix} holds now: "
-                        "a data set of it was built anew; choose another --out_dir=…, or replace "
-                        "it with --overwrite=True")
     if cfg.dry_run or cfg.micro_batch_tokens == "auto":
         def measure(n_tokens):
             return memory.measure_step(
@@ -235,16 +235,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
     # model, optimizers, where the run stands
     def begin():
-        torch.manual_seed(cfg.seed)
-        model = make_model(cfg, meta, task)
-        if checkpoint and "shards" not in checkpoint:
-            load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
-        if cfg.model == "transformer" and meta["kind"] == "text":
-            model.longest = run_data.max_len
-        check_head_width(model.config, machine)
-        if machine.sharded:
-            shard(model, machine)
-        return model.to(machine.device)
+        return begin_model(cfg, make_model, task, run_data, machine, checkpoint)
     model = machine.in_turn(begin) if machine.sharded else begin()
     optimizers = optim.make_optimizers(model, cfg, machine.device, lr_scale, machine.dtype)
     ema = optim.EMA(model, cfg.ema_decay)
@@ -272,10 +263,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         total_steps, flops * total_steps * cfg.batch_size * lengths.mean()))
     model_with_loss = ModelWithLoss(model, task)
     if compiled:
-        # beyond its limit, which is 8, a batch of another size would not be compiled
-        torch._dynamo.config.recompile_limit = 64
-        # dynamic=False: a batch's kernels depend on its own shape, not on those before it
-        model_with_loss.compile(dynamic=False if cfg.deterministic else None)
+        compile_in_place(model_with_loss, cfg)
     if machine.world > 1 and not machine.sharded:
         model_with_loss = average_gradients(model_with_loss)
     sampler = GlobalBatches(run_data.train_set, cfg.batch_size, cfg.micro_batch_tokens, cfg.seed,
@@ -308,21 +296,13 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         find_learning_rate(cfg, gradient_of, optimizers, loader, machine)
         machine.leave()
         return
-    checkpoints = Checkpoints(cfg.out_dir, machine, {
-        "format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(given),
-        "model_config": dataclasses.asdict(model.config), "tokenizer": run_data.tokenizer,
-        "label_names": meta["label_names"], "n_suffix": meta.get("n_suffix"),
-        "max_len": run_data.max_len, "kind": meta["kind"], "scaling": meta["scaling"],
-        "data_sha256": meta["sha256"], "mix_sha256": run_data.mix_sha256,
-        "data_folder": folder.name,
-        "micro_batch_tokens": cfg.micro_batch_tokens, "dtype": str(machine.dtype),
-        "launchers": machine.launchers,
-    }, model, optimizers, ema, state_for_best)
+    facts = checkpoint_facts(given, cfg.micro_batch_tokens, model, run_data, machine)
+    checkpoints = Checkpoints(
+        cfg.out_dir, machine, facts, model, optimizers, ema, state_for_best)
     tokens_per_unit = run_data.max_len if meta["kind"] == "image" else 1  # rates count images
     log = Log(cfg, machine, progress, total_steps, lambda rate: flops * rate * tokens_per_unit,
               "tok" if meta["kind"] == "text" else "ex", wandb_run)
     profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
-    mirror = cfg.flip and meta["kind"] == "image"
     finite_check = optim.FiniteGradients(cfg)
 
     # the loop
@@ -356,13 +336,10 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             finite_check.check()
             with log.paused():
                 ema.swap()
-                if run_data.head_set:
-                    task.fit_head(model, *vectors_of(model, run_data.head_set, cfg, machine))
                 figures = {"step": progress.step}
                 if fold is not None:
                     figures["n"] = len(run_data.val_set)
-                if run_data.val_set:
-                    figures |= evaluate(model, task, run_data.val_set, cfg, machine, mirror)
+                figures |= figures_on_val(model, task, run_data, cfg, machine)
                 check_finite(model, figures, cfg)
                 log.write(figures)
                 keeps_last = best_by == "last" or not run_data.val_set
@@ -404,6 +381,28 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         next_step = "" if fold is not None else f". {advice(cfg, meta, task)}"
         machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(progress.best)}"
                       f"{next_step}")
+
+
+def begin_model(cfg, make_model, task, run_data, machine, checkpoint):
+    """The model, on its device, with the checkpoint's weights; those that lie in parts come
+    later."""
+    torch.manual_seed(cfg.seed)
+    model = make_model(cfg, run_data.meta, task)
+    if checkpoint and "shards" not in checkpoint:
+        load_weights(model, checkpoint["model"], f"{cfg.out_dir}/last.pt")
+    if cfg.model == "transformer" and run_data.meta["kind"] == "text":
+        model.longest = run_data.max_len
+    check_head_width(model.config, machine)
+    if machine.sharded:
+        shard(model, machine)
+    return model.to(machine.device)
+
+
+def compile_in_place(model_with_loss, cfg):
+    # beyond its limit, which is 8, a batch of another size would not be compiled
+    torch._dynamo.config.recompile_limit = 64
+    # dynamic=False: a batch's kernels depend on its own shape, not on those before it
+    model_with_loss.compile(dynamic=False if cfg.deterministic else None)
 
 
 def count_steps(cfg, n_train):

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+import data
 import train
 from tests.conftest import class_task
 from weights import load_checkpoint
@@ -37,7 +38,7 @@ def test_evaluating_more_often_trains_the_same_weights(toy):
 
 def test_training_opens_no_test_file(toy):
     cfg = train.Config(**toy)
-    train.data.build(cfg)
+    data.build(cfg)
     opened = []
     sys.addaudithook(
         lambda event, args: (

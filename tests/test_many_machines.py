@@ -98,12 +98,12 @@ def test_a_process_that_dies_ends_the_others_with_one_line(toy, tmp_path, parall
 @pytest.mark.parametrize("what,before", [
     ("--learning_rate", "import dataclasses; real = train.train; train.train = lambda cfg: "
                         "real(dataclasses.replace(cfg, learning_rate=0.5) if rank else cfg)"),
-    ("data set", "real = train.data.open_or_build\n"
+    ("data set", "import data; real = data.open_or_build\n"
                  "def other(cfg):\n"
                  "    folder, meta = real(cfg)\n"
                  "    meta['sha256']['train.bin'] += str(rank)\n"
                  "    return folder, meta\n"
-                 "train.data.open_or_build = other"),
+                 "data.open_or_build = other"),
 ])  # fmt: skip
 def test_processes_that_disagree_are_told_so(toy, tmp_path, what, before):
     _, err, status = in_two(toy, tmp_path, before)
