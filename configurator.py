@@ -180,6 +180,8 @@ def find_field(cls, key, where):
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'? " if near else ""
+        if any(key in wider.__dataclass_fields__ for wider in cls.__subclasses__()):
+            hint = "it is one of finetune.py; "
         raise UserError(f"unknown setting '{key}' ({where}); {hint}--help lists them all")
     return fields[key]
 

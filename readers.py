@@ -66,10 +66,18 @@ def decoded_lines(raw, name, encoding, max_row_mb, drop_damaged=False):
         raise UserError(f"--encoding={encoding}: Python knows no encoding "
                         f"'{encoding}'") from None
     except UNREADABLE as error:
-        raise UserError(f"{name}: cannot be read: {error}") from error
+        raise unreadable(name, error) from error
 
 
 UNREADABLE = OSError, EOFError, zlib.error, zipfile.BadZipFile
+
+
+def unreadable(name, error):
+    """A UserError: of the system, or because a file is damaged or cut short."""
+    if isinstance(error, OSError) and error.errno:
+        return UserError(f"{name}: cannot be read: {error.strerror}")
+    problem = str(error).splitlines()[0].rstrip(".")
+    return UserError(f"{name}: cannot be read: {problem}; fetch it again, or write it anew")
 
 
 def known_encoding(raw):
@@ -422,7 +430,7 @@ def json_records(name, raw, cfg):
         encoding = known_encoding(raw) or cfg.encoding.split(",")[0]
         start = raw.peek(1000)[:1000].decode(encoding, "ignore")
     except (*UNREADABLE, LookupError) as error:
-        raise UserError(f"{name}: cannot be read: {error}") from error
+        raise unreadable(name, error) from error
     is_array = start.lstrip("\ufeff \t\r\n").startswith("[")
     return (array_elements if is_array else json_lines)(name, raw, cfg)
 
@@ -476,7 +484,7 @@ def array_elements(name, raw, cfg):
                 raise UserError(f"{name}: not valid {encoding}: {error}; give its one "
                                 "--encoding") from None
             except UNREADABLE as error:
-                raise UserError(f"{name}: cannot be read: {error}") from None
+                raise unreadable(name, error) from None
             if not more or len(waiting) - position > cfg.max_row_mb * 1_000_000:
                 raise UserError(f"{name}, element {number}: not valid JSON, or longer than "
                                 f"--max_row_mb={cfg.max_row_mb}") from None
@@ -518,7 +526,7 @@ def parquet_records(name, raw, cfg):
                 yield f"{name}, row {number}", record
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise unreadable(name, error) from None
 
 
 def columns_to_read(columns, name, cfg):

@@ -27,7 +27,7 @@ import numpy as np
 
 from fetch import web_members, wheel_members
 from pictures import IMAGES, check_shape, picture_rows
-from readers import READERS, column_names, read_record
+from readers import READERS, column_names, read_record, unreadable
 from values import clean, clean_label, parse_number, parse_numbers
 
 CIFAR = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz!*/%s*.bin"
@@ -245,13 +245,17 @@ def members(source, data_dir):
     if path.is_dir():
         files = class_files(path)
         hint = f"{path}: a folder holds one folder per label, with .txt (or pictures: "
-        hint += f"{', '.join(IMAGES)}) files in it"
+        hint += f"{', '.join(IMAGES)}) files in it; there are none"
+        tables = sorted(file.name for file in path.iterdir() if suffix_of(file.name) in READERS)
+        if tables:
+            stem = Path(tables[0].removesuffix(".gz").removesuffix(".zst")).stem
+            hint += f"; name the files that are in it, as '{path}/*{tables[0].removeprefix(stem)}'"
     else:
         files = [Path(file) for file in sorted(glob.glob(spec, recursive=True))]
         files = [file for file in files if file.is_file()]
         hint = f"{path}: no such file or folder"
     if not files:
-        raise UserError(f"{hint}; there are none" if path.is_dir() else hint)
+        raise UserError(hint)
     return [(str(file), lambda file=file: open(file, "rb")) for file in files]
 
 
@@ -261,7 +265,7 @@ def zip_members(spec):
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        raise unreadable(path, error) from error
     names = [name for name in archive.namelist() if not name.endswith("/") and not is_hidden(name)]
     names = [name for name in names if fnmatch.fnmatch(name, pattern or "*")
              and suffix_of(name) in (*READERS, *IMAGES)]
@@ -280,7 +284,7 @@ def zip_members(spec):
         try:
             return archive.open(name)
         except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}!{name}: cannot be read: {error}") from error
+            raise unreadable(f"{path}!{name}", error) from error
     return [(f"{path}!{name}", lambda name=name: open_member(name)) for name in sorted(names)]
 
 

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 
-from configurator import UserError
+from configurator import UserError, configure
 
 import pytest
 import torch
@@ -144,12 +144,30 @@ def test_json_null_is_missing_and_lone_surrogates_are_replaced(tmp_path):
 )
 def test_damaged_gzip(tmp_path, content):
     (tmp_path / "a.csv.gz").write_bytes(content)
-    with pytest.raises(UserError, match="a.csv.gz: cannot be read"):
+    with pytest.raises(UserError, match="a.csv.gz: cannot be read: .*; fetch it again"):
         data.build(
             train.Config(
                 dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv.gz")
             )
         )
+
+
+def test_a_folder_of_tables_is_named_by_its_files(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "part-0.1.csv.gz").write_bytes(gzip.compress(GOOD.encode()))
+    cfg = train.Config(dataset="d", data_dir=str(tmp_path / "data"), train_file=str(folder))
+    with pytest.raises(UserError, match=r"name the files that are in it, as '.*/\*.csv.gz'") as e:
+        data.build(cfg)
+    cfg.train_file = str(e.value).rpartition(" as ")[2].strip("'")
+    assert sum(s["examples"] for s in data.build(cfg)["splits"].values()) == 40
+
+
+def test_train_py_knows_what_finetune_py_is_for():
+    """It would train from nothing, without a word."""
+    for argument in ("--lora_rank=8", str(ROOT / "config/finetune_textcls.py")):
+        with pytest.raises(UserError, match="it is one of finetune.py"):
+            configure(train.Config, [argument])
 
 
 def test_label_of_test_that_train_lacks(tmp_path):
