@@ -203,6 +203,11 @@ class StopSignal:
             self.number = self.number or signal.SIGTERM
         return self.number > 0
 
+    def is_set_on_any(self, machine):
+        """Has any process been told? All have to call it."""
+        (told,) = machine.sum([self.is_set()])
+        return told > 0
+
     def remember(self, number, frame):
         if not self.number:
             self.number, self.since = number, time.monotonic()
@@ -225,6 +230,7 @@ class Progress:
     run_id: str  # in W&B
     step: int = 0  # how many are done
     epoch: float = 0.0
+    evaluated: int = 0  # the step of the last evaluation
     best: dict | None = None  # the figures of best.pt
     bad_evals: int = 0  # evaluations since, none of them better
     elapsed: float = 0.0  # seconds of training
@@ -248,7 +254,8 @@ def restore(checkpoint, out_dir, machine, model, optimizers, ema):
         optimizer.load_state_dict(shard_state(optimizer, state))
     ema.values = [shard_like(value.to(machine.device), p)
                       for value, p in zip(checkpoint["ema"], ema.weights)]
-    return Progress(**{field.name: checkpoint[field.name] for field in fields(Progress)})
+    older = {"evaluated": checkpoint["step"]}  # before there was this field
+    return Progress(**{f.name: (older | checkpoint)[f.name] for f in fields(Progress)})
 
 
 def checkpoint_facts(cfg, micro_batch_tokens, model, run_data, machine):

@@ -91,47 +91,59 @@ def compute_gradient(model_with_loss, micro_batches, task, machine, add=None):
     return total, n_tokens
 
 
-def figures_on_val(model, task, run_data, cfg, machine):
-    """What the model is worth now, a dict; empty where there is no val. A head that is fitted, not
-    learnt, is fitted first."""
+def figures_on_val(model, task, run_data, cfg, machine, stop):
+    """What the model is worth now, a dict; empty where there is no val, None where a signal came
+    meanwhile. A head that is fitted, not learnt, is fitted first."""
     if run_data.head_set:
-        task.fit_head(model, *vectors_of(model, run_data.head_set, cfg, machine))
+        found = vectors_of(model, run_data.head_set, cfg, machine, stop)
+        if found is None:
+            return None
+        task.fit_head(model, *found)
     if not run_data.val_set:
         return {}
     mirror = cfg.flip and run_data.meta["kind"] == "image"
-    return evaluate(model, task, run_data.val_set, cfg, machine, mirror)
+    return evaluate(model, task, run_data.val_set, cfg, machine, stop, mirror)
 
 
-def evaluate(model, task, examples, cfg, machine, mirror=False):
-    """The task's figures over all of a split, on all processes; touches no generator. mirror: see
-    tasks.run_model."""
+def evaluate(model, task, examples, cfg, machine, stop, mirror=False):
+    """The task's figures over all of a split, on all processes; None where a signal came meanwhile.
+    Touches no generator. mirror: see tasks.run_model."""
     totals = []
     model.eval()
-    for batch in eval_batches(examples, cfg, machine):
+    for batch in eval_batches(examples, cfg, machine, stop):
         logits = run_model(model, batch, machine.device, machine.dtype, mirror)
         if batch.n_targets:
             totals.append(task.totals(logits, batch.targets))
     model.train()
+    if stop.is_set_on_any(machine):
+        return None
     sums = [sum(column) for column in zip([0.0] * task.n_totals, *totals)]
     return task.figures(machine.sum(sums), examples)
 
 
-def vectors_of(model, examples, cfg, machine):
-    """(the vectors of all examples (N, D), float32, their labels (N,)), the longest first."""
+def vectors_of(model, examples, cfg, machine, stop):
+    """(the vectors of all examples (N, D), float32, their labels (N,)), the longest first; None
+    where a signal came meanwhile."""
     vectors, labels = [], []
     model.eval()
-    for batch in eval_batches(examples, cfg, machine):
+    for batch in eval_batches(examples, cfg, machine, stop):
         vectors.append(run_model(model.vectors, batch, machine.device, machine.dtype))
         labels.append(batch.targets)
     model.train()
+    if stop.is_set_on_any(machine):
+        return None
     return torch.cat(vectors), torch.cat(labels)
 
 
-def eval_batches(examples, cfg, machine):
-    """This process's share of all examples, each once, as Batches."""
+def eval_batches(examples, cfg, machine, stop):
+    """This process's share of all examples, each once, as Batches, until a signal comes."""
     limit = min(cfg.micro_batch_tokens, eval_tokens(machine.device, examples.max_len))
     requests = eval_requests(examples.lengths, limit, machine.rank, machine.world)
     for request in machine.evened(requests, lambda: None):
+        # processes with sharded weights compute together, so they end together
+        told = stop.is_set_on_any(machine) if machine.sharded else stop.is_set()
+        if told:
+            return
         yield examples.batch(*request) if request else examples.empty_batch()
 
 
@@ -305,9 +317,61 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
     finite_check = optim.FiniteGradients(cfg)
 
+    def is_evaluated():
+        """Has what is due after this step been done?"""
+        due = progress.step % eval_interval == 0 or progress.step == total_steps
+        return progress.evaluated == progress.step or not due
+
+    def evaluate_and_save():
+        """Unless a signal comes meanwhile."""
+        ema.swap()
+        figures = figures_on_val(model, task, run_data, cfg, machine, stop)
+        if figures is None:
+            ema.swap()
+            return
+        n = {} if fold is None else {"n": len(run_data.val_set)}
+        figures = {"step": progress.step} | n | figures
+        check_finite(model, figures, cfg)
+        log.write(figures)
+        keeps_last = best_by == "last" or not run_data.val_set
+        improved = keeps_last or progress.best is None or task.better(
+            figures, progress.best, best_by)
+        progress.evaluated = progress.step
+        progress.bad_evals = 0 if improved else progress.bad_evals + 1
+        if improved:
+            progress.best = figures
+            checkpoints.save_best(progress)
+        if run_data.val_set:
+            remark = "  (best so far)" if improved and not keeps_last else ""
+            machine.print(f"      {describe(figures)}{remark}")
+        ema.swap()
+        out_of_patience = cfg.patience is not None and progress.bad_evals >= cfg.patience
+        progress.finished = progress.step == total_steps or out_of_patience
+        checkpoints.save_last(progress)
+
+    def end_of_step():
+        """Evaluate and save where that is due; returns whether the run goes on."""
+        if not is_evaluated():
+            finite_check.check()
+            with log.paused():
+                evaluate_and_save()
+            if progress.finished:
+                return False
+        checkpoints.poll()
+        stopped = stop.is_set_on_any(machine)
+        if stopped or cfg.save_interval and progress.step % cfg.save_interval == 0:
+            finite_check.check()
+            checkpoints.save_last(progress)
+        if stopped:
+            stop.number = stop.number or signal.SIGTERM  # no process ends as if all were done
+            machine.print(f"told to stop: {cfg.out_dir} is saved at step {progress.step}; the same "
+                          "command goes on from there")
+        return not stopped
+
     # the loop
     stop.listen()
-    for micro_batches in loader:
+    goes_on = is_evaluated() or end_of_step()  # it may have been stopped before an evaluation
+    for micro_batches in loader if goes_on else ():
         machine.seed_step(cfg.seed, progress.step)
         lr = optim.learning_rate_at(cfg, progress.step, total_steps)
         if cfg.optimizer == "lbfgs":  # moves, and computes gradients on the way
@@ -326,47 +390,12 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         if profile:
             profile.step()
 
-        at_end = progress.step == total_steps
-        if progress.step % cfg.log_interval == 0 or at_end:
+        if progress.step % cfg.log_interval == 0 or progress.step == total_steps:
             finite_check.check()
             (loss,) = machine.sum([float(loss)])
             log.line(loss, lr, grad_norm.item())
 
-        if progress.step % eval_interval == 0 or at_end:
-            finite_check.check()
-            with log.paused():
-                ema.swap()
-                figures = {"step": progress.step}
-                if fold is not None:
-                    figures["n"] = len(run_data.val_set)
-                figures |= figures_on_val(model, task, run_data, cfg, machine)
-                check_finite(model, figures, cfg)
-                log.write(figures)
-                keeps_last = best_by == "last" or not run_data.val_set
-                improved = keeps_last or progress.best is None or task.better(
-                    figures, progress.best, best_by)
-                progress.bad_evals = 0 if improved else progress.bad_evals + 1
-                if improved:
-                    progress.best = figures
-                    checkpoints.save_best(progress)
-                if run_data.val_set:
-                    remark = "  (best so far)" if improved and not keeps_last else ""
-                    machine.print(f"      {describe(figures)}{remark}")
-                ema.swap()
-                out_of_patience = cfg.patience is not None and progress.bad_evals >= cfg.patience
-                progress.finished = at_end or out_of_patience
-                checkpoints.save_last(progress)
-            if progress.finished:
-                break
-        checkpoints.poll()
-        (stopped,) = machine.sum([stop.is_set()])  # on any process
-        if stopped or cfg.save_interval and progress.step % cfg.save_interval == 0:
-            finite_check.check()
-            checkpoints.save_last(progress)
-        if stopped:
-            stop.number = stop.number or signal.SIGTERM  # no process ends as if all were done
-            machine.print(f"told to stop: {cfg.out_dir} is saved at step {progress.step}; the same "
-                          "command goes on from there")
+        if not end_of_step():
             break
 
     checkpoints.wait()

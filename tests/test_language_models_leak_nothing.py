@@ -24,6 +24,7 @@ import train
 import values
 from model import ModelConfig, Transformer
 from predict import Classifier
+from runs import StopSignal
 from tests.conftest import open_split, packed, task_of, write_toy
 from tests.test_evaluating_changes_nothing import records
 from tests.test_one_gradient_many_ways import compiling_keeps_the_gradient
@@ -234,7 +235,7 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lin
         machine = train.Machine(cfg)
         task = task_of(cfg, meta)
         model = train.make_model(cfg, meta, task).eval()
-        got = train.evaluate(model, task, val, cfg, machine)
+        got = train.evaluate(model, task, val, cfg, machine, StopSignal())
         n = sum(len(val.tokens[a:b]) - 1 for a, b in val.spans)
         assert got["val_bits_per_byte"] == pytest.approx(
             n * math.log2(meta["vocab_size"]) / val.n_bytes, rel=1e-6
@@ -245,7 +246,7 @@ def test_bits_per_byte_count_bytes_whatever_the_tokens(unlabelled, tmp_path, lin
             ids, targets = map(torch.from_numpy, val.block(i, None))
             logp = model.eval()(*packed([ids.numpy()])).log_softmax(-1)
             nats -= logp[torch.arange(len(ids)), targets].sum().item()
-        got = train.evaluate(model, task, val, cfg, machine)
+        got = train.evaluate(model, task, val, cfg, machine, StopSignal())
         assert got["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / val.n_bytes, rel=1e-5)
         assert got["val_loss"] == pytest.approx(nats / n, rel=1e-5)
 

@@ -73,6 +73,29 @@ CRASH = (  # of process 1, in step 11, once
 )
 
 
+STOP = (  # process 1 alone, once, in the third evaluation
+    "import signal\n"
+    "real, calls = train.eval_batches, []\n"
+    "def eval_batches(*args):\n"
+    "    calls.append(1)\n"
+    "    for batch in real(*args):\n"
+    "        yield batch\n"
+    "        if rank == 1 and len(calls) == 3: signal.raise_signal(signal.SIGTERM)\n"
+    "train.eval_batches = eval_batches"
+)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_told_in_an_evaluation_stops_all(toy, tmp_path, parallel):
+    toy |= dict(n_layer=2, eval_interval=2, max_steps=10, dropout=0.1, micro_batch_tokens=64)
+    whole = run(toy, 2, "whole", parallel=parallel)
+    settings = toy | dict(out_dir=f"{toy['out_dir']}-stopped", parallel=parallel)
+    out, err, status = in_two(settings, tmp_path, STOP)
+    assert status == 128 + signal.SIGTERM and "is saved at step 6" in out, err[-3000:]
+    assert "step 7/" not in out and "Traceback" not in err
+    assert_same(run(toy, 2, "stopped", parallel=parallel), whole, 0.0)
+
+
 def test_a_restart_after_a_crash_goes_on_bit_for_bit(toy, tmp_path, parallel="fsdp"):
     toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, save_interval=4, dropout=0.1)
     whole = run(toy, 2, "whole", parallel=parallel)

@@ -145,6 +145,36 @@ def test_told_to_stop_it_saves_its_step_and_goes_on_from_there(toy, number, torc
     assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
 
 
+@pytest.mark.parametrize(
+    "call, step, changes",
+    [
+        (2, 8, {}),
+        (6, 24, {}),  # the last, so that no step follows
+        (2, 8, dict(patience=1, learning_rate=0.0)),  # which ends the run
+        (5, 12, dict(objective="contrastive", ema_decay=0.9)),  # what its head is fitted to
+    ],
+)
+def test_told_to_stop_in_an_evaluation_it_begins_with_that(toy, monkeypatch, call, step, changes):
+    toy |= dict(eval_interval=4, max_steps=24, epochs=9.0, dropout=0.2) | changes
+    train.train(train.Config(**toy | dict(out_dir=toy["out_dir"] + "-whole")))
+    real, calls = train.eval_batches, []
+
+    def eval_batches(*args):
+        calls.append(1)
+        for batch in real(*args):
+            yield batch
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "eval_batches", eval_batches)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        train.train(train.Config(**toy))
+    stopped_at = load_checkpoint(f"{toy['out_dir']}/last.pt")
+    assert (stopped_at["step"], stopped_at["evaluated"]) == (step, step - 4)
+    train.train(train.Config(**toy))
+    assert_same(state(toy["out_dir"]), state(toy["out_dir"] + "-whole"))
+
+
 def test_told_again_it_stops_at_once():
     """But not if the second signal follows the first, as when Slurm tells torchrun and the run."""
     stop = runs.StopSignal()
