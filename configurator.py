@@ -7,6 +7,7 @@ which ignores a misspelt key in a file and refuses None and an int given for a f
 import ast
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import errno
 import fcntl
@@ -18,6 +19,7 @@ import runpy
 import shutil
 import sys
 import tempfile
+import time
 import types
 import typing
 from pathlib import Path
@@ -62,14 +64,25 @@ def run(main):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if not (message := plain_message(error)):
             raise
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(2)  # if process 0 says the same, torchrun ends the others meanwhile
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         status = 2
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if n_processes() > 1:
         # DDP leaves gloo threads behind (torch 2.13). One that wakes while the interpreter shuts
-        # down aborts the process, so under torchrun we leave without shutting down.
+        # down aborts the process, so one of several leaves without shutting down.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+TIMEOUT = datetime.timedelta(hours=2)  # of processes that wait for one which builds a data set
+
+
+def n_processes():
+    """How many processes a launcher, as torchrun, has started for this run: 1 without one. Some
+    clusters set WORLD_SIZE for all programs, but RANK is a launcher's alone."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def plain_message(error):
@@ -78,6 +91,9 @@ def plain_message(error):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return str(cannot_write(error.filename or "a file", error))
+    of_place = errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG
+    if isinstance(error, OSError) and error.errno in of_place and error.filename:
+        return f"{error.filename}: {error.strerror}: mend that, or choose another place"
     ended = "Connection closed by peer", "Connection reset by peer", "ncclRemoteError"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ended):
         return ("another process of this run has ended: it was killed, or its message is above. "

@@ -4,7 +4,6 @@ They may run on several machines without a common disk: each machine builds or f
 what rank 0 reads of a run's folder it tells the others.
 """
 import contextlib
-import datetime
 import os
 import socket
 import sys
@@ -15,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError
+from configurator import TIMEOUT, UserError, n_processes
 
 import torch
 import torch.distributed as dist
@@ -24,8 +23,6 @@ from torch.utils._pytree import tree_map
 
 import cpu
 from tasks import bf16_is_native, open_device
-
-PATIENCE = datetime.timedelta(hours=2)  # how long others wait for one that builds a data set
 
 
 def computing_dtype(cfg, device):
@@ -41,7 +38,7 @@ class Machine:
     group under torchrun."""
 
     def __init__(self, cfg):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.world = n_processes()
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
         self.sharded = cfg.parallel == "fsdp" and self.world > 1
@@ -67,7 +64,7 @@ class Machine:
             self.print("--dtype=bfloat16: this processor has no instructions for it, which makes "
                        "it several times slower than float32")
         self.compile = cfg.compile
-        if cfg.compile == "auto":  # only for the bfloat16 kernel have packed texts one shape
+        if cfg.compile == "auto":  # packed texts have few shapes with the bfloat16 kernel only
             self.compile = (on_cuda and cfg.model == "transformer"
                             and self.dtype == torch.bfloat16)
         if self.compile and not on_cuda:
@@ -79,11 +76,11 @@ class Machine:
         if self.world > 1:
             where = {"store": fresh_store(), "rank": self.rank, "world_size": self.world}
             if on_cuda:
-                dist.init_process_group("nccl", device_id=self.device, **where)
+                dist.init_process_group("nccl", device_id=self.device, timeout=TIMEOUT, **where)
             else:
-                dist.init_process_group("gloo", timeout=PATIENCE, **where)
+                dist.init_process_group("gloo", timeout=TIMEOUT, **where)
             # of numbers that are on the CPU, so that no sum of them waits for the device
-            self.cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             dtypes = sorted(set(self.gather(str(self.dtype))))
             if len(dtypes) > 1:
                 self.refuse(f"--dtype=auto is {' or '.join(dtypes)}, by the processor, on the "
@@ -125,8 +122,8 @@ class Machine:
         return found.item()
 
     def evened(self, batches, empty_batch):
-        """A list of batches, filled up with empty ones to as many as the process with most has:
-        with sharded weights all have to compute together."""
+        """A list of batches, extended by empty ones to the length of the longest of all processes'
+        lists: with sharded weights all have to compute together."""
         if not self.sharded:
             return batches
         most = self.largest(len(batches))
@@ -183,9 +180,10 @@ class Machine:
         def put(x):
             if not isinstance(x, Sent):
                 return x
-            value = torch.empty(x.shape, dtype=x.dtype)
             if self.rank == 0:
-                value.copy_(tensors[x.number])
+                value = tensors[x.number].contiguous()
+            else:
+                value = torch.empty(x.shape, dtype=x.dtype)
             dist.broadcast(value, 0, group=self.cpu_group)
             return value
         return tree_map(put, sent[1])

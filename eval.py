@@ -37,10 +37,10 @@ from report import (
     print_report,
     write_page,
 )
-from runs import finish_wandb, read_records, start_wandb
+from runs import finish_wandb, read_records, saved_fact, start_wandb
 from speed import flops_per_token
 from tasks import run_model, token_losses
-from weights import checkpoint_file, load_checkpoint
+from weights import checkpoint_file
 
 
 @dataclass
@@ -214,7 +214,7 @@ def report_checkpoint(path, cfg):
     if settings["wandb_mode"] == "disabled":
         return
     last = folder / "last.pt"
-    run_id = load_checkpoint(last)["run_id"] if last.exists() else None  # the training run's page
+    run_id = saved_fact(last, "run_id", None)  # the training run's page
     if wandb_run := start_wandb(settings, run_id):
         log_to_wandb(wandb_run, report, folder, plots, cfg.wandb_texts)
         finish_wandb(wandb_run)

@@ -201,8 +201,8 @@ def set_learning_rate(optimizers, lr):
 
 @torch.no_grad()
 def clip_gradients(optimizers, limit):
-    """Return the norm of the whole gradient; above `limit` (0: never) scale it down to that (a
-    fused optimizer does so in its step)."""
+    """Return the norm of the whole gradient; above `limit` (0: never) scale it down to that (fused
+    optimizers are given grad_scale, by which their step divides)."""
     parameters = [p for optimizer in optimizers for p in parameters_of(optimizer)]
     for p in parameters:
         if p.grad.is_sparse:
@@ -283,7 +283,7 @@ def can_be_recorded(optimizers):
 
 def prepare(optimizers, recorded):
     """Tell optimizers before their first step whether steps are recorded as CUDA graphs. Then
-    gradients become zeros, which stay where they are, and what is counted is on the device."""
+    gradients are set to zero in place instead of freed, and step counters are on the device."""
     for optimizer in optimizers:
         optimizer.keeps_gradients = recorded
         optimizer._warned_capturable_if_run_uncaptured = True  # the first step is not

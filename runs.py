@@ -1,10 +1,11 @@
-"""A run's folder and page: who may write there, what is continued, checkpoints, metrics.jsonl, W&B,
-signals."""
+"""What a run leaves behind: its folder (who may write there, what is continued), checkpoints,
+metrics.jsonl, W&B; and signals."""
 import contextlib
 import hashlib
 import json
 import netrc
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,6 +28,7 @@ import torch
 
 from sharding import (
     ShardedSaver,
+    is_finite,
     parameters_of_states,
     read_parts,
     remove_parts,
@@ -64,16 +66,22 @@ def open_run(cfg, parts=True):
         raise UserError(f"{out}/config.json is damaged; start anew with --overwrite=True") from None
     saved = asdict(type(cfg)()) | saved  # a setting that is newer than the run
     for key, value in json.loads(json.dumps(asdict(cfg))).items():
-        if key not in FREE and value != saved[key]:
+        if key not in FREE and value != saved[key] and not has_moved(key, value, saved[key]):
             raise UserError(f"{out} holds a run with other settings ({key}={saved[key]!r} there, "
                             f"{value!r} here); choose another --out_dir=…, or replace it with "
                             "--overwrite=True")
     return load_checkpoint(out / "last.pt", parts=parts) if (out / "last.pt").exists() else None
 
 
+def has_moved(key, *places):
+    """Is it a tokenizer's file in two places? What is in it, the data set's hash says."""
+    names = {Path(str(place)).name for place in places}
+    return key == "tokenizer" and len(names) == 1 and names.pop().endswith(".json")
+
+
 def open_checkpoint(cfg, machine):
-    """What open_run returns on rank 0, on all processes. Tensors that lie in parts are left there
-    if weights are spread and all processes see the parts."""
+    """What open_run returns on rank 0, on all processes. With --parallel=fsdp and a common disk,
+    tensors that lie in parts are not read: `restore` reads each process's share."""
     checkpoint = machine.on_rank0(lambda: open_run(cfg, parts=not machine.sharded))
     if checkpoint and "shards" in checkpoint and not machine.sees(cfg.out_dir):
         return machine.on_rank0(lambda: open_run(cfg))
@@ -81,9 +89,9 @@ def open_checkpoint(cfg, machine):
 
 
 def begins_anew(cfg, machine):
-    """Is what out_dir holds of an earlier run passed over? With --lr_find, and with --overwrite,
-    but not what this very torchrun has begun: it starts its processes again after a crash, and when
-    machines join or leave."""
+    """Is an earlier run in out_dir to be ignored? With --lr_find, and with --overwrite unless this
+    same torchrun began it: it starts its processes again after a crash, and when machines join or
+    leave."""
     if cfg.lr_find or not cfg.overwrite:
         return cfg.lr_find
     before = saved_fact(Path(cfg.out_dir) / "last.pt", "launchers", [])
@@ -93,12 +101,20 @@ def begins_anew(cfg, machine):
 
 def check_nothing_later(cfg, machine, checkpoint):
     """Raise UserError where the out_dir of another machine holds a later last.pt than that of rank
-    0, which is continued: torchrun may number the machines anew when it restarts."""
-    steps = machine.gather(saved_fact(Path(cfg.out_dir) / "last.pt", "step", 0))
-    own, latest = checkpoint["step"] if checkpoint else 0, max(steps)
-    if latest > own:
-        machine.refuse(f"the machine of process {steps.index(latest)} holds a later {cfg.out_dir} "
-                       f"(step {latest}) than that of process 0 (step {own}): copy it there, or "
+    0, which is continued: torchrun may number the machines anew when it restarts. What an earlier
+    run has left there is no matter."""
+    path = Path(cfg.out_dir) / "last.pt"
+    began = int(saved_fact(path, "run_id", "-0").rpartition("-")[2])
+    found = machine.gather((began, saved_fact(path, "step", 0)))
+    latest = max(found)
+    own = 0
+    if checkpoint:
+        own = checkpoint["step"]
+        if latest <= (int(checkpoint["run_id"].rpartition("-")[2]), own):
+            return
+    if latest > (0, 0):
+        machine.refuse(f"the machine of process {found.index(latest)} holds a later {cfg.out_dir} "
+                       f"(step {latest[1]}) than that of process 0 (step {own}): copy it there, or "
                        "begin anew with --overwrite=True")
 
 
@@ -133,12 +149,12 @@ def begin_run(cfg, checkpoint, lock):
         if cfg.lr_find:
             return
         lock.acquire()
-        for name in (".config.tmp.json", ".last.tmp.pt", ".best.tmp.pt", ".metrics.tmp.jsonl"):
-            (out / name).unlink(missing_ok=True)  # left by a run that was killed
+        remove(out, ".config.tmp.json", ".last.tmp.pt", ".best.tmp.pt", ".metrics.tmp.jsonl",
+               ".seen-*")  # left by a run that was killed
         if checkpoint is None:
             remove_parts(out)
-            for name in ("config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json"):
-                (out / name).unlink(missing_ok=True)
+            remove(out, "config.json", "last.pt", "best.pt", "metrics.jsonl", "eval*.json",
+                   "report*.html", "trace.json")
             write_json(out / "config.json", asdict(cfg))
             metrics.touch()
             return
@@ -146,6 +162,12 @@ def begin_run(cfg, checkpoint, lock):
         write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
     except OSError as error:
         raise cannot_write(f"--out_dir={out}", error) from error
+
+
+def remove(folder, *patterns):
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 class FolderLock:
@@ -160,6 +182,8 @@ class FolderLock:
             return
         try:
             self.descriptor = try_lock(self.folder)
+        except PermissionError:
+            raise
         except OSError:  # a disk without locks
             return
         if self.descriptor is None:
@@ -252,6 +276,9 @@ def restore(checkpoint, out_dir, machine, model, optimizers, ema):
         model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(shard_state(optimizer, state))
+    if not all(is_finite(p) for p in model.parameters()):
+        machine.refuse(f"{out_dir}/last.pt holds weights that are not finite: restore it, or begin "
+                       "anew with --overwrite=True")
     ema.values = [shard_like(value.to(machine.device), p)
                       for value, p in zip(checkpoint["ema"], ema.weights)]
     older = {"evaluated": checkpoint["step"]}  # before there was this field
@@ -288,7 +315,7 @@ class Checkpoints:
             self.in_parts = ShardedSaver(self.out, machine, lambda found: self.write("last", found))
 
     def save_best(self, progress):
-        stands = {name: getattr(progress, name) for name in ("step", "epoch", "best", "finished")}
+        stands = {name: getattr(progress, name) for name in ("step", "epoch", "best")}
         model = self.state_for_best(self.model)
         self.gather_and_write("best", self.facts | stands | {"model": model})
 
@@ -335,9 +362,11 @@ def read_records(folder):
     for line in lines[:-1]:
         try:
             record = json.loads(line)
-            int(record["step"])
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        else:
             n_damaged += 1
     if n_damaged:
         print(f"{path}: {n_damaged} of its lines are damaged and left out", file=sys.stderr)
@@ -345,8 +374,7 @@ def read_records(folder):
 
 
 class Log:
-    """Writes metrics.jsonl and W&B, and prints a line. Its clock, which adds to progress.elapsed,
-    does not run while `paused`.
+    """Writes metrics.jsonl and W&B, and prints a line. Its clock does not run while `paused`.
 
     flops_per_second(rate) → what a rate of tokens takes; unit: what these are.
     """
@@ -359,6 +387,7 @@ class Log:
             self.peak = peak_flops(torch.cuda.get_device_name())
         self.step = progress.step  # of the last line
         self.n_tokens = 0  # since
+        self.elapsed = progress.elapsed  # until then
         self.clock = time.monotonic()
 
     def write(self, record):
@@ -376,9 +405,10 @@ class Log:
         """Log the last step's figures, and the speed since the last call."""
         now = time.monotonic()
         seconds = max(now - self.clock, 1e-9)
+        self.elapsed += seconds
+        self.progress.elapsed = self.elapsed
         step, epoch = self.progress.step, self.progress.epoch
         n_steps = step - self.step
-        self.progress.elapsed += seconds
         rate = self.n_tokens / seconds
         record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm,
                   "tokens_per_s": rate, "examples_per_s": n_steps * self.cfg.batch_size / seconds,
@@ -388,17 +418,27 @@ class Log:
             record["mfu"] = self.flops_per_second(rate) / self.peak / self.machine.world
             mfu = f"  MFU {record['mfu']:.0%}"
         self.write(record)
-        minutes, rest = divmod((self.total_steps - step) * seconds / n_steps, 60)
+        minutes, rest = divmod(round((self.total_steps - step) * seconds / n_steps), 60)
         self.machine.print(
             f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"grad {grad_norm:.2f}  {rate:,.0f} {self.unit}/s{mfu}  ETA {minutes:.0f}:{rest:02.0f}")
+            f"grad {grad_norm:.2f}  {rate:,.0f} {self.unit}/s{mfu}  ETA {minutes}:{rest:02}")
         self.step, self.n_tokens, self.clock = step, 0, now
+
+    def read_clock(self):
+        """For what is saved now."""
+        self.progress.elapsed = self.elapsed + time.monotonic() - self.clock
 
     @contextlib.contextmanager
     def paused(self):
         stopped = time.monotonic()
         yield
         self.clock += time.monotonic() - stopped
+
+
+def new_run_id(out_dir):
+    """For W&B, which takes no other characters; it ends in the second in which the run began."""
+    name = re.sub(r"[^\w.-]", "-", Path(out_dir).name)
+    return f"{name}-{int(time.time())}"
 
 
 def start_wandb(settings, run_id):
@@ -431,12 +471,14 @@ def has_wandb_login():
     return bool(login or os.environ.get("WANDB_API_KEY"))
 
 
-def finish_wandb(wandb_run):
-    """End a W&B run; where it was kept offline, say how to upload all of it: a run that was resumed
-    has a folder for each part."""
+def finish_wandb(wandb_run, failed=False):
+    """End a W&B run, if there is one and it has not ended; where it was kept offline, say how to
+    upload all of it: a run that was resumed has a folder for each part."""
+    if wandb_run is None or wandb_run is not sys.modules["wandb"].run:
+        return
     folder = Path(wandb_run.settings.sync_dir)
     offline = wandb_run.offline
-    wandb_run.finish()
+    wandb_run.finish(exit_code=int(failed))
     if offline:
         parts = sorted(folder.parent.glob(f"offline-run-*-{wandb_run.id}"))
         folders = " ".join(os.path.relpath(part) for part in parts)

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import UserError
+from configurator import UserError, n_processes
 
 from sources import DataConfig
 
@@ -222,7 +222,7 @@ def check_settings(cfg):
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
-    if cfg.folds and (cfg.folds < 2 or "WORLD_SIZE" in os.environ):
+    if cfg.folds and (cfg.folds < 2 or "RANK" in os.environ):
         raise UserError(f"--folds={cfg.folds}: cross-validation takes 2 folds or more, and runs in "
                         "one process: python instead of torchrun")
     if cfg.folds and (cfg.train_fraction < 1 or cfg.teacher or cfg.objective in ("mlm", "clm")):
@@ -239,13 +239,16 @@ def check_settings(cfg):
     if cfg.parallel == "fsdp" and cfg.model != "transformer":
         raise UserError("--parallel=fsdp spreads blocks over processes: it is for "
                         "--model=transformer; smaller models fit on one device")
+    if cfg.folds and cfg.patience:
+        raise UserError("--folds trains without a val that --patience could look at: leave one of "
+                        "them out")
     if cfg.patience and cfg.best_by == "last":
         raise UserError("--best_by=last keeps the weights at the end, so --patience, which waits "
                         "for better ones, needs --best_by=val_loss or another figure")
     if cfg.learning_rate is not None and cfg.min_lr > cfg.learning_rate:
         raise UserError(f"--min_lr={cfg.min_lr}, where the schedule ends, is above "
                         f"--learning_rate={cfg.learning_rate}")
-    if cfg.optimizer == "lbfgs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cfg.optimizer == "lbfgs" and n_processes() > 1:
         raise UserError("--optimizer=lbfgs runs in one process, without torchrun's "
                         "--nproc_per_node")
     if cfg.lr_find and cfg.optimizer == "lbfgs":

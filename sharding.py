@@ -14,7 +14,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from configurator import UserError
+from configurator import TIMEOUT, UserError
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,8 @@ def parameters_of_states(optimizer, saved):
 
 
 def shard_state(optimizer, state):
-    """An optimizer's state dict of whole tensors, as its parameters are spread."""
+    """An optimizer's state dict of whole tensors, as its parameters are spread, and with steps as
+    it makes them here."""
     parameters = all_parameters(optimizer)
     spread = {}
     for i, values in state["state"].items():
@@ -77,7 +78,9 @@ def shard_state(optimizer, state):
         spread[i] = {
             key: shard_like(x, p) if isinstance(x, torch.Tensor) and x.shape == p.shape else x
             for key, x in values.items()}
-    return state | {"state": spread}
+    groups = [group | {name: own[name] for name in ("fused", "foreach") if name in own}
+              for group, own in zip(state["param_groups"], optimizer.param_groups)]
+    return state | {"state": spread, "param_groups": groups}
 
 
 def whole(tree, machine):
@@ -114,7 +117,8 @@ class ShardedSaver:
 
     def __init__(self, out_dir, machine, write):
         self.out, self.machine, self.write = Path(out_dir), machine, write
-        self.group = dist.new_group(backend="gloo")  # its own: it is used by another thread
+        # its own, as another thread uses it
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.future = self.folder = self.checkpoint = None
 
     def save(self, checkpoint):
@@ -186,8 +190,8 @@ def read_parts(checkpoint, out, like=None):
     folder = Path(out) / Path(shards["folder"]).name
     for name, size in shards["files"].items():
         if not (folder / name).is_file() or os.path.getsize(folder / name) != size:
-            raise UserError(f"{folder / name} is missing or truncated: restore it, or train again "
-                            "with --overwrite=True")
+            raise UserError(f"{folder / name} is missing or truncated: try again if a run is "
+                            "writing there, else restore it, or train again with --overwrite=True")
     wanted = {}
     try:
         for path, x in tree_flatten_with_path(checkpoint)[0]:

@@ -1,17 +1,17 @@
 """Training: `torchrun train.py config/textcls.py`, or `python train.py …`.
 
 On 8 GPUs: `torchrun --nproc_per_node=8 train.py …`. The same command again continues an interrupted
-run. It ends in the same weights, bit for bit, as one that was not interrupted, because what happens
-in step i is a function of (seed, i) alone: the batch, its masks, and the random generators, which
-are seeded anew at each step.
+run. It ends in the same weights, bit for bit, as one that was not interrupted (on CUDA with
+--deterministic=True), because what happens in step i is a function of (seed, i) alone: the batch,
+its masks, and the random generators, which are seeded anew at each step.
 """
+import contextlib
 import dataclasses
 import functools
 import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 from configurator import UserError, configure, run
 
@@ -38,6 +38,7 @@ from runs import (
     checkpoint_facts,
     facts_of,
     finish_wandb,
+    new_run_id,
     open_checkpoint,
     open_run,
     restore,
@@ -77,8 +78,8 @@ def add_gradient(model_with_loss, machine, weight_sum, targets, *inputs):
 def compute_gradient(model_with_loss, micro_batches, task, machine, add=None):
     """Accumulate the gradient of a global batch's mean loss over this process's micro-batches.
 
-    Returns (this process's share of that loss, the number of tokens over all processes). add:
-    add_gradient with its first two arguments given; None: of these."""
+    Returns (this process's share of that loss, the number of tokens over all processes).
+    add(weight_sum, targets, *inputs) adds a micro-batch's gradient; None: as add_gradient does."""
     add = add or functools.partial(add_gradient, model_with_loss, machine)
     counts = [sum(task.weight_sum(batch) for batch in micro_batches),
               sum(batch.n_tokens for batch in micro_batches)]
@@ -190,19 +191,19 @@ def train(cfg, **hooks):
 
 def run_training(cfg, **hooks):
     """One run, in a folder that no other process uses meanwhile."""
-    lock, stop = FolderLock(cfg.out_dir), StopSignal()
-    try:
-        train_locked(cfg, lock, stop, **hooks)
-    finally:
-        lock.release()
-        stop.restore()
-    if stop.number:
-        sys.exit(128 + stop.number)
+    with contextlib.ExitStack() as at_end:
+        lock, stop = FolderLock(cfg.out_dir), StopSignal()
+        at_end.callback(lock.release)
+        at_end.callback(stop.restore)
+        stopped_by = train_locked(cfg, lock, stop, at_end, **hooks)
+    if stopped_by:
+        sys.exit(128 + stopped_by)
 
 
-def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
+def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
                  state_for_best=torch.nn.Module.state_dict, fold=None):
-    """make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
+    """Returns the number of the signal that stopped the run, or None. make_model(cfg, meta, task) →
+    the model; lr_scale(name, model, cfg) → what a parameter's
     learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets; fold:
     the part of train that is val, see trials.py."""
     started = time.monotonic()
@@ -224,7 +225,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
                       "(or train anew: --overwrite=True)")
         machine.leave()
         return
-    given = cfg  # as it is saved
+    given = cfg  # is saved; below, cfg gets the micro-batch that --micro_batch_tokens=auto chose
 
     # data and task
     task, run_data = open_task(cfg, make_task, machine, checkpoint, fold)
@@ -251,7 +252,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
     model = machine.in_turn(begin) if machine.sharded else begin()
     optimizers = optim.make_optimizers(model, cfg, machine.device, lr_scale, machine.dtype)
     ema = optim.EMA(model, cfg.ema_decay)
-    progress = Progress(run_id=f"{Path(cfg.out_dir).name}-{int(time.time())}")
+    progress = Progress(run_id=new_run_id(cfg.out_dir))
     if checkpoint:
         progress = restore(checkpoint, cfg.out_dir, machine, model, optimizers, ema)
         machine.print(f"{cfg.out_dir}: continuing at step {progress.step}")
@@ -264,6 +265,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         begin_run(given, checkpoint, lock)
         if not cfg.lr_find:
             wandb_run = start_wandb(dataclasses.asdict(given), progress.run_id)
+            at_end.push(lambda *error: finish_wandb(wandb_run, failed=error[0] is not None))
     checkpoint = None  # what it held is where it belongs, and would be in memory twice
 
     # what runs in a step
@@ -351,6 +353,7 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
 
     def end_of_step():
         """Evaluate and save where that is due; returns whether the run goes on."""
+        log.read_clock()
         if not is_evaluated():
             finite_check.check()
             with log.paused():
@@ -363,7 +366,6 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
             finite_check.check()
             checkpoints.save_last(progress)
         if stopped:
-            stop.number = stop.number or signal.SIGTERM  # no process ends as if all were done
             machine.print(f"told to stop: {cfg.out_dir} is saved at step {progress.step}; the same "
                           "command goes on from there")
         return not stopped
@@ -406,10 +408,11 @@ def train_locked(cfg, lock, stop, make_model=make_model, lr_scale=None,
         wandb_run.summary.update({f"best_{key}": value for key, value in best.items()})
         finish_wandb(wandb_run)
     machine.leave()
-    if progress.finished:
-        next_step = "" if fold is not None else f". {advice(cfg, meta, task)}"
-        machine.print(f"done in {time.monotonic() - started:.0f} s: {summary(progress.best)}"
-                      f"{next_step}")
+    if not progress.finished:
+        return stop.number or signal.SIGTERM  # no process ends as if all were done
+    next_step = "" if fold is not None else f". {advice(cfg, meta, task)}"
+    seconds = time.monotonic() - started
+    machine.print(f"done in {seconds:.0f} s: {summary(progress.best)}{next_step}")
 
 
 def begin_model(cfg, make_model, task, run_data, machine, checkpoint):

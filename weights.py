@@ -34,9 +34,9 @@ CHECKPOINT = {  # what one holds, for configurator.mismatch
     "config": {"dataset": str, "wandb_mode": str}, "label_names": list[str],
     "n_suffix": int | None, "max_len": int, "kind": Literal["text", "image", "features"],
     "scaling": dict, "data_sha256": {"*": str}, "data_folder": str, "step": int, "epoch": float,
-    "best": dict | None, "finished": bool}
+    "best": dict | None}
 LAST = {"ema": list[torch.Tensor], "bad_evals": int, "optimizers": list[dict], "elapsed": float,
-        "run_id": str}  # and what last.pt holds besides, to resume from
+        "run_id": str, "finished": bool}  # and what last.pt holds besides, to resume from
 PARTS = {"folder": str, "files": {"*": int}, "tensors": {"*": list[int]}}  # see sharding.py
 
 

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 
 import pytest
 import torch
@@ -150,6 +150,13 @@ def test_damaged_gzip(tmp_path, content):
                 dataset="d", data_dir=str(tmp_path / "data"), train_file=str(tmp_path / "a.csv.gz")
             )
         )
+
+
+def test_a_folder_where_a_file_should_be(toy, capsys):
+    os.makedirs(f"{toy['out_dir']}/config.json")
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: train.train(train.Config(**toy)))
+    assert "config.json: Is a directory: mend that, or choose" in capsys.readouterr().err
 
 
 def test_a_folder_of_tables_is_named_by_its_files(tmp_path):

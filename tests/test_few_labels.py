@@ -232,6 +232,11 @@ def test_folds_that_would_have_seen_their_part_are_refused(few, changes):
         train.train(train.Config(**few | dict(folds=3) | changes))
 
 
+def test_folds_have_no_val_to_stop_early_by(few):
+    with pytest.raises(UserError, match="--folds trains without a val that --patience"):
+        train.train(train.Config(**few | dict(folds=3, patience=2, best_by="val_loss")))
+
+
 def test_folds_of_a_run_that_is_there(few, capsys):
     """What a run says to do next: its command with --folds. Another run's folder is refused before
     the folds are trained, and another number of folds begins anew."""

@@ -192,6 +192,34 @@ def test_machines_without_a_common_disk_train_and_go_on(toy, tmp_path, parallel)
     assert_same((whole[0], *whole[1:]), (whole[0], last, best), 0.0)
 
 
+def test_an_older_run_on_another_machine_is_no_matter(toy, tmp_path, monkeypatch):
+    machine = Machine(train.Config(device="cpu"))
+    saved = {}
+    monkeypatch.setattr(runs, "saved_fact", lambda path, name, default: saved.get(name, default))
+    machine.gather = lambda own: [own, (100, 9)]  # a run that began in second 100, at step 9
+    for run_id, step, is_later in (("out-99", 11, True), ("out-100", 8, True),
+                                   ("out-100", 9, False), ("out-101", 1, False)):  # fmt: skip
+        saved = checkpoint = dict(run_id=run_id, step=step)
+        refusal = pytest.raises(UserError, match="the machine of process 1 holds a later")
+        with refusal if is_later else contextlib.nullcontext():
+            runs.check_nothing_later(train.Config(), machine, checkpoint)
+    saved = {}
+    with pytest.raises(UserError, match=r"holds a later .* \(step 9\) than that of process 0"):
+        runs.check_nothing_later(train.Config(), machine, None)
+
+
+def test_what_all_processes_say_is_said_once(toy, tmp_path):
+    running = launch(2, toy | dict(warmup_steps=1000), tmp_path)
+    _, err, status = ended(running)
+    assert status != 0 and err.count("started.py: error: --warmup_steps=1000: ") == 1
+
+
+def test_other_launchers_than_torchrun(toy, monkeypatch):
+    """Some clusters set WORLD_SIZE for everything that they start."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.train(train.Config(**toy | dict(max_steps=2)))
+
+
 def test_machines_may_join_and_leave(toy, tmp_path, monkeypatch):
     """One begins, another joins it after step 4, and dies in step 8: the first goes on alone."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see SCALING.md

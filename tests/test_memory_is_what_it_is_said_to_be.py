@@ -101,16 +101,16 @@ def test_auto_takes_what_fits_and_keeps_it(toy, monkeypatch, capsys):
         taken[n] = float(re.search(r"takes ([\d.]+) MiB", said)[1]) * 2**20
     assert list(taken.values()) == sorted(taken.values())
     for free, expected in ((taken[512] * 1.02, 512), (taken[1024] * 1.02, 1024), (1e15, 6144)):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free / 0.85)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free / 0.5)
         train.train(train.Config(**settings | dict(dry_run=True)))
         assert f"auto: {expected}\n" in capsys.readouterr().out
     # a run that goes on where less is free goes on as it began
-    monkeypatch.setattr(memory, "free_memory", lambda device: taken[1024] * 1.02 / 0.85)
+    monkeypatch.setattr(memory, "free_memory", lambda device: taken[1024] * 1.02 / 0.5)
     fixed = settings | dict(micro_batch_tokens=1024, out_dir=settings["out_dir"] + "-fixed")
     for run in (settings | dict(max_steps=4), fixed | dict(max_steps=4)):
         with interrupted(3) if run["micro_batch_tokens"] == "auto" else contextlib.nullcontext():
             train.train(train.Config(**run | dict(save_interval=2, eval_interval=4)))
-    monkeypatch.setattr(memory, "free_memory", lambda device: taken[512] * 1.02 / 0.85)
+    monkeypatch.setattr(memory, "free_memory", lambda device: taken[512] * 1.02 / 0.5)
     train.train(train.Config(**settings | dict(max_steps=4, save_interval=2, eval_interval=4)))
     whole, resumed = (
         load_checkpoint(f"{run['out_dir']}/last.pt")["model"] for run in (fixed, settings)

@@ -89,6 +89,70 @@ def test_a_run_that_goes_on_in_another_dtype_says_so(toy, monkeypatch, capsys):
     assert "in torch.float32 from here on" in said and "it was torch.bfloat16" in said
 
 
+def test_told_to_stop_when_all_is_done_it_has_finished(toy, monkeypatch, capsys):
+    real = runs.Checkpoints.save_best
+
+    def save_best(*args):
+        signal.raise_signal(signal.SIGTERM)
+        real(*args)
+
+    monkeypatch.setattr(runs.Checkpoints, "save_best", save_best)
+    train.train(train.Config(**toy | dict(max_steps=4, eval_interval=4)))  # exits with 0
+    assert "done in" in capsys.readouterr().out
+
+
+def test_time_is_counted_up_to_the_step_that_is_saved(toy):
+    toy |= dict(log_interval=100, eval_interval=100, save_interval=3)
+    began = time.monotonic()
+    with interrupted(5):
+        train.train(train.Config(**toy))
+    first = load_checkpoint(f"{toy['out_dir']}/last.pt")["elapsed"]
+    assert 0 < first < time.monotonic() - began
+    with interrupted(4):
+        train.train(train.Config(**toy))
+    assert first < load_checkpoint(f"{toy['out_dir']}/last.pt")["elapsed"]
+
+
+def test_damaged_lines_of_metrics_are_left_out(toy, capsys):
+    toy |= dict(save_interval=2, eval_interval=99)
+    with interrupted(5):
+        train.train(train.Config(**toy))
+    with open(f"{toy['out_dir']}/metrics.jsonl", "a") as file:
+        file.write('{"step": "5"}\n{"step": Infinity}\n[]\n{"loss": 1}\n{\n')
+    train.train(train.Config(**toy))
+    assert "5 of its lines are damaged and left out" in capsys.readouterr().err
+    steps = [row["step"] for row in records(toy["out_dir"]) if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_new_run_keeps_nothing_of_the_former(toy):
+    train.train(train.Config(**toy | dict(max_steps=2)))
+    folder = runs.Path(toy["out_dir"])
+    for name in ("eval.json", "eval-new.json", "report.html", "report-new.html", "trace.json"):
+        (folder / name).write_text("{}")
+    train.train(train.Config(**toy | dict(max_steps=2, overwrite=True)))
+    kept = {path.name for path in folder.iterdir()}
+    assert kept == {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
+
+
+def test_a_data_folder_may_move(toy):
+    """Also where the tokenizer lies in it, as finetune.py puts it there."""
+    toy |= dict(save_interval=2, eval_interval=99, max_steps=6)
+    train.train(train.Config(**toy | dict(out_dir=toy["out_dir"] + "-before")))
+    given = []
+    for name in "ab":
+        folder = runs.Path(toy["data_dir"] + name)
+        folder.mkdir()
+        shutil.copy(f"{toy['data_dir']}/toy/tokenizer.json", folder / "its.json")
+        given.append(toy | dict(data_dir=str(folder), tokenizer=str(folder / "its.json")))
+    with interrupted(5):
+        train.train(train.Config(**given[0]))
+    train.train(train.Config(**given[1]))
+    assert load_checkpoint(f"{toy['out_dir']}/last.pt")["finished"]
+    with pytest.raises(UserError, match="tokenizer='.*its.json' there, 'bytes' here"):
+        train.train(train.Config(**toy | dict(tokenizer="bytes")))
+
+
 def test_a_run_that_is_older_than_a_setting_is_still_its_run(toy, capsys):
     train.train(train.Config(**toy))
     path = f"{toy['out_dir']}/config.json"
@@ -178,6 +242,7 @@ def test_told_to_stop_in_an_evaluation_it_begins_with_that(toy, monkeypatch, cal
 def test_told_again_it_stops_at_once():
     """But not if the second signal follows the first, as when Slurm tells torchrun and the run."""
     stop = runs.StopSignal()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     stop.listen()
     try:
         signal.raise_signal(signal.SIGINT)
@@ -188,6 +253,7 @@ def test_told_again_it_stops_at_once():
             signal.raise_signal(signal.SIGINT)
     finally:
         stop.restore()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_save_interval_saves_between_evaluations(toy):

@@ -90,6 +90,16 @@ def test_a_run_goes_on_with_another_number_of_processes(toy):
     assert not list(Path(cut["out_dir"]).glob("last-*"))  # all is in last.pt now
 
 
+def test_sgd_goes_on_with_another_parallel(toy):
+    """Its fused step is not for sharded weights."""
+    toy |= dict(n_layer=2, epochs=3.0, eval_interval=99, optimizer="sgd", grad_clip=0.1)
+    whole = run(toy, 2, "whole")
+    cut = toy | dict(out_dir=f"{toy['out_dir']}-cut")
+    assert 0 < stopped(cut | dict(parallel="ddp"), 2, 2) < 18
+    assert 0 < stopped(cut | dict(parallel="fsdp"), 2, 6) < 18
+    assert_same(whole, run(toy, 2, "cut", parallel="ddp"), 1e-5)
+
+
 def test_as_many_processes_go_on_bit_for_bit(toy):
     toy = toy | dict(n_layer=2, epochs=3.0, eval_interval=99, dropout=0.1, parallel="fsdp")
     whole = run(toy, 2, "whole")

@@ -51,6 +51,15 @@ def test_offline_run_holds_the_losses(toy):
         ) >= 2, key
 
 
+def test_a_run_that_fails_under_torchrun_is_there_too(toy):
+    """And is named where the folder's name is not one that W&B takes."""
+    toy |= dict(wandb_mode="offline", learning_rate=1e30, out_dir=toy["out_dir"] + "-lr:0.1,a")
+    done = script("train.py", processes=2, **toy)
+    assert done.returncode == 2 and "not finite" in done.stderr and "wandb sync" in done.stdout
+    (path,) = glob.glob(f"{toy['out_dir']}/wandb/offline-run-*/*.wandb")
+    assert "out-lr-0.1-a-" in path and any("loss" in row for row in wandb_rows(path))
+
+
 def test_a_resumed_offline_run_names_all_its_folders(toy):
     """Each part has the steps that it made."""
     toy |= dict(wandb_mode="offline", eval_interval=4)
