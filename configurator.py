@@ -49,8 +49,10 @@ class UserError(ValueError):
 def run(main):
     """Call a script's `main()`. A UserError becomes one line on standard error, and status 2."""
     status = 0
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever the locale
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale
     try:
         main()
     except SystemExit as stopped:  # --help, or a run that was told to stop
@@ -64,11 +66,11 @@ def run(main):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if not (message := plain_message(error)):
             raise
-        if int(os.environ.get("RANK", 0)) > 0:
+        if rank_of_processes()[0] > 0:
             time.sleep(2)  # if process 0 says the same, torchrun ends the others meanwhile
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         status = 2
-    if n_processes() > 1:
+    if rank_of_processes()[1] > 1:
         # DDP leaves gloo threads behind (torch 2.13). One that wakes while the interpreter shuts
         # down aborts the process, so one of several leaves without shutting down.
         sys.stdout.flush()
@@ -79,10 +81,20 @@ def run(main):
 TIMEOUT = datetime.timedelta(hours=2)  # of processes that wait for one which builds a data set
 
 
-def n_processes():
-    """How many processes a launcher, as torchrun, has started for this run: 1 without one. Some
-    clusters set WORLD_SIZE for all programs, but RANK is a launcher's alone."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+def rank_of_processes():
+    """(this process's rank, of how many) of a run that a launcher, as torchrun, has started; (0, 1)
+    without one: some clusters set WORLD_SIZE or RANK alone for all programs. Raises UserError."""
+    given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    if not all(given):
+        return 0, 1
+    try:
+        rank, world = map(int, given)
+    except ValueError:
+        rank, world = 0, -1
+    if not 0 <= rank < world or world > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("the environment has RANK={} and WORLD_SIZE={}, but not all that torchrun "
+                        "sets: unset them, or start the script by torchrun".format(*given))
+    return rank, world
 
 
 def plain_message(error):
@@ -90,7 +102,7 @@ def plain_message(error):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return str(cannot_write(error.filename or "a file", error))
+        return str(cannot_write(error.filename or "standard output, or a file,", error))
     of_place = errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG
     if isinstance(error, OSError) and error.errno in of_place and error.filename:
         return f"{error.filename}: {error.strerror}: mend that, or choose another place"
@@ -313,8 +325,12 @@ def has_sha256(path, expected):
 
 
 def has_changed(path, since, expected):
-    """Is there a file that was written to after a time, and has another SHA-256 than expected?"""
-    touched = os.path.isfile(path) and os.path.getmtime(path) > since
+    """Is there a file that was written, or came to its place, after a time, and has another SHA-256
+    than expected?"""
+    if not os.path.isfile(path):
+        return False
+    status = os.stat(path)
+    touched = max(status.st_mtime, status.st_ctime) > since
     return touched and file_sha256(path) != expected
 
 
@@ -328,6 +344,8 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
+        if is_elsewhere(error, path):
+            raise
         raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
@@ -335,11 +353,20 @@ def replacing(path):
 
 
 def cannot_write(path, error):
+    way_out = "make room there, or choose another place"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return UserError(f"{path} cannot be written: {error.strerror}; make its folder, or choose "
-                         "another place")
-    return UserError(f"{path} cannot be written: {error.strerror or error}; make room there, or "
-                     "choose another place")
+        way_out = "make its folder, or choose another place"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        way_out = "choose another place"
+    return UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}")
+
+
+def is_elsewhere(error, path):
+    """Is it an error of a file in another folder, one that was read?"""
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return False
+    folder = Path(path).absolute().parent
+    return not Path(error.filename).absolute().is_relative_to(folder)
 
 
 def try_lock(folder):
@@ -375,6 +402,8 @@ def scratch_folder(path):
                 break
         yield Path(folder)
     except OSError as error:
+        if is_elsewhere(error, path):
+            raise
         raise cannot_write(path, error) from error
     finally:
         if folder:

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import TIMEOUT, UserError, n_processes
+from configurator import TIMEOUT, UserError, rank_of_processes
 
 import torch
 import torch.distributed as dist
@@ -38,9 +38,10 @@ class Machine:
     group under torchrun."""
 
     def __init__(self, cfg):
-        self.world = n_processes()
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
+        self.rank, self.world = rank_of_processes()
+        self.local_rank = 0  # on this machine
+        if self.world > 1:
+            self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.sharded = cfg.parallel == "fsdp" and self.world > 1
         self.device = open_device(cfg.device, self.local_rank)
         on_cuda = self.device.type == "cuda"
@@ -74,13 +75,13 @@ class Machine:
             if decomposition.decompositions.pop(gradient, None):
                 lowering.make_fallback(gradient, warn=False)  # or it is an error where $CI is set
         if self.world > 1:
-            where = {"store": fresh_store(), "rank": self.rank, "world_size": self.world}
-            if on_cuda:
-                dist.init_process_group("nccl", device_id=self.device, timeout=TIMEOUT, **where)
-            else:
-                dist.init_process_group("gloo", timeout=TIMEOUT, **where)
-            # of numbers that are on the CPU, so that no sum of them waits for the device
-            self.cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            try:
+                self.cpu_group = self.join()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"the processes do not find each other ({reason}); is what the "
+                                "environment says of addresses and networks right (MASTER_ADDR, "
+                                "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?") from error
             dtypes = sorted(set(self.gather(str(self.dtype))))
             if len(dtypes) > 1:
                 self.refuse(f"--dtype=auto is {' or '.join(dtypes)}, by the processor, on the "
@@ -88,6 +89,16 @@ class Machine:
         self.launchers = self.gather(launcher())
         if self.sharded:
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
+
+    def join(self):
+        """Join the process group. Returns another one, of gloo, for numbers that are on the CPU, so
+        that no sum of them waits for the device."""
+        where = {"store": fresh_store(), "rank": self.rank, "world_size": self.world}
+        if self.device.type == "cuda":
+            dist.init_process_group("nccl", device_id=self.device, timeout=TIMEOUT, **where)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT, **where)
+        return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def leave(self):
         if self.world > 1:

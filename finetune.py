@@ -13,7 +13,15 @@ import hashlib
 import os
 from pathlib import Path
 
-from configurator import UserError, check, configure, read_json, run, scratch_folder
+from configurator import (
+    UserError,
+    check,
+    configure,
+    rank_of_processes,
+    read_json,
+    run,
+    scratch_folder,
+)
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +35,7 @@ from fetch import wheel_folder
 from settings import FinetuneConfig as Config
 from sources import resolve
 from tasks import open_device
-from weights import from_pretrained, is_huggingface, load_checkpoint
+from weights import from_pretrained, is_huggingface, load_checkpoint, read_weights
 
 
 def find_weights(cfg):
@@ -41,8 +49,10 @@ def find_weights(cfg):
         patterns = ["*.json", "*.safetensors"]
         return Path(snapshot_download(cfg.init_from, allow_patterns=patterns))
     except Exception as error:  # not installed, no network, no such model: many types
-        raise UserError(f"--init_from={cfg.init_from}: no such file or folder, and it could not be "
-                        f"had from Hugging Face's hub either ({type(error).__name__})") from None
+        hub = f", and it could not be had from Hugging Face's hub either ({type(error).__name__})"
+        if cfg.init_from.startswith(("/", ".", "~")) or cfg.init_from.count("/") > 1:
+            hub = ""
+        raise UserError(f"--init_from={cfg.init_from}: no such file or folder{hub}") from None
 
 
 def read_settings(path):
@@ -55,11 +65,20 @@ def read_settings(path):
 
 def with_weights_settings(cfg, path):
     """The config with what the weights at `path` decide: the tokenizer, how much of a text is read,
-    of images the patch."""
+    of images the patch. Raises UserError for weights that are not supported, before a data set is
+    built for them."""
+    reach = 256
+    if is_huggingface(path):
+        config, *_ = read_weights(path, cfg.pooling)
+        reach = config.max_len
+        is_first = rank_of_processes()[0] == 0
+        if cfg.max_len and cfg.max_len > reach and config.position == "rope" and is_first:
+            print(f"{path}: made for texts of up to {reach} tokens; --max_len={cfg.max_len} is "
+                  "more", flush=True)
     if cfg.max_len is None:
         own = read_settings(path / "sentence_bert_config.json").get("max_seq_length") or 256
         own = check(type(cfg), "max_len", own, path / "sentence_bert_config.json")
-        cfg = dataclasses.replace(cfg, max_len=min(own, 256))
+        cfg = dataclasses.replace(cfg, max_len=min(own, 256, reach))
     if resolve(cfg).kind == "image":
         config = path / "config.json"  # Hugging Face's, or that of a run of ours
         saved = read_settings(config)

@@ -366,6 +366,8 @@ def label_texts(clf, texts, seconds, encoding):
         if text != "-":
             print_label(clf, text)
             continue
+        if sys.stdin is None:
+            raise UserError("--text=-: standard input is closed")
         n_lines = 0
         for _, line in decoded_lines(sys.stdin.buffer, "standard input", encoding, 16):
             if line.strip():

@@ -530,13 +530,18 @@ def parquet_records(name, raw, cfg):
 
 
 def columns_to_read(columns, name, cfg):
-    """Of a table's columns those that are used; all, where one of these is not there."""
+    """Of a table's columns those that are used; all, where one of these is not there and such rows
+    are left out."""
     if twice := next((c for c in columns if columns.count(c) > 1), None):
         raise UserError(f"{name}: {columns.count(twice)} columns have the name {twice!r}; give "
                         "them different names")
     values, labels = named_columns(cfg)
     all_but_label = cfg.kind != "text" and not cfg.columns
-    if all_but_label or not set(columns).issuperset(values + labels):
+    missing = [column for column in values + labels if column not in columns]
+    if missing and not all_but_label and not cfg.drop_bad_rows:
+        raise UserError(f"{name}: there is no column {missing[0]!r} among {columns[:20]} (give "
+                        "--text_column and --label_column)")
+    if missing or all_but_label:
         return columns
     return list(dict.fromkeys(values + labels))
 

@@ -2,6 +2,7 @@
 import base64
 import html
 import math
+import os
 from pathlib import Path
 
 from configurator import replacing, write_text
@@ -104,6 +105,7 @@ def print_labels(r):
 
 def new_figure(*size, **axes):
     """(figure, axes) of matplotlib, drawn without a screen."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be one that is not installed here
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # a label may hold dollars

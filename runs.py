@@ -6,6 +6,7 @@ import json
 import netrc
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -43,6 +44,8 @@ from weights import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 FREE = {"overwrite", "save_interval", "lr_find", "folds", "wandb_mode", "wandb_project",
         "wandb_run_name", "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel",
         "profile", "cuda_graphs"}
+WANDB_HOSTS = "api.wandb.ai", "api.forge.coreweave.com"  # of a login to it; newer versions' second
+WANDB_SECONDS = 30.0  # that it has to answer in, where there may be no network
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,30 +448,43 @@ def start_wandb(settings, run_id):
     """The W&B run of a training run's settings, a dict; None if disabled. Online if the user is
     logged in, else offline; never a prompt."""
     mode = settings["wandb_mode"]
+    is_auto = mode == "auto" and not os.environ.get("WANDB_MODE")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_login() else "offline")
-    if mode == "disabled":
+    if mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         return None
     import wandb
-    try:
+
+    def begin(mode):
         return wandb.init(
             project=settings["wandb_project"], id=run_id, mode=mode, dir=settings["out_dir"],
             name=settings["wandb_run_name"] or Path(settings["out_dir"]).name,
             resume="allow" if mode == "online" else None, config=settings,
-            settings=wandb.Settings(silent=True, console="off"))
-    except wandb.Error as error:
-        raise UserError(f"--wandb_mode={mode}: {str(error).splitlines()[0]}; log in with wandb "
-                        "login, or take --wandb_mode=offline") from None
+            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS))
+    try:
+        return begin(mode)
+    except (wandb.Error, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if mode != "online" or not is_auto:
+            raise UserError(f"--wandb_mode={mode}: {reason}; log in with wandb login, or take "
+                            "--wandb_mode=offline") from None
+    print(f"W&B does not answer ({reason})", flush=True)
+    wandb.teardown()  # else the run's id is in use
+    return begin("offline")
 
 
 def has_wandb_login():
     """Is there a key, without asking the network (as wandb.login does)?"""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    hosts = WANDB_HOSTS
+    if own := os.environ.get("WANDB_BASE_URL"):
+        hosts = urlparse(own).netloc, urlparse(own).hostname
     try:
-        login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        login = None
-    return bool(login or os.environ.get("WANDB_API_KEY"))
+        found = netrc.netrc(os.environ.get("NETRC"))
+        return any(login[2] for login in map(found.authenticators, hosts) if login)
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False
 
 
 def finish_wandb(wandb_run, failed=False):
@@ -481,5 +497,5 @@ def finish_wandb(wandb_run, failed=False):
     wandb_run.finish(exit_code=int(failed))
     if offline:
         parts = sorted(folder.parent.glob(f"offline-run-*-{wandb_run.id}"))
-        folders = " ".join(os.path.relpath(part) for part in parts)
+        folders = " ".join(shlex.quote(os.path.relpath(part)) for part in parts)
         print(f"W&B run kept offline; upload it with: wandb sync {folders}", flush=True)

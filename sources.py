@@ -294,8 +294,20 @@ def is_hidden(path):
 
 def class_files(folder):
     """The files <label>/* of a folder that are examples."""
-    files = [f for f in folder.glob("*/*") if not is_hidden(f.relative_to(folder))]
-    return sorted(f for f in files if f.suffix.lower() in (".txt", *IMAGES) and f.is_file())
+    files = [f for f in files_in(folder, 2) if not is_hidden(f.relative_to(folder))]
+    return sorted(f for f in files if f.suffix.lower() in (".txt", *IMAGES))
+
+
+def files_in(folder, depth=None):
+    """The files so many folders deep, or at any depth. (glob would pass over a folder that may not
+    be read; here it is an OSError.)"""
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir() and depth != 1:
+            found += files_in(path, depth and depth - 1)
+        elif path.is_file() and depth in (None, 1):
+            found.append(path)
+    return found
 
 
 def skipped_files(source):
@@ -313,8 +325,8 @@ def skipped_files(source):
         if n_empty := sum(f.is_dir() and f not in parents and not is_hidden(f.relative_to(folder))
                           for f in folder.iterdir()):
             counts["label_folders_without_examples"] = n_empty
-        for file in folder.rglob("*"):
-            if file.is_file() and file not in taken and not is_hidden(file.relative_to(folder)):
+        for file in files_in(folder):
+            if file not in taken and not is_hidden(file.relative_to(folder)):
                 depth = len(file.relative_to(folder).parts)
                 kind = f"{file.suffix or 'nameless'}_files"
                 if depth != 2:

@@ -12,6 +12,7 @@ import math
 import signal
 import sys
 import time
+from shlex import quote
 
 from configurator import UserError, configure, run
 
@@ -221,7 +222,7 @@ def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
         check_nothing_later(cfg, machine, checkpoint)
     if checkpoint and checkpoint["finished"]:
         machine.print(f"{cfg.out_dir}: this run is finished ({summary(checkpoint['best'])}); "
-                      f"evaluate it with: python eval.py {cfg.out_dir}   "
+                      f"evaluate it with: python eval.py {quote(cfg.out_dir)}   "
                       "(or train anew: --overwrite=True)")
         machine.leave()
         return
@@ -486,12 +487,12 @@ def summary(best):
 def advice(cfg, meta, task):
     """What to do after a run."""
     if "test" in meta["splits"]:
-        return f"Now: python eval.py {cfg.out_dir}"
+        return f"Now: python eval.py {quote(cfg.out_dir)}"
     if "val" in meta["splits"]:
-        return f"Now: python eval.py {cfg.out_dir} --split=val"
+        return f"Now: python eval.py {quote(cfg.out_dir)} --split=val"
     if task.head["n_classes"]:
-        return (f"Now: python eval.py {cfg.out_dir} --test_file=…, or, without one, the same "
-                "command in one process with --folds=5")
+        return (f"Now: python eval.py {quote(cfg.out_dir)} --test_file=…, or, without one, the "
+                "same command in one process with --folds=5")
     return "There is no val, so how good it is was not measured: --val_fraction=0.01"
 
 

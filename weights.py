@@ -66,7 +66,7 @@ def load_checkpoint(path, map_location="cpu", parts=True):
                 raise UserError(f"{path}: damaged in {damaged}; restore it, or train again with "
                                 "--overwrite=True")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, PermissionError):
         raise
     except FileNotFoundError:
         hint = ""

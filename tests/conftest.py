@@ -19,6 +19,10 @@ from predict import open_data
 from sources import rebuild_command, resolve
 from tests.forks import ROOT
 
+for name in list(os.environ):  # what a login, a launcher or a notebook has left
+    of_launcher = name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if of_launcher or name.startswith("WANDB_") or name in ("NETRC", "MPLBACKEND"):
+        del os.environ[name]
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: a core each
     torch.set_num_threads(1)
 SHARED = (

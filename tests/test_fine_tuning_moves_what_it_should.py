@@ -171,7 +171,9 @@ def test_from_weights_to_a_classifier_that_transformers_loads(settings, bert, tm
     ).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(f"{settings['out_dir']}/hf")
     clf = Classifier(settings["out_dir"])
-    for text in ("goal striker of the coach", "bank", "laptop code in the network was a chip"):
+    texts = "goal striker of the coach", "bank", "laptop code in the network was a chip"
+    uncleaned = "  a bank\n", "cafe\u0301 goal", "\u00a0goal\r\nof\x0ca\x07 bank \t"
+    for text in (*texts, *uncleaned):
         with torch.no_grad():
             p = theirs(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0]
         got = clf([text])[0]["probabilities"]
