@@ -48,7 +48,9 @@ class UserError(ValueError):
 
 def run(main):
     """Call a script's `main()`. A UserError becomes one line on standard error, and status 2."""
-    status = 0
+    status, rank, world = 0, 0, 1
+    with contextlib.suppress(UserError):  # a script that runs in several processes will say it
+        rank, world = rank_of_processes()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
@@ -66,11 +68,11 @@ def run(main):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if not (message := plain_message(error)):
             raise
-        if rank_of_processes()[0] > 0:
+        if rank > 0:
             time.sleep(2)  # if process 0 says the same, torchrun ends the others meanwhile
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         status = 2
-    if rank_of_processes()[1] > 1:
+    if world > 1:
         # DDP leaves gloo threads behind (torch 2.13). One that wakes while the interpreter shuts
         # down aborts the process, so one of several leaves without shutting down.
         sys.stdout.flush()
@@ -344,7 +346,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if is_elsewhere(error, path):
+        if is_of_another_file(error, path):
             raise
         raise cannot_write(path, error) from error
     finally:
@@ -361,12 +363,15 @@ def cannot_write(path, error):
     return UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}")
 
 
-def is_elsewhere(error, path):
-    """Is it an error of a file in another folder, one that was read?"""
+def is_of_another_file(error, path):
+    """Is it an OSError of a file that was read while `path` was being written?"""
     if not isinstance(error.filename, (str, os.PathLike)):
         return False
-    folder = Path(path).absolute().parent
-    return not Path(error.filename).absolute().is_relative_to(folder)
+    name, path = Path(error.filename).absolute(), Path(path).absolute()
+    temporary = path.with_name(f".{path.stem}.tmp")  # what the names of temporary files begin with
+    scratch = path.with_name(f".{path.name}.tmp")
+    is_own = str(name).startswith((str(path), str(temporary), str(scratch)))
+    return not is_own and not path.is_relative_to(name)
 
 
 def try_lock(folder):
@@ -402,7 +407,7 @@ def scratch_folder(path):
                 break
         yield Path(folder)
     except OSError as error:
-        if is_elsewhere(error, path):
+        if is_of_another_file(error, path):
             raise
         raise cannot_write(path, error) from error
     finally:

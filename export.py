@@ -5,6 +5,7 @@ from configurator import UserError, replacing
 
 import numpy as np
 import torch
+from tokenizers import Regex, Tokenizer, normalizers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -40,8 +41,11 @@ def export(clf, how, data_dir=None):
             raise UserError(f"{clf.path} reads {clf.modality}; only models of text can be written "
                             "as a Hugging Face folder")
         folder = clf.path.parent / "hf"
-        save_hf(clf.model, folder, clf.label_names, clf.tokenizer.to_str(), clf.multilabel,
-                clf.scaling, clf.max_len)
+        tokenizer = clf.tokenizer.to_str()
+        if not clf.is_language_model and clf.model.config.family != "ours":
+            tokenizer = with_cleaning(clf.tokenizer)
+        save_hf(clf.model, folder, clf.label_names, tokenizer, clf.multilabel, clf.scaling,
+                clf.max_len)
         print(f"written to {folder}")
         return
     if clf.pair:
@@ -85,6 +89,22 @@ def export(clf, how, data_dir=None):
                             f"{error:.1e}, so it was not kept")
     print(f"written to {path}: ({', '.join(names)}) → logits, on {len(some)} examples "
           f"within {error:.1e} of the checkpoint's")
+
+
+def with_cleaning(tokenizer):
+    """A tokenizer, as JSON, that first does to a text what values.clean does before ours reads it.
+    Blanks at the ends are stripped only where the tokenizer does not drop them itself, because that
+    step also strips around special tokens that are written in a text."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    steps = [normalizers.Replace(Regex(r"\r\n?"), "\n"), normalizers.NFC(),
+             normalizers.Replace(Regex(r"[\x0b\x0c\x1c-\x1f]"), " "),
+             normalizers.Replace(Regex(r"[\x00-\x08\x0e-\x1b\x7f]"), "")]
+    if tokenizer.encode(" \n a \n ").ids != tokenizer.encode("a").ids:
+        steps.append(normalizers.Strip())
+    if tokenizer.normalizer is not None:
+        steps.append(tokenizer.normalizer)
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    return tokenizer.to_str()
 
 
 def spread_by_length(lengths):

@@ -21,7 +21,7 @@ from configurator import (
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers import Tokenizer
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
@@ -442,30 +442,12 @@ def save_hf(model, folder, label_names, tokenizer_json, multilabel=False, scalin
             save_file(weights, work / "model.safetensors", {"format": "pt"})
         except SafetensorError as error:
             raise cannot_write(folder, OSError(str(error))) from error
-        if c.n_classes and c.family != "ours":
-            tokenizer_json = with_cleaning(tokenizer_json)
         write_text(work / "tokenizer.json", tokenizer_json)
         write_text(work / "tokenizer_config.json", json.dumps(tokenizer_config, indent=1))
         write_text(work / "config.json", json.dumps(config, indent=1))
         folder.mkdir(exist_ok=True)
         for file in work.iterdir():  # only when all of them are written
             os.replace(file, folder / file.name)
-
-
-def with_cleaning(tokenizer_json):
-    """A tokenizer that first does to a text what values.clean does before ours reads it. Blanks at
-    the ends are left to a tokenizer that drops them itself: this step takes them from both sides of
-    special tokens within a text, too."""
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    steps = [normalizers.Replace(Regex(r"\r\n?"), "\n"), normalizers.NFC(),
-             normalizers.Replace(Regex(r"[\x0b\x0c\x1c-\x1f]"), " "),
-             normalizers.Replace(Regex(r"[\x00-\x08\x0e-\x1b\x7f]"), "")]
-    if tokenizer.encode(" \n a \n ").ids != tokenizer.encode("a").ids:
-        steps.append(normalizers.Strip())
-    if tokenizer.normalizer is not None:
-        steps.append(tokenizer.normalizer)
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    return tokenizer.to_str()
 
 
 def special_tokens(tokenizer_json, finds_last):

@@ -44,8 +44,9 @@ from weights import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 FREE = {"overwrite", "save_interval", "lr_find", "folds", "wandb_mode", "wandb_project",
         "wandb_run_name", "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel",
         "profile", "cuda_graphs"}
-WANDB_HOSTS = "api.wandb.ai", "api.forge.coreweave.com"  # of a login to it; newer versions' second
-WANDB_SECONDS = 30.0  # that it has to answer in, where there may be no network
+WANDB_HOSTS = "api.wandb.ai", "api.forge.coreweave.com"  # `wandb login` is for one; since 0.31 the
+#   second
+WANDB_SECONDS = 30.0  # it has to answer in this time; there may be no network
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ def begin_run(cfg, checkpoint, lock):
                ".seen-*")  # left by a run that was killed
         if checkpoint is None:
             remove_parts(out)
-            remove(out, "config.json", "last.pt", "best.pt", "metrics.jsonl", "eval*.json",
-                   "report*.html", "trace.json")
+            remove(out, "config.json", "last.pt", "best.pt", "metrics.jsonl", "trace.json",
+                   "eval.json", "eval-*.json", "report.html", "report-*.html")
             write_json(out / "config.json", asdict(cfg))
             metrics.touch()
             return

@@ -513,9 +513,11 @@ def test_vit_refusals(vit):
 
 def test_the_patch_of_a_tower_with_a_text_half_is_read(tmp_path, images):
     """SigLIP's config.json has two parts, and its folder a tokenizer."""
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "siglip", "vision_config": {"patch_size": 3}}'
-    )
+    hf = pytest.importorskip("transformers")
+    half = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    seeing = half | dict(patch_size=3, image_size=12)
+    config = hf.SiglipConfig(text_config=half | dict(vocab_size=100), vision_config=seeing)
+    hf.SiglipModel(config).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     names = "n_layer", "d_model", "n_head", "patch"
     settings = {k: v for k, v in images.items() if k not in names}

@@ -301,8 +301,11 @@ def test_a_restart_by_torchrun_goes_on_though_it_was_told_to_overwrite(toy, monk
 def test_a_worker_does_not_hold_the_folder(tmp_path):
     lock = runs.FolderLock(tmp_path)
     lock.acquire()
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    worker = fork.Process(target=lambda: (begun.set(), time.sleep(60)))
     worker.start()
+    begun.wait()
     with pytest.raises(UserError, match="another run is at work there"):
         runs.FolderLock(tmp_path).acquire()
     lock.release()  # as the end of a killed process does
