@@ -294,17 +294,23 @@ def is_hidden(path):
 
 def class_files(folder):
     """The files <label>/* of a folder that are examples."""
-    files = [f for f in files_in(folder, 2) if not is_hidden(f.relative_to(folder))]
-    return sorted(f for f in files if f.suffix.lower() in (".txt", *IMAGES))
+    found = files_in(folder, 2)
+    return sorted(f for f in found if f.suffix.lower() in (".txt", *IMAGES))
 
 
 def files_in(folder, depth=None):
-    """The files so many folders deep, or at any depth. (glob would pass over a folder that may not
-    be read; here it is an OSError.)"""
+    """The files that lie so many folders deep, or anywhere below (links to folders aside, which may
+    go round in circles); no hidden ones. Raises OSError for a folder that may not be read, which
+    glob would pass over."""
     found = []
     for path in folder.iterdir():
-        if path.is_dir() and depth != 1:
-            found += files_in(path, depth and depth - 1)
+        if is_hidden(path.name):
+            continue
+        if path.is_dir():
+            if depth is None and not path.is_symlink():
+                found += files_in(path)
+            elif depth is not None and depth > 1:
+                found += files_in(path, depth - 1)
         elif path.is_file() and depth in (None, 1):
             found.append(path)
     return found
@@ -326,7 +332,7 @@ def skipped_files(source):
                           for f in folder.iterdir()):
             counts["label_folders_without_examples"] = n_empty
         for file in files_in(folder):
-            if file not in taken and not is_hidden(file.relative_to(folder)):
+            if file not in taken:
                 depth = len(file.relative_to(folder).parts)
                 kind = f"{file.suffix or 'nameless'}_files"
                 if depth != 2:

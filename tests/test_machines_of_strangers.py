@@ -155,3 +155,15 @@ def test_a_message_in_another_encoding_than_its_file(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         configurator.run(fail)
     assert r"\udcc3\udcbc.csv" in capsys.readouterr().err
+
+
+def test_folders_with_links_that_go_round(tmp_path):
+    for label in ("neg", "pos"):
+        (tmp_path / "texts" / label).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "texts" / label / f"{i}.txt").write_text(f"{label} text {i}")
+    (tmp_path / "texts/pos/back").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts/other").symlink_to(tmp_path / "texts/neg")  # a label's folder may be a link
+    cfg = train.Config(dataset="d", train_file=f"{tmp_path}/texts", data_dir=f"{tmp_path}/data")
+    cfg.dedup = False
+    assert data.build(cfg)["label_names"] == ["neg", "other", "pos"]
