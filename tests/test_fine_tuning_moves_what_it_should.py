@@ -207,6 +207,26 @@ def test_resuming_and_from_our_own_checkpoint(settings, bert):
     assert records(settings["out_dir"] + "-2")[-1]["val_loss"] > 0
 
 
+def test_how_much_is_read_is_what_the_weights_can(settings, llama, capsys):
+    """Unless more is asked for, which rotary positions allow."""
+    path = finetune.Path(settings["init_from"])
+    cfg = finetune.Config(**settings | dict(max_len=None))
+    assert finetune.with_weights_settings(cfg, path).max_len == 50
+    assert "made for texts" not in capsys.readouterr().out
+    cfg = finetune.Config(**settings | dict(init_from=llama, max_len=64))
+    assert finetune.with_weights_settings(cfg, finetune.Path(llama)).max_len == 64
+    assert "made for texts of up to 50 tokens; --max_len=64 is more" in capsys.readouterr().out
+
+
+def test_weights_that_cannot_be_read_are_refused_before_data_is_built(settings, llama):
+    path = finetune.Path(llama) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UserError, match="its weights are quantized"):
+        finetune.finetune(finetune.Config(**settings | dict(init_from=llama)))
+    assert not finetune.Path(settings["data_dir"]).exists()
+
+
 def test_settings_that_cannot_work_are_refused(settings, bert, tmp_path):
     for changes, says in (
         (dict(init_from=str(tmp_path / "nowhere/at all")), "no such file or folder"),
