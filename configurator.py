@@ -87,16 +87,23 @@ def rank_of_processes():
     """(this process's rank, of how many) of a run that a launcher, as torchrun, has started; (0, 1)
     without one: some clusters set WORLD_SIZE or RANK alone for all programs. Raises UserError."""
     given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    missing = {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if not all(given):
         return 0, 1
     try:
         rank, world = map(int, given)
     except ValueError:
         rank, world = 0, -1
-    if not 0 <= rank < world or world > 1 and "MASTER_ADDR" not in os.environ:
+    if not 0 <= rank < world or world > 1 and missing:
         raise UserError("the environment has RANK={} and WORLD_SIZE={}, but not all that torchrun "
                         "sets: unset them, or start the script by torchrun".format(*given))
     return rank, world
+
+
+def is_first_process():
+    with contextlib.suppress(UserError):
+        return rank_of_processes()[0] == 0
+    return True
 
 
 def plain_message(error):
@@ -105,8 +112,7 @@ def plain_message(error):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return str(cannot_write(error.filename or "standard output, or a file,", error))
-    of_place = errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG
-    if isinstance(error, OSError) and error.errno in of_place and error.filename:
+    if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename}: {error.strerror}: mend that, or choose another place"
     ended = "Connection closed by peer", "Connection reset by peer", "ncclRemoteError"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ended):
@@ -162,7 +168,7 @@ def configure(cls, argv=None, positional=None):
             value = both if conform(field.type, both)[0] else value
         given[key], origin[key] = value, "command line"
     values |= given
-    if origin and int(os.environ.get("RANK", 0)) == 0:
+    if origin and is_first_process():
         changed = ", ".join(f"{key}={values[key]!r} ({origin[key]})" for key in origin)
         print(f"settings: {changed}", file=sys.stderr, flush=True)
     config = cls(**values)
@@ -211,7 +217,8 @@ def find_field(cls, key, where):
         near = difflib.get_close_matches(key, fields, 1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'? " if near else ""
         if any(key in wider.__dataclass_fields__ for wider in cls.__subclasses__()):
-            hint = "it is one of finetune.py; "
+            raise UserError(f"unknown setting '{key}' ({where}): finetune.py has it, this script "
+                            "has not")
         raise UserError(f"unknown setting '{key}' ({where}); {hint}--help lists them all")
     return fields[key]
 
@@ -370,8 +377,8 @@ def is_of_another_file(error, path):
     name, path = Path(error.filename).absolute(), Path(path).absolute()
     temporary = path.with_name(f".{path.stem}.tmp")  # what the names of temporary files begin with
     scratch = path.with_name(f".{path.name}.tmp")
-    is_own = str(name).startswith((str(path), str(temporary), str(scratch)))
-    return not is_own and not path.is_relative_to(name)
+    is_temporary = str(name).startswith((str(temporary), str(scratch)))
+    return not (is_temporary or name.is_relative_to(path) or path.is_relative_to(name))
 
 
 def try_lock(folder):

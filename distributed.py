@@ -39,9 +39,10 @@ class Machine:
 
     def __init__(self, cfg):
         self.rank, self.world = rank_of_processes()
-        self.local_rank = 0  # on this machine
+        self.local_rank, self.n_here = 0, 1  # of so many processes on this machine
         if self.world > 1:
-            self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            self.local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+            self.n_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         self.sharded = cfg.parallel == "fsdp" and self.world > 1
         self.device = open_device(cfg.device, self.local_rank)
         on_cuda = self.device.type == "cuda"
@@ -153,7 +154,7 @@ class Machine:
 
     def in_turn(self, work):
         """Run work() on one process of each machine at a time, for what takes much memory."""
-        n_turns = self.largest(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        n_turns = self.largest(self.n_here)
         return self.take_turns(work, self.local_rank, n_turns)
 
     def take_turns(self, work, own_turn, n_turns):

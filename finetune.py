@@ -17,7 +17,7 @@ from configurator import (
     UserError,
     check,
     configure,
-    rank_of_processes,
+    is_first_process,
     read_json,
     run,
     scratch_folder,
@@ -71,8 +71,8 @@ def with_weights_settings(cfg, path):
     if is_huggingface(path):
         config, *_ = read_weights(path, cfg.pooling)
         reach = config.max_len
-        is_first = rank_of_processes()[0] == 0
-        if cfg.max_len and cfg.max_len > reach and config.position == "rope" and is_first:
+        is_beyond = cfg.max_len and cfg.max_len > reach and config.position == "rope"
+        if is_beyond and is_first_process():
             print(f"{path}: made for texts of up to {reach} tokens; --max_len={cfg.max_len} is "
                   "more", flush=True)
     if cfg.max_len is None:

@@ -223,7 +223,7 @@ def choose_micro_batch(cfg, measure, machine, max_len, checkpoint):
         return checkpoint["micro_batch_tokens"]
     share = 0.85
     if machine.device.type == "cpu":  # whose allocator takes up to 1.8 times what tensors do
-        share = 0.5 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = 0.5 / machine.n_here
     found = fitting_tokens(measure, machine.device, max_len, cfg.batch_size, share)
     found = min(machine.gather(found))
     machine.print(f"--micro_batch_tokens=auto: {found}")

@@ -44,8 +44,8 @@ from weights import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 FREE = {"overwrite", "save_interval", "lr_find", "folds", "wandb_mode", "wandb_project",
         "wandb_run_name", "log_interval", "data_dir", "out_dir", "max_row_mb", "parallel",
         "profile", "cuda_graphs"}
-WANDB_HOSTS = "api.wandb.ai", "api.forge.coreweave.com"  # `wandb login` is for one; since 0.31 the
-#   second
+# `wandb login` keeps a key for the first of these, since wandb 0.31 for the second
+WANDB_HOSTS = "api.wandb.ai", "api.forge.coreweave.com"
 WANDB_SECONDS = 30.0  # it has to answer in this time; there may be no network
 
 
@@ -105,21 +105,17 @@ def begins_anew(cfg, machine):
 
 def check_nothing_later(cfg, machine, checkpoint):
     """Raise UserError where the out_dir of another machine holds a later last.pt than that of rank
-    0, which is continued: torchrun may number the machines anew when it restarts. What an earlier
-    run has left there is no matter."""
+    0, which is continued: torchrun may number the machines anew when it restarts. A last.pt of an
+    older run than the one that is continued is ignored."""
     path = Path(cfg.out_dir) / "last.pt"
-    began = int(saved_fact(path, "run_id", "-0").rpartition("-")[2])
-    found = machine.gather((began, saved_fact(path, "step", 0)))
-    latest = max(found)
-    own = 0
+    found = machine.gather((began_at(saved_fact(path, "run_id", "")), saved_fact(path, "step", 0)))
+    latest, own = max(found), (0, 0)
     if checkpoint:
-        own = checkpoint["step"]
-        if latest <= (int(checkpoint["run_id"].rpartition("-")[2]), own):
-            return
-    if latest > (0, 0):
+        own = began_at(checkpoint["run_id"]), checkpoint["step"]
+    if latest > own:
         machine.refuse(f"the machine of process {found.index(latest)} holds a later {cfg.out_dir} "
-                       f"(step {latest[1]}) than that of process 0 (step {own}): copy it there, or "
-                       "begin anew with --overwrite=True")
+                       f"(step {latest[1]}) than that of process 0 (step {own[1]}): copy it there, "
+                       "or begin anew with --overwrite=True")
 
 
 def saved_fact(path, name, default):
@@ -157,8 +153,9 @@ def begin_run(cfg, checkpoint, lock):
                ".seen-*")  # left by a run that was killed
         if checkpoint is None:
             remove_parts(out)
-            remove(out, "config.json", "last.pt", "best.pt", "metrics.jsonl", "trace.json",
-                   "eval.json", "eval-*.json", "report.html", "report-*.html")
+            if (out / "config.json").exists():  # else such files are not a former run's
+                remove(out, "trace.json", "eval-*.json", "report.html", "report-*.html")
+            remove(out, "config.json", "last.pt", "best.pt", "metrics.jsonl", "eval.json")
             write_json(out / "config.json", asdict(cfg))
             metrics.touch()
             return
@@ -186,10 +183,10 @@ class FolderLock:
             return
         try:
             self.descriptor = try_lock(self.folder)
-        except PermissionError:
-            raise
-        except OSError:  # a disk without locks
-            return
+        except OSError as error:
+            if error.filename:  # the folder may not be read
+                raise
+            return  # a disk without locks
         if self.descriptor is None:
             raise UserError(f"{self.folder}: another run is at work there{self.holder()}; wait for "
                             "its end, or choose another --out_dir=…")
@@ -445,6 +442,12 @@ def new_run_id(out_dir):
     return f"{name}-{int(time.time())}"
 
 
+def began_at(run_id):
+    """The second in which a run began; 0 of none."""
+    second = run_id.rpartition("-")[2]
+    return int(second) if second.isdigit() else 0
+
+
 def start_wandb(settings, run_id):
     """The W&B run of a training run's settings, a dict; None if disabled. Online if the user is
     logged in, else offline; never a prompt."""
@@ -452,7 +455,9 @@ def start_wandb(settings, run_id):
     is_auto = mode == "auto" and not os.environ.get("WANDB_MODE")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_login() else "offline")
-    if mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+            return None
+    if mode == "disabled":
         return None
     import wandb
 

@@ -197,14 +197,17 @@ def run_training(cfg, **hooks):
         at_end.callback(lock.release)
         at_end.callback(stop.restore)
         stopped_by = train_locked(cfg, lock, stop, at_end, **hooks)
+    if hooks.get("fold") is not None:  # other runs would follow
+        stopped_by = stopped_by or stop.number
     if stopped_by:
         sys.exit(128 + stopped_by)
 
 
 def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
                  state_for_best=torch.nn.Module.state_dict, fold=None):
-    """Returns the number of the signal that stopped the run, or None. make_model(cfg, meta, task) →
-    the model; lr_scale(name, model, cfg) → what a parameter's
+    """Returns the number of the signal that stopped the run, or None.
+
+    make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
     learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets; fold:
     the part of train that is val, see trials.py."""
     started = time.monotonic()
@@ -320,13 +323,12 @@ def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
     profile = Profile(cfg.out_dir, machine.device) if cfg.profile and machine.rank == 0 else None
     finite_check = optim.FiniteGradients(cfg)
 
-    def is_evaluated():
-        """Has what is due after this step been done?"""
-        due = progress.step % eval_interval == 0 or progress.step == total_steps
-        return progress.evaluated == progress.step or not due
+    def is_evaluation_due():
+        at_interval = progress.step % eval_interval == 0 or progress.step == total_steps
+        return at_interval and progress.evaluated < progress.step
 
     def evaluate_and_save():
-        """Unless a signal comes meanwhile."""
+        """Does neither if a signal comes meanwhile."""
         ema.swap()
         figures = figures_on_val(model, task, run_data, cfg, machine, stop)
         if figures is None:
@@ -355,7 +357,7 @@ def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
     def end_of_step():
         """Evaluate and save where that is due; returns whether the run goes on."""
         log.read_clock()
-        if not is_evaluated():
+        if is_evaluation_due():
             finite_check.check()
             with log.paused():
                 evaluate_and_save()
@@ -373,7 +375,9 @@ def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
 
     # the loop
     stop.listen()
-    goes_on = is_evaluated() or end_of_step()  # it may have been stopped before an evaluation
+    goes_on = True
+    if is_evaluation_due():  # the run was stopped before one
+        goes_on = end_of_step()
     for micro_batches in loader if goes_on else ():
         machine.seed_step(cfg.seed, progress.step)
         lr = optim.learning_rate_at(cfg, progress.step, total_steps)

@@ -173,7 +173,7 @@ def test_a_folder_of_tables_is_named_by_its_files(tmp_path):
 def test_train_py_knows_what_finetune_py_is_for():
     """It would train from nothing, without a word."""
     for argument in ("--lora_rank=8", str(ROOT / "config/finetune_textcls.py")):
-        with pytest.raises(UserError, match="it is one of finetune.py"):
+        with pytest.raises(UserError, match="finetune.py has it"):
             configure(train.Config, [argument])
 
 

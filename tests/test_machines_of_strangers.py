@@ -49,6 +49,24 @@ def test_what_a_launcher_has_left_is_no_run_of_several(toy, monkeypatch, given, 
         assert load_checkpoint(f"{toy['out_dir']}/last.pt")["finished"]
 
 
+def test_a_script_says_so_too(toy, monkeypatch):
+    toy |= dict(max_steps=2)
+    monkeypatch.setenv("RANK", "")
+    assert script("train.py", **toy).returncode == 0
+    monkeypatch.setenv("RANK", "a")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = script("train.py", **toy)
+    assert done.returncode == 2 and "RANK=a and WORLD_SIZE=2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("other", ["d-raw/a.csv", "d2/a.csv", "a.csv"])
+def test_an_error_of_a_file_that_is_read_is_not_said_to_be_of_writing(tmp_path, other):
+    with pytest.raises(FileNotFoundError, match="a.csv"):
+        with configurator.scratch_folder(tmp_path / "d"):
+            open(tmp_path / other)
+
+
 def test_a_network_that_is_not_there_is_named(toy, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     done = script("train.py", processes=2, **toy)

@@ -214,12 +214,6 @@ def test_what_all_processes_say_is_said_once(toy, tmp_path):
     assert status != 0 and err.count("started.py: error: --warmup_steps=1000: ") == 1
 
 
-def test_other_launchers_than_torchrun(toy, monkeypatch):
-    """Some clusters set WORLD_SIZE for everything that they start."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    train.train(train.Config(**toy | dict(max_steps=2)))
-
-
 def test_machines_may_join_and_leave(toy, tmp_path, monkeypatch):
     """One begins, another joins it after step 4, and dies in step 8: the first goes on alone."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see SCALING.md

@@ -97,8 +97,12 @@ def test_told_to_stop_when_all_is_done_it_has_finished(toy, monkeypatch, capsys)
         real(*args)
 
     monkeypatch.setattr(runs.Checkpoints, "save_best", save_best)
-    train.train(train.Config(**toy | dict(max_steps=4, eval_interval=4)))  # exits with 0
+    toy |= dict(max_steps=4, eval_interval=4)
+    train.train(train.Config(**toy))  # exits with 0
     assert "done in" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):  # other folds would follow
+        train.train(train.Config(**toy | dict(folds=2, out_dir=toy["out_dir"] + "-other")))
+    assert "fold 2 of 2" not in capsys.readouterr().out
 
 
 def test_time_is_counted_up_to_the_step_that_is_saved(toy):
@@ -133,6 +137,16 @@ def test_a_new_run_keeps_nothing_of_the_former(toy):
     train.train(train.Config(**toy | dict(max_steps=2, overwrite=True)))
     kept = {path.name for path in folder.iterdir()}
     assert kept == {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
+
+
+def test_what_no_run_has_left_in_a_folder_stays(toy):
+    folder = runs.Path(toy["out_dir"])
+    folder.mkdir()
+    own = {"eval-notes.json", "report-2024.html", "report.html", "trace.json", "notes.txt"}
+    for name in own:
+        (folder / name).write_text("mine")
+    train.train(train.Config(**toy | dict(max_steps=2)))
+    assert own <= {path.name for path in folder.iterdir()}
 
 
 def test_a_data_folder_may_move(toy):
