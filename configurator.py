@@ -11,6 +11,7 @@ import datetime
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -50,7 +51,7 @@ def run(main):
     """Call a script's `main()`. A UserError becomes one line on standard error, and status 2."""
     status, rank, world = 0, 0, 1
     with contextlib.suppress(UserError):  # a script that runs in several processes will say it
-        rank, world = rank_of_processes()
+        rank, world = rank_and_world_size()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
@@ -80,16 +81,17 @@ def run(main):
     sys.exit(status)
 
 
-TIMEOUT = datetime.timedelta(hours=2)  # of processes that wait for one which builds a data set
+TIMEOUT = datetime.timedelta(hours=2)  # how long processes wait for one that builds a data set
 
 
-def rank_of_processes():
-    """(this process's rank, of how many) of a run that a launcher, as torchrun, has started; (0, 1)
-    without one: some clusters set WORLD_SIZE or RANK alone for all programs. Raises UserError."""
+def rank_and_world_size():
+    """(rank, number of processes) of a run that torchrun, or another launcher, has started. (0, 1)
+    without one, also where RANK or WORLD_SIZE is set alone, as some clusters do for all programs.
+    Raises UserError where they do not fit together."""
     given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
-    missing = {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if not all(given):
         return 0, 1
+    missing = {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     try:
         rank, world = map(int, given)
     except ValueError:
@@ -101,9 +103,16 @@ def rank_of_processes():
 
 
 def is_first_process():
+    """Is it the one that prints? Without a launcher it is."""
     with contextlib.suppress(UserError):
-        return rank_of_processes()[0] == 0
+        return rank_and_world_size()[0] == 0
     return True
+
+
+@functools.cache
+def say_once(message, file=None):
+    """Print a line that would be printed again, as what it is about is read again."""
+    print(message, file=file, flush=True)
 
 
 def plain_message(error):
@@ -334,13 +343,12 @@ def has_sha256(path, expected):
 
 
 def has_changed(path, since, expected):
-    """Is there a file that was written, or came to its place, after a time, and has another SHA-256
-    than expected?"""
+    """Is there a file that was touched after a time, and has another SHA-256 than expected?"""
     if not os.path.isfile(path):
         return False
     status = os.stat(path)
-    touched = max(status.st_mtime, status.st_ctime) > since
-    return touched and file_sha256(path) != expected
+    touched = max(status.st_mtime, status.st_ctime)  # a file that is moved can keep an old st_mtime
+    return touched > since and file_sha256(path) != expected
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import TIMEOUT, UserError, rank_of_processes
+from configurator import TIMEOUT, UserError, rank_and_world_size
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ class Machine:
     group under torchrun."""
 
     def __init__(self, cfg):
-        self.rank, self.world = rank_of_processes()
+        self.rank, self.world = rank_and_world_size()
         self.local_rank, self.n_here = 0, 1  # of so many processes on this machine
         if self.world > 1:
             self.local_rank = int(os.environ.get("LOCAL_RANK") or 0)

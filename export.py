@@ -41,11 +41,11 @@ def export(clf, how, data_dir=None):
             raise UserError(f"{clf.path} reads {clf.modality}; only models of text can be written "
                             "as a Hugging Face folder")
         folder = clf.path.parent / "hf"
-        tokenizer = clf.tokenizer.to_str()
+        tokenizer = clf.tokenizer
         if not clf.is_language_model and clf.model.config.family != "ours":
-            tokenizer = with_cleaning(clf.tokenizer)
-        save_hf(clf.model, folder, clf.label_names, tokenizer, clf.multilabel, clf.scaling,
-                clf.max_len)
+            tokenizer = with_cleaning(tokenizer)
+        save_hf(clf.model, folder, clf.label_names, tokenizer.to_str(), clf.multilabel,
+                clf.scaling, clf.max_len)
         print(f"written to {folder}")
         return
     if clf.pair:
@@ -92,10 +92,10 @@ def export(clf, how, data_dir=None):
 
 
 def with_cleaning(tokenizer):
-    """A tokenizer, as JSON, that first does to a text what values.clean does before ours reads it.
+    """A tokenizer that first does to a text what values.clean does before ours reads it.
     Blanks at the ends are stripped only where the tokenizer does not drop them itself, because that
     step also strips around special tokens that are written in a text."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy
     steps = [normalizers.Replace(Regex(r"\r\n?"), "\n"), normalizers.NFC(),
              normalizers.Replace(Regex(r"[\x0b\x0c\x1c-\x1f]"), " "),
              normalizers.Replace(Regex(r"[\x00-\x08\x0e-\x1b\x7f]"), "")]
@@ -104,7 +104,7 @@ def with_cleaning(tokenizer):
     if tokenizer.normalizer is not None:
         steps.append(tokenizer.normalizer)
     tokenizer.normalizer = normalizers.Sequence(steps)
-    return tokenizer.to_str()
+    return tokenizer
 
 
 def spread_by_length(lengths):

@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass, field, fields, replace
 
-from configurator import UserError, mismatch, read_json
+from configurator import UserError, mismatch, read_json, say_once
 
 from model import ROPE_SCALINGS, ModelConfig
 
@@ -432,8 +432,8 @@ def read_image(c, hf, folder):
         path = folder / "processor_config.json"
         found = read_json(path).get("image_processor") or {}
     else:
-        print(f"{folder}: there is no preprocessor_config.json; pixels of 0 to 1 are taken to have "
-              "mean and deviation 0.5", file=sys.stderr)
+        say_once(f"{folder}: there is no preprocessor_config.json; pixels of 0 to 1 are taken to "
+                 "have mean and deviation 0.5", sys.stderr)
     # theirs: (pixels of 0 to 255 · factor − mean) / std; ours: (pixels of 0 to 1 − mean) / std
     factor = 255.0
     if found.get("do_rescale") is not False:

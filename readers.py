@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, say_once
 
 from values import join_labels, label_of, scalar
 
@@ -76,7 +76,7 @@ def unreadable(name, error):
     """A UserError: of the system, or because a file is damaged or cut short."""
     if isinstance(error, OSError) and error.errno:
         return UserError(f"{name}: cannot be read: {error.strerror}")
-    problem = str(error).splitlines()[0].rstrip(".")
+    problem = str(error).partition("\n")[0].rstrip(".")
     return UserError(f"{name}: cannot be read: {problem}; fetch it again, or write it anew")
 
 
@@ -110,12 +110,6 @@ def decode(line, encodings, where):
             failed = error
     raise UserError(f"{where}: not valid {encoding} (byte 0x{line[failed.start]:02x} at column "
                     f"{failed.start}); save it as UTF-8, or give its --encoding")
-
-
-@functools.cache
-def say(message):
-    """Print a line once: a source is read several times."""
-    print(message, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,8 +287,8 @@ def choose_dialect(sample, is_all, cfg, usual, name):
         if "unescape" in dialect:
             how = "quotes escaped by a backslash"
         delimiter = DELIMITERS.get(dialect["delimiter"], dialect["delimiter"])
-        say(f"{name}: read with {delimiter} between fields and {how} (--delimiter, --quotechar and "
-            "--escapechar say otherwise)")
+        say_once(f"{name}: read with {delimiter} between fields and {how} (--delimiter, "
+                 "--quotechar and --escapechar say otherwise)")
     return dialect
 
 

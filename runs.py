@@ -275,11 +275,11 @@ def restore(checkpoint, out_dir, machine, model, optimizers, ema):
         checkpoint = read_parts(checkpoint, out_dir, {
             "model": model.state_dict(), "ema": ema.weights, "optimizers": states})
         model.load_state_dict(checkpoint["model"])
+        if not all(is_finite(p) for p in model.parameters()):  # of a whole one it was asked before
+            machine.refuse(f"{out_dir}/last.pt holds weights that are not finite: restore it, or "
+                           "begin anew with --overwrite=True")
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(shard_state(optimizer, state))
-    if not all(is_finite(p) for p in model.parameters()):
-        machine.refuse(f"{out_dir}/last.pt holds weights that are not finite: restore it, or begin "
-                       "anew with --overwrite=True")
     ema.values = [shard_like(value.to(machine.device), p)
                       for value, p in zip(checkpoint["ema"], ema.weights)]
     older = {"evaluated": checkpoint["step"]}  # before there was this field

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import UserError, rank_of_processes
+from configurator import UserError, rank_and_world_size
 
 from sources import DataConfig
 
@@ -221,7 +221,7 @@ def check_settings(cfg):
     if not 0 < cfg.train_fraction <= 1 or cfg.mixup and cfg.train_fraction < 1:
         raise UserError(f"--train_fraction={cfg.train_fraction} must be above 0 and at most 1, and "
                         "1 with --mixup, which blends with any example of train")
-    if cfg.folds and (cfg.folds < 2 or rank_of_processes()[1] > 1):
+    if cfg.folds and (cfg.folds < 2 or rank_and_world_size()[1] > 1):
         raise UserError(f"--folds={cfg.folds}: cross-validation takes 2 folds or more, and runs in "
                         "one process: python instead of torchrun")
     if cfg.folds and (cfg.train_fraction < 1 or cfg.teacher or cfg.objective in ("mlm", "clm")):
@@ -247,7 +247,7 @@ def check_settings(cfg):
     if cfg.learning_rate is not None and cfg.min_lr > cfg.learning_rate:
         raise UserError(f"--min_lr={cfg.min_lr}, where the schedule ends, is above "
                         f"--learning_rate={cfg.learning_rate}")
-    if cfg.optimizer == "lbfgs" and rank_of_processes()[1] > 1:
+    if cfg.optimizer == "lbfgs" and rank_and_world_size()[1] > 1:
         raise UserError("--optimizer=lbfgs runs in one process, without torchrun's "
                         "--nproc_per_node")
     if cfg.lr_find and cfg.optimizer == "lbfgs":

@@ -69,8 +69,8 @@ def parameters_of_states(optimizer, saved):
 
 
 def shard_state(optimizer, state):
-    """An optimizer's state dict of whole tensors, as its parameters are spread, and with steps as
-    it makes them here."""
+    """A saved state dict of whole tensors for this optimizer: spread as its parameters are, with
+    its own way to make a step (fused or not), which depends on the device and on --parallel."""
     parameters = all_parameters(optimizer)
     spread = {}
     for i, values in state["state"].items():

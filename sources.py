@@ -294,26 +294,23 @@ def is_hidden(path):
 
 def class_files(folder):
     """The files <label>/* of a folder that are examples."""
-    found = files_in(folder, 2)
-    return sorted(f for f in found if f.suffix.lower() in (".txt", *IMAGES))
+    files = [f for label in visible(folder) if label.is_dir() for f in visible(label)]
+    return sorted(f for f in files if f.suffix.lower() in (".txt", *IMAGES) and f.is_file())
 
 
-def files_in(folder, depth=None):
-    """The files that lie so many folders deep, or anywhere below (links to folders aside, which may
-    go round in circles); no hidden ones. Raises OSError for a folder that may not be read, which
-    glob would pass over."""
-    found = []
-    for path in folder.iterdir():
-        if is_hidden(path.name):
-            continue
-        if path.is_dir():
-            if depth is None and not path.is_symlink():
-                found += files_in(path)
-            elif depth is not None and depth > 1:
-                found += files_in(path, depth - 1)
-        elif path.is_file() and depth in (None, 1):
-            found.append(path)
-    return found
+def visible(folder):
+    """What lies in a folder, hidden names aside. Raises OSError for a folder that may not be read,
+    which glob would pass over."""
+    return [path for path in folder.iterdir() if not is_hidden(path.name)]
+
+
+def files_below(folder):
+    """All visible files, however deep. Links to folders are not followed: they may lead back."""
+    for path in visible(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from files_below(path)
+        elif path.is_file():
+            yield path
 
 
 def skipped_files(source):
@@ -328,10 +325,9 @@ def skipped_files(source):
     if folder.is_dir():
         taken = set(class_files(folder))
         parents = {file.parent for file in taken}
-        if n_empty := sum(f.is_dir() and f not in parents and not is_hidden(f.relative_to(folder))
-                          for f in folder.iterdir()):
+        if n_empty := sum(f.is_dir() and f not in parents for f in visible(folder)):
             counts["label_folders_without_examples"] = n_empty
-        for file in files_in(folder):
+        for file in files_below(folder):
             if file not in taken:
                 depth = len(file.relative_to(folder).parts)
                 kind = f"{file.suffix or 'nameless'}_files"

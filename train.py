@@ -205,7 +205,7 @@ def run_training(cfg, **hooks):
 
 def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
                  state_for_best=torch.nn.Module.state_dict, fold=None):
-    """Returns the number of the signal that stopped the run, or None.
+    """Returns the number of the signal that stopped the run, or None. at_end: an ExitStack.
 
     make_model(cfg, meta, task) → the model; lr_scale(name, model, cfg) → what a parameter's
     learning rate is multiplied by; state_for_best(model) → the state dict that best.pt gets; fold:
@@ -411,7 +411,7 @@ def train_locked(cfg, lock, stop, at_end, make_model=make_model, lr_scale=None,
     if wandb_run:
         best = progress.best or {}
         wandb_run.summary.update({f"best_{key}": value for key, value in best.items()})
-        finish_wandb(wandb_run)
+        finish_wandb(wandb_run)  # not later, so that what to do next is printed last
     machine.leave()
     if not progress.finished:
         return stop.number or signal.SIGTERM  # no process ends as if all were done
