@@ -37,7 +37,7 @@ from report import (
     print_report,
     write_page,
 )
-from runs import finish_wandb, read_records, saved_fact, start_wandb
+from runs import finish_wandb, read_records, saved_facts, start_wandb
 from speed import flops_per_token
 from tasks import run_model, token_losses
 from weights import checkpoint_file
@@ -213,8 +213,7 @@ def report_checkpoint(path, cfg):
         settings["wandb_mode"] = cfg.wandb_mode
     if settings["wandb_mode"] == "disabled":
         return
-    last = folder / "last.pt"
-    run_id = saved_fact(last, "run_id", None)  # the training run's page
+    run_id = saved_facts(folder).get("run_id")  # the training run's page
     if wandb_run := start_wandb(settings, run_id):
         log_to_wandb(wandb_run, report, folder, plots, cfg.wandb_texts)
         finish_wandb(wandb_run)

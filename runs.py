@@ -98,7 +98,7 @@ def begins_anew(cfg, machine):
     leave."""
     if cfg.lr_find or not cfg.overwrite:
         return cfg.lr_find
-    before = saved_fact(Path(cfg.out_dir) / "last.pt", "launchers", [])
+    before = saved_facts(cfg.out_dir).get("launchers", [])
     goes_on = any(name and name in before for name in machine.launchers)
     return not any(machine.gather(goes_on))
 
@@ -107,8 +107,10 @@ def check_nothing_later(cfg, machine, checkpoint):
     """Raise UserError where the out_dir of another machine holds a later last.pt than that of rank
     0, which is continued: torchrun may number the machines anew when it restarts. A last.pt of an
     older run than the one that is continued is ignored."""
-    path = Path(cfg.out_dir) / "last.pt"
-    found = machine.gather((began_at(saved_fact(path, "run_id", "")), saved_fact(path, "step", 0)))
+    if machine.world == 1:
+        return
+    here = saved_facts(cfg.out_dir)
+    found = machine.gather((began_at(here.get("run_id", "")), here.get("step", 0)))
     latest, own = max(found), (0, 0)
     if checkpoint:
         own = began_at(checkpoint["run_id"]), checkpoint["step"]
@@ -118,12 +120,14 @@ def check_nothing_later(cfg, machine, checkpoint):
                        "or begin anew with --overwrite=True")
 
 
-def saved_fact(path, name, default):
-    """What a last.pt says; the default where there is none, or none that can be read."""
+def saved_facts(out_dir):
+    """What a run's last.pt holds, without the values of its tensors; {} where there is none, or
+    none that can be read."""
     try:
-        return torch.load(path, "meta", mmap=True, weights_only=True)[name]
+        found = torch.load(Path(out_dir) / "last.pt", "meta", mmap=True, weights_only=True)
     except Exception:  # damaged bytes can make the unpickler raise anything
-        return default
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def facts_of(cfg):

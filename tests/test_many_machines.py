@@ -195,7 +195,8 @@ def test_machines_without_a_common_disk_train_and_go_on(toy, tmp_path, parallel)
 def test_an_older_run_on_another_machine_is_no_matter(toy, tmp_path, monkeypatch):
     machine = Machine(train.Config(device="cpu"))
     saved = {}
-    monkeypatch.setattr(runs, "saved_fact", lambda path, name, default: saved.get(name, default))
+    monkeypatch.setattr(runs, "saved_facts", lambda out_dir: saved)
+    machine.world = 2
     machine.gather = lambda own: [own, (100, 9)]  # a run that began in second 100, at step 9
     for run_id, step, is_later in (("out-99", 11, True), ("out-100", 8, True),
                                    ("out-100", 9, False), ("out-101", 1, False)):  # fmt: skip
